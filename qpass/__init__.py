@@ -1,0 +1,1 @@
+"""qpass: a declarative pass that quantizes ONNX transformers into plugin nodes."""

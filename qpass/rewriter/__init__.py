@@ -1,0 +1,73 @@
+"""The rule language and the machine that applies it.
+
+`pattern.py` declares, `view.py` is the graph as patterns see it, `match.py` matches, `rule.py` emits, `apply.py`
+replaces, `ledger.py` accounts.
+"""
+
+from qpass.rewriter.apply import Event, Outcome, Rewriter, RuleStats, Stage
+from qpass.rewriter.ledger import Ledger, Site, Weight
+from qpass.rewriter.match import Kind, Miss, match
+from qpass.rewriter.pattern import (
+    FLOAT,
+    LAST,
+    LIFTED,
+    Domain,
+    Location,
+    Pattern,
+    PatternError,
+    attr,
+    cast,
+    const,
+    every,
+    ir,
+    op,
+    others,
+    scalar,
+    uses,
+    val,
+)
+from qpass.rewriter.rule import Decline, Emit, Exclude, Keep, Replacement, Rule, derived, exclude, keep, need, rule
+from qpass.rewriter.view import View
+
+__all__ = [
+    "FLOAT",
+    "LAST",
+    "LIFTED",
+    "Decline",
+    "Domain",
+    "Emit",
+    "Event",
+    "Exclude",
+    "Keep",
+    "Kind",
+    "Ledger",
+    "Location",
+    "Miss",
+    "Outcome",
+    "Pattern",
+    "PatternError",
+    "Replacement",
+    "Rewriter",
+    "Rule",
+    "RuleStats",
+    "Site",
+    "Stage",
+    "View",
+    "Weight",
+    "attr",
+    "cast",
+    "const",
+    "derived",
+    "every",
+    "exclude",
+    "ir",
+    "keep",
+    "match",
+    "need",
+    "op",
+    "others",
+    "rule",
+    "scalar",
+    "uses",
+    "val",
+]

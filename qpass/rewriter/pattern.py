@@ -1,0 +1,335 @@
+"""The pattern language: a pattern is a class, its fields are captures, an expression over them is the subgraph.
+
+    class Linear(Pattern):
+        x: Value = val("... K")
+        w: Const = const("K N")
+        b: Const | None = const("N")
+        mm = op.MatMul(x, w)
+        y = mm + b | mm                    # alternatives, the larger form first
+
+`y` is the root. An expression object used twice stands for one graph value; two expression objects stand for two
+different nodes. Matching itself is in `match.py`; this module only declares.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+if TYPE_CHECKING:
+    from qpass.graph import Node, Value
+
+LIFTED = "qpass.ir"
+"""Domain of the in-memory nodes that stand for a whole norm, Linear or MLP; never written to a file."""
+
+COMMUTATIVE = frozenset({"Add", "Mul", "Max", "Min", "And", "Or", "Xor", "Equal", "Sum"})
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where in a rule file something was declared."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.line}"
+
+
+def caller() -> Location:
+    """The first frame outside this package: the line of the rule file that is being executed."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and Path(frame.f_code.co_filename).parent == _HERE:
+        frame = frame.f_back
+    return Location(frame.f_code.co_filename, frame.f_lineno)
+
+
+class PatternError(Exception):
+    """A pattern or rule that is wrong in itself; the message carries file and line."""
+
+
+class Pat:
+    """One expression of a pattern. Python's operators build larger ones."""
+
+    __slots__ = ("at", "name")
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.at = caller()
+
+    def __or__(self, other: object) -> Alt:
+        return Alt(self, _lift(other))
+
+    def __add__(self, other: object) -> Op:
+        return Op("Add", (self, other))
+
+    def __radd__(self, other: object) -> Op:
+        return Op("Add", (other, self))
+
+    def __sub__(self, other: object) -> Op:
+        return Op("Sub", (self, other))
+
+    def __rsub__(self, other: object) -> Op:
+        return Op("Sub", (other, self))
+
+    def __mul__(self, other: object) -> Op:
+        return Op("Mul", (self, other))
+
+    def __rmul__(self, other: object) -> Op:
+        return Op("Mul", (other, self))
+
+    def __truediv__(self, other: object) -> Op:
+        return Op("Div", (self, other))
+
+    def __rtruediv__(self, other: object) -> Op:
+        return Op("Div", (other, self))
+
+    def __pow__(self, other: object) -> Op:
+        return Op("Pow", (self, other))
+
+    def __neg__(self) -> Op:
+        return Op("Neg", (self,))
+
+    def __bool__(self) -> NoReturn:
+        raise PatternError(f"{self.at}: a pattern has no truth value; write alternatives with |, not `or`")
+
+    def label(self) -> str:
+        return f"{self.name} ({self.at})" if self.name else f"({self.at})"
+
+
+class Literal(Pat):
+    """A number that the graph must hold as a constant of one element."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = float(value)
+        self.name = f"{value:g}"
+
+
+class Var(Pat):
+    """A capture: any value, a constant tensor, a constant of one element, or an attribute."""
+
+    __slots__ = ("bounds", "dims", "kind")
+
+    def __init__(self, kind: str, shape: str | None = None, bounds: tuple[float, float] | None = None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.dims = tuple(shape.split()) if shape is not None else None
+        self.bounds = bounds
+        if self.dims and "..." in self.dims[1:]:
+            raise PatternError(f"{self.at}: '...' may only lead a shape, got '{shape}'")
+
+
+class Alt(Pat):
+    """Alternatives, tried in order."""
+
+    __slots__ = ("options",)
+
+    def __init__(self, *options: Pat) -> None:
+        super().__init__()
+        self.options = options
+
+
+class Op(Pat):
+    """A node: positional arguments are its inputs, keywords its attributes or inputs by schema name."""
+
+    __slots__ = ("args", "domain", "keywords", "type")
+
+    def __init__(self, type_: str, args: tuple[object, ...], keywords: dict[str, object] | None = None, domain: str = "") -> None:
+        super().__init__()
+        self.type = type_
+        self.domain = domain
+        self.args = tuple(_lift(a) for a in args)
+        self.keywords = dict(keywords or {})
+
+    def label(self) -> str:
+        return f"{self.name or self.type} ({self.at})"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Uses:
+    """What a pattern says of all uses of one of its values: a list of sub-matches, or whether there are others."""
+
+    of: Pat
+    kind: str  # "uses" | "every" | "others"
+    at: Location
+
+
+class _Marker:
+    """A named constant of the language, such as LAST."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+LAST: Any = _Marker("LAST")
+"""As an axis or axes: −1 or rank − 1, alone."""
+
+FLOAT: Any = _Marker("FLOAT")
+"""As Cast's `to`: any floating-point type."""
+
+
+def _lift(value: object) -> Pat:
+    if isinstance(value, Pat):
+        return value
+    if isinstance(value, int | float):
+        return Literal(value)
+    raise PatternError(f"{caller()}: a pattern is built from captures, ops and numbers, not from {value!r}")
+
+
+# The functions below return Any: at class level they initialise fields whose declared type is the type of the
+# captured value (`w: Const = const("K N")`), which is what rules and mypy see.
+
+
+def val(shape: str | None = None) -> Any:
+    """Any value. `shape` names its dims, such as "... K"; equal names must agree across the pattern."""
+    return Var("value", shape)
+
+
+def const(shape: str | None = None) -> Any:
+    """A constant tensor, seen through Identity, Transpose, Cast and Reshape; leading dims of 1 are dropped to fit."""
+    return Var("const", shape)
+
+
+def scalar(low: float = float("-inf"), high: float = float("inf")) -> Any:
+    """A constant of one element within [low, high]; captured as a float."""
+    return Var("scalar", None, (low, high))
+
+
+def attr() -> Any:
+    """As a keyword of an op: captures the attribute (its default where it is left out)."""
+    return Var("attr")
+
+
+def cast(p: Any) -> Any:
+    """`p`, or `p` behind a Cast to a floating-point type."""
+    inner = _lift(p)
+    return Alt(Op("Cast", (inner,), {"to": FLOAT}), inner)
+
+
+def uses(value: Any) -> Any:
+    """Field `heads: list[Linear] = uses(y)`: the uses of y that match Linear; may be empty."""
+    return Uses(_lift(value), "uses", caller())
+
+
+def every(value: Any) -> Any:
+    """Like `uses`, but no match where one use of the value is something else, or it is a graph output."""
+    return Uses(_lift(value), "every", caller())
+
+
+def others(value: Any) -> Any:
+    """Field `rest: bool = others(y)`: whether anything but the matched uses and Shape nodes needs y."""
+    return Uses(_lift(value), "others", caller())
+
+
+class Domain:
+    """`domain("com.microsoft").SkipLayerNormalization(x, skip, g)` builds patterns over another operator domain."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, type_: str) -> Callable[..., Any]:
+        if type_.startswith("_"):
+            raise AttributeError(type_)
+
+        def build(*args: object, **keywords: object) -> Any:
+            return Op(type_, args, keywords, self._name)
+
+        return build
+
+
+op = Domain("")
+"""Nodes of the standard ONNX domain: `op.MatMul(x, w)`."""
+
+ir = Domain(LIFTED)
+"""Lifted nodes: `ir.Linear(x, w, b)`, `ir.Norm(x, gamma, beta, kind=…, epsilon=…)`."""
+
+
+class Pattern:
+    """Base of every pattern; an instance is a match, its fields hold what was captured.
+
+    Fields bound to values are `Value` or `Const`, scalars and attributes plain numbers, absent optional parts None.
+    """
+
+    if TYPE_CHECKING:
+        y: Value
+    else:
+        y: Any
+    root: Node
+    """The graph node whose output is `y`."""
+    nodes: tuple[Node, ...]
+    """Every matched node, root first."""
+
+    captures: ClassVar[dict[str, Pat]] = {}
+    fanouts: ClassVar[dict[str, Uses]] = {}
+    location: ClassVar[Location]
+
+    def __init_subclass__(cls) -> None:
+        cls.location = caller()
+        members = {k: v for base in reversed(cls.__mro__) for k, v in vars(base).items()}
+        cls.captures = {k: v for k, v in members.items() if isinstance(v, Pat)}
+        cls.fanouts = {k: v for k, v in members.items() if isinstance(v, Uses)}
+        for name, pat in cls.captures.items():
+            pat.name = pat.name or name
+        if "y" not in cls.captures:
+            raise PatternError(f"{cls.location}: pattern {cls.__name__} has no `y`, the expression of its result")
+        reached = _reached(cls.captures["y"])
+        for name, pat in cls.captures.items():
+            if isinstance(pat, Var) and pat not in reached:
+                raise PatternError(f"{pat.at}: capture '{name}' of {cls.__name__} is not part of `y`")
+
+    @classmethod
+    def element(cls, field: str) -> type[Pattern]:
+        """The pattern class `P` of a field annotated `list[P]`."""
+        hints = typing.get_type_hints(cls, include_extras=False)
+        args = typing.get_args(hints.get(field))
+        if len(args) == 1 and inspect.isclass(args[0]) and issubclass(args[0], Pattern):
+            return args[0]
+        raise PatternError(f"{cls.fanouts[field].at}: annotate {cls.__name__}.{field} as list[SomePattern]")
+
+
+def _reached(root: Pat) -> set[Pat]:
+    """Every expression that `root` is built from; shared ones are visited once."""
+    seen: set[Pat] = set()
+    todo = [root]
+    while todo:
+        p = todo.pop()
+        if p not in seen:
+            seen.add(p)
+            if isinstance(p, Op):
+                todo += [*p.args, *(k for k in p.keywords.values() if isinstance(k, Pat))]
+            elif isinstance(p, Alt):
+                todo += p.options
+    return seen
+
+
+def roots(p: Pat) -> set[tuple[str, str]]:
+    """The (domain, op type) pairs that the root node of `p` can have."""
+    if isinstance(p, Op):
+        return {(p.domain, p.type)}
+    if isinstance(p, Alt):
+        return set().union(*(roots(o) for o in p.options))
+    raise PatternError(f"{p.at}: the root of a pattern must be an op")
+
+
+def size(p: Pat, bound: frozenset[Pat] | set[Pat] = frozenset(), largest: bool = False) -> int:
+    """How many nodes a match of `p` needs at least (or has at most), not counting what `bound` already covers."""
+    if p in bound:
+        return 0
+    if isinstance(p, Op):
+        return 1 + sum(size(a, bound, largest) for a in p.args)
+    if isinstance(p, Alt):
+        return (max if largest else min)(size(o, bound, largest) for o in p.options)
+    return 0

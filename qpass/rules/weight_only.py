@@ -1,0 +1,34 @@
+"""Weight-only Linears: int8 and int4 per channel, int4 in groups along K."""
+
+from __future__ import annotations
+
+from qpass.rewriter import Emit, Replacement, keep, need, rule
+from qpass.rules.linears import Linear
+from qpass.rules.quantizer import Quantizer
+
+INT8, INT4 = 1, 2  # weight_type_id
+
+
+@rule
+def weight_only(m: Linear, new: Emit, cfg: Quantizer) -> Replacement:
+    """A Linear whose spec quantizes weights alone becomes WeightOnlyQuantMatmul or its groupwise form."""
+    spec = cfg.spec(m)
+    if not spec.mode.is_weight_only():
+        keep("the spec quantizes its activations too")
+    k = m.w.shape[0]
+    if spec.mode.is_int8_weight_only():
+        q = cfg.int8(m.w)
+        return new.WeightOnlyQuantMatmul(m.x, q.weight, q.scale, cfg.bias(m), weight_type_id=INT8)
+    need(k % 2 == 0, f"K={k} is odd: int4 packs two weights of a row into a byte")
+    if not spec.mode.has_per_group_scaling():
+        q = cfg.int4(m.w, spec)
+        return new.WeightOnlyQuantMatmul(m.x, q.weight, q.scale, cfg.bias(m), weight_type_id=INT4)
+    group = spec.group_size
+    need(k % group == 0, f"K={k} is not a multiple of the group size {group}")
+    q = cfg.int4_groups(m.w, spec)
+    return new.WeightOnlyGroupwiseQuantMatmul(
+        m.x, weight=q.weight, scale=q.scale, zero=q.zero, bias=cfg.bias(m), group_size=group
+    )
+
+
+WEIGHT_ONLY = (weight_only,)
