@@ -1,0 +1,21 @@
+"""The model: load, lazy weights, constants seen through their helpers, streaming atomic save."""
+
+from qpass.graph.ir import Const, Node, Value
+from qpass.graph.lazy import Given, Kept, Lazy
+from qpass.graph.model import Model, SaveResult
+from qpass.graph.promise import Blockwise, Promised
+from qpass.graph.stored import Stored
+
+__all__ = [
+    "Blockwise",
+    "Const",
+    "Given",
+    "Kept",
+    "Lazy",
+    "Model",
+    "Node",
+    "Promised",
+    "SaveResult",
+    "Stored",
+    "Value",
+]

@@ -1,0 +1,152 @@
+"""Constants as rules want to see them: through the nodes that only move or convert their values.
+
+This is a view. Nothing in the graph changes; a rule that claims the view's use leaves the nodes between
+without a use, and the rewriter takes those out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from qpass.graph.dtypes import DType, to_numpy
+from qpass.graph.ir import Const, Node, Value
+from qpass.graph.lazy import Given, Lazy
+
+
+class Constants:
+    """Answers whether a tensor is constant, and remembers the answer as long as its producer stays."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Value | Const, tuple[Node | None, Const | None]] = {}
+
+    def of(self, tensor: Value | Const) -> Const | None:
+        """The tensor as a constant, or None.
+
+        Constant are initializers, outputs of Constant nodes, and what Identity, Transpose, Cast, Reshape
+        (with a constant target), Squeeze and Unsqueeze make of these. Not constant is an initializer that is
+        a graph input too: that is a default, and a caller may feed another value.
+        """
+        if isinstance(tensor, Const):
+            return tensor
+        producer = tensor.producer
+        if tensor in self._seen and self._seen[tensor][0] is producer:
+            return self._seen[tensor][1]
+        found = None if producer is None else self._made_by(producer, tensor)
+        self._seen[tensor] = producer, found
+        return found
+
+    def _made_by(self, node: Node, tensor: Value) -> Const | None:
+        if node.domain not in (None, "", "ai.onnx"):
+            return None
+        if node.op == "Constant":
+            array = _constant_node(node)
+            return None if array is None else Const(tensor.name, array, root=tensor)
+        look = _VIEWS.get(node.op)
+        if look is None or not node.inputs:
+            return None
+        base = self.of(node.inputs[0])
+        if base is None:
+            return None
+        array = look(self, node, base.array)
+        return None if array is None else Const(tensor.name, array, root=base.root, via=(*base.via, node))
+
+    def integers(self, node: Node, index: int) -> list[int] | None:
+        """The values of a node's integer input, None where it is left out or not constant."""
+        if index >= len(node.inputs) or node.inputs[index].is_empty():
+            return None
+        const = self.of(node.inputs[index])
+        return None if const is None else [int(v) for v in const.load().reshape(-1)]
+
+
+def _constant_node(node: Node) -> Lazy | None:
+    attrs = node.attrs
+    if isinstance(value := attrs.get("value"), Const):
+        return value.array
+    for name, dtype in _PLAIN_VALUES.items():
+        if name in attrs:
+            return Given(np.array(attrs[name], dtype))
+    return None  # strings and sparse values
+
+
+_PLAIN_VALUES: dict[str, type[np.generic]] = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
+
+def _identity(_: Constants, node: Node, array: Lazy) -> Lazy | None:
+    return array
+
+
+def _transpose(_: Constants, node: Node, array: Lazy) -> Lazy | None:
+    perm = node.attrs.get("perm", list(range(array.ndim))[::-1])
+    return array.transpose(*perm) if len(perm) == array.ndim else None
+
+
+def _cast(_: Constants, node: Node, array: Lazy) -> Lazy | None:
+    try:
+        dtype = to_numpy(node.attrs["to"])
+    except (KeyError, ValueError):
+        return None
+    if dtype == array.dtype:
+        return array
+    return array.astype(dtype) if _exact_cast(array.dtype, dtype) else None
+
+
+def _exact_cast(source: DType, target: DType) -> bool:
+    """Whether numpy casts as ONNX does. ONNX saturates in casts to float8 and smaller; strings are text."""
+    if "O" in (source.kind, target.kind):
+        return False
+    return target.kind in "biuf" or target.name == "bfloat16"
+
+
+def _reshape(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
+    target = constants.integers(node, 1)
+    if target is None:
+        return None
+    if not node.attrs.get("allowzero", 0):
+        if any(d == 0 and i >= array.ndim for i, d in enumerate(target)):
+            return None
+        target = [array.shape[i] if d == 0 else d for i, d in enumerate(target)]
+    try:
+        return array.reshape(*target)
+    except ValueError:
+        return None  # the model is wrong there; not a constant that a rule should touch
+
+
+def _squeeze(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
+    if len(node.inputs) < 2 or node.inputs[1].is_empty():
+        return array.reshape(*(d for d in array.shape if d != 1))
+    axes = constants.integers(node, 1)
+    if axes is None or any(not -array.ndim <= a < array.ndim for a in axes):
+        return None
+    gone = {a % array.ndim for a in axes}
+    if any(array.shape[a] != 1 for a in gone):
+        return None
+    return array.reshape(*(d for i, d in enumerate(array.shape) if i not in gone))
+
+
+def _unsqueeze(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
+    axes = constants.integers(node, 1)
+    if axes is None:
+        return None
+    ndim = array.ndim + len(axes)
+    if len({a % ndim for a in axes}) != len(axes) or any(not -ndim <= a < ndim for a in axes):
+        return None
+    new = {a % ndim for a in axes}
+    dims = iter(array.shape)
+    return array.reshape(*(1 if i in new else next(dims) for i in range(ndim)))
+
+
+_VIEWS: dict[str, Callable[[Constants, Node, Lazy], Lazy | None]] = {
+    "Identity": _identity,
+    "Transpose": _transpose,
+    "Cast": _cast,
+    "Reshape": _reshape,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+}

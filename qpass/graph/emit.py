@@ -1,0 +1,230 @@
+"""From the graph back to protos: what no rule touched comes out as it came in, and in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from qpass.graph.dtypes import to_onnx
+from qpass.graph.ir import Const, Node, Value
+from qpass.graph.lazy import Lazy
+from qpass.graph.load import tensors
+
+if TYPE_CHECKING:
+    from qpass.graph.model import Model
+
+_OVERLOADS = 10  # the ir_version that brought FunctionProto.overload
+
+
+@dataclass
+class Tensor:
+    """A tensor to be written: its proto, and its values unless the proto holds them."""
+
+    proto: TensorProto
+    array: Lazy | None
+
+
+@dataclass
+class Emitted:
+    """A model to be written: `proto` has no initializers in its main graph, these are `initializers`.
+
+    `embedded` are tensors inside `proto` (in subgraphs, attributes and functions) whose values are elsewhere.
+    """
+
+    proto: ModelProto
+    initializers: list[Tensor]
+    embedded: list[Tensor]
+
+
+def emit(model: Model) -> Emitted:
+    """The protos of a model as its graph is now."""
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    emitter = _Emitter()
+    emitter.graph(model.graph, model.proto.graph, proto.graph)
+    constants = emitter.new_constants()
+    initializers = []
+    for tensor in proto.graph.initializer:
+        if tensor.name in constants:  # an original whose values a rule has set
+            initializers.append(_new_tensor(constants.pop(tensor.name)))
+        elif tensor.data_location != TensorProto.EXTERNAL:
+            initializers.append(Tensor(tensor, None))
+        else:
+            header = TensorProto()
+            header.CopyFrom(model.inside.get(tensor.name, tensor))
+            if tensor.name not in model.inside:
+                header.ClearField("external_data")
+                header.ClearField("data_location")
+            initializers.append(Tensor(header, model.weights.of(tensor)))
+    initializers += [_new_tensor(const) for const in constants.values()]
+    proto.graph.ClearField("initializer")
+
+    del proto.functions[:]
+    proto.functions.extend(model.functions)
+    _import_domains(proto)
+    if any(f.overload for f in proto.functions) and proto.ir_version < _OVERLOADS:
+        proto.ir_version = _OVERLOADS
+    _check(proto.graph, {t.proto.name for t in initializers}, set())
+
+    embedded = [
+        Tensor(t, model.weights.of(t)) for t in tensors(proto) if t.data_location == TensorProto.EXTERNAL
+    ]
+    return Emitted(proto, initializers, embedded)
+
+
+def _new_tensor(const: Const) -> Tensor:
+    return Tensor(TensorProto(name=const.name, data_type=to_onnx(const.dtype), dims=const.shape), const.array)
+
+
+class _Emitter:
+    def __init__(self) -> None:
+        self._new: dict[str, Const] = {}
+
+    def new_constants(self) -> dict[str, Const]:
+        """Constants that have no proto, by name, in the order of first use. They go to the main graph."""
+        return self._new
+
+    def graph(self, graph: gs.Graph, original: GraphProto, out: GraphProto) -> None:
+        """Bring `out`, a copy of `original`, to what the graph is now; adds no initializers."""
+        names = [t.name for t in graph.outputs], [t.name for t in original.output]
+        if names[0] != names[1]:
+            raise ValueError(
+                f"the graph's outputs were {names[1]} and are {names[0]}; they must keep their names"
+            )
+        nodes = [self.node(node) for node in graph.nodes]
+        if nodes == list(original.node):
+            return  # nothing below has changed, so all the rest stays too
+        del out.node[:]
+        out.node.extend(nodes)
+
+        gone = set(_reads(original)) - set(_reads(out))  # only what the rewrite made useless
+        _keep(out.initializer, lambda t: t.name not in gone)
+        _keep(out.sparse_initializer, lambda t: t.values.name not in gone)
+        dropped = {t.name for t in original.initializer} & gone
+        given = {t.name for t in graph.inputs}
+        _keep(out.input, lambda v: v.name not in dropped or v.name in given)
+
+        new = {t.name: t for node in graph.nodes if node.proto is None for t in node.outputs}
+        made = {name for node in nodes for name in node.output} | set(_defined(out))
+        _keep(out.value_info, lambda v: v.name in made and _agrees(v, new.get(v.name)))
+        _keep(out.quantization_annotation, lambda q: q.tensor_name in made)
+
+    def node(self, node: Node) -> NodeProto:
+        inputs, outputs = [t.name for t in node.inputs], [t.name for t in node.outputs]
+        for tensor in node.inputs:
+            if isinstance(tensor, Const) and tensor.proto is None:
+                self._new.setdefault(tensor.name, tensor)
+                if self._new[tensor.name] is not tensor:
+                    raise ValueError(f"two constants are called '{tensor.name}'")
+        if node.proto is None:
+            proto = NodeProto(op_type=node.op, name=node.name, input=inputs, output=outputs)
+            if node.domain:
+                proto.domain = node.domain
+            if node.overload:
+                proto.overload = node.overload
+            proto.attribute.extend(self.attribute(name, value) for name, value in node.attrs.items())
+            return proto
+
+        original = node.proto
+        graphs = {n: a for n, a in node.attrs.items() if isinstance(a, gs.Graph)}
+        same = list(original.input) == inputs and list(original.output) == outputs
+        if same and original.name == node.name and not graphs:
+            return original
+        proto = NodeProto()
+        proto.CopyFrom(original)
+        proto.input[:], proto.output[:] = inputs, outputs
+        if original.name != node.name:
+            proto.name = node.name
+        for attribute, before in zip(proto.attribute, original.attribute, strict=True):
+            if attribute.name in graphs:
+                self.graph(graphs[attribute.name], before.g, attribute.g)
+        return proto
+
+    def attribute(self, name: str, value: Any) -> AttributeProto:
+        if isinstance(value, AttributeProto):
+            return value
+        if isinstance(value, Const):
+            value = value.load()
+        if isinstance(value, np.ndarray):
+            value = onnx.numpy_helper.from_array(value)
+        if isinstance(value, gs.Graph):
+            raise ValueError(f"attribute {name}: a new node with a subgraph is not supported")
+        return helper.make_attribute(name, value)
+
+
+def _keep(repeated: Any, wanted: Any) -> None:
+    kept = [item for item in repeated if wanted(item)]
+    if len(kept) != len(repeated):
+        del repeated[:]
+        repeated.extend(kept)
+
+
+def _reads(graph: GraphProto) -> Iterator[str]:
+    """The names that a graph's nodes, their subgraphs and its outputs read."""
+    yield from (v.name for v in graph.output)
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in _subgraphs(attribute):
+                yield from _reads(inner)
+
+
+def _subgraphs(attribute: AttributeProto) -> Iterable[GraphProto]:
+    if attribute.type == AttributeProto.GRAPH:
+        return [attribute.g]
+    return attribute.graphs if attribute.type == AttributeProto.GRAPHS else ()
+
+
+def _defined(graph: GraphProto) -> Iterator[str]:
+    yield from (t.name for t in graph.initializer)
+    yield from (t.values.name for t in graph.sparse_initializer)
+    yield from (v.name for v in graph.input)
+
+
+def _agrees(info: ValueInfoProto, now: Value | None) -> bool:
+    """Whether an original value info still tells the truth of a tensor that a new node makes."""
+    return now is None or now.dtype is None or to_onnx(now.dtype) == info.type.tensor_type.elem_type
+
+
+def _import_domains(proto: ModelProto) -> None:
+    """Import the domains of nodes that nothing imports yet, such as qpass: version 1."""
+    known = {o.domain for o in proto.opset_import} | {"", "ai.onnx"}
+    for domain in sorted({node.domain for node in _all_nodes(proto.graph)} - known):
+        proto.opset_import.add(domain=domain, version=1)
+
+
+def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in _subgraphs(attribute):
+                yield from _all_nodes(inner)
+
+
+def _check(graph: GraphProto, initializers: set[str], outer: set[str]) -> None:
+    """What a rewrite may not break: every name is made once, and made at all. ValueError: a bug of a rule,
+    not a user's.
+    """
+    made = initializers | set(_defined(graph))
+    for node in graph.node:
+        for name in filter(None, node.output):
+            if name in made:
+                raise ValueError(f"'{name}' is made twice, the second time by {node.op_type} '{node.name}'")
+            made.add(name)
+    visible = outer | made
+    for node in graph.node:
+        for name in filter(None, node.input):
+            if name not in visible:
+                raise ValueError(f"{node.op_type} '{node.name}' reads '{name}', which nothing makes")
+        for attribute in node.attribute:
+            for inner in _subgraphs(attribute):
+                _check(inner, set(), visible)
+    for output in graph.output:
+        if output.name not in visible:
+            raise ValueError(f"nothing makes the graph's output '{output.name}'")

@@ -1,0 +1,190 @@
+"""Tensors where they lie: in a file, read in pieces with pread, or in the bytes of a parsed proto."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from onnx import TensorProto, numpy_helper
+
+from qpass.errors import QpassError
+from qpass.graph.dtypes import Array, DType, file_bytes, pack, packed_bits, to_numpy, unpack
+from qpass.graph.lazy import Lazy
+
+#: Mapped bytes that one reader keeps resident at a time.
+_RESIDENT = 4 << 20
+
+
+class Source(Protocol):
+    """Bytes that can be read anywhere. `name` is the file's, "" in memory."""
+
+    name: str
+
+    def read(self, offset: int, length: int) -> memoryview: ...
+
+    def pieces(self, offset: int, length: int, step: int, count: int) -> Array:
+        """`count` pieces of `length` bytes, `step` apart: uint8 [count, length]."""
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """These bytes will be read soon."""
+
+
+class FileSource:
+    """A file on disk, opened at the first read.
+
+    Whole ranges are read with pread. Many small pieces (a column slab of a [K, N] weight) are copied out of a
+    mapping, several times faster than one system call each; mapped pages count as resident memory and are let
+    go step by step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+        self._fd = -1
+        self._map: mmap.mmap | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def fd(self) -> int:
+        with self._lock:
+            if self._fd < 0:
+                try:
+                    self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise QpassError(f"cannot read {self.path}: {error.strerror}") from error
+            return self._fd
+
+    def __del__(self) -> None:
+        if self._map is not None:
+            self._map.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        buffer = np.empty(length, np.uint8)
+        self._fill(buffer.data, offset)
+        return buffer.data
+
+    def pieces(self, offset: int, length: int, step: int, count: int) -> Array:
+        mapped = self._mapped()
+        out = np.empty((count, length), np.uint8)
+        per_turn = max(1, _RESIDENT // step)
+        for i in range(0, count, per_turn):
+            turn = min(per_turn, count - i)
+            begin, end = offset + i * step, offset + (i + turn - 1) * step + length
+            if end > os.fstat(self.fd).st_size:  # reading past it would be a SIGBUS
+                raise self._shorter()
+            flat = np.frombuffer(mapped, np.uint8, end - begin, begin)
+            out[i : i + turn] = np.lib.stride_tricks.as_strided(flat, (turn, length), (step, 1))
+            del flat
+            page = begin - begin % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
+        return out
+
+    def _mapped(self) -> mmap.mmap:
+        fd = self.fd
+        with self._lock:
+            if self._map is None:
+                self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+            return self._map
+
+    def _shorter(self) -> QpassError:
+        return QpassError(f"{self.path} became shorter while it was read; run again when nothing writes it")
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            got = os.preadv(self.fd, [view[done:]], offset + done)
+            if got == 0:
+                raise self._shorter()
+            done += got
+
+    def prefetch(self, offset: int, length: int) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+class MemorySource:
+    """Bytes that a parsed proto holds."""
+
+    name = ""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return self._data[offset : offset + length].data
+
+    def pieces(self, offset: int, length: int, step: int, count: int) -> Array:
+        return np.lib.stride_tricks.as_strided(self._data[offset:], (count, length), (step, 1))
+
+    def prefetch(self, offset: int, length: int) -> None:
+        pass
+
+
+class Stored(Lazy):
+    """A tensor as a model stores it: `shape` elements of `dtype`, C order, little-endian, at `offset` of
+    `source`.
+    """
+
+    def __init__(self, source: Source, offset: int, dtype: DType, shape: tuple[int, ...]) -> None:
+        self.source, self.offset, self.dtype, self.shape = source, offset, dtype, shape
+
+    @classmethod
+    def of(cls, proto: TensorProto) -> Stored:
+        """The tensor whose values are inside `proto`, in raw or in typed fields. Strings have no bytes:
+        ValueError.
+        """
+        dtype, shape = to_numpy(proto.data_type), tuple(proto.dims)
+        if dtype.kind == "O":
+            raise ValueError("a string tensor has no fixed bytes")
+        data = proto.raw_data if proto.HasField("raw_data") else pack(numpy_helper.to_array(proto))
+        if len(data) != file_bytes(dtype, shape):
+            raise ValueError(
+                f"{dtype}{list(shape)} takes {file_bytes(dtype, shape)} bytes but {len(data)} are there"
+            )
+        return cls(MemorySource(data), 0, dtype, shape)
+
+    def rows(self, start: int, stop: int) -> Array:
+        shape = (stop - start, *self.shape[1:])
+        skipped = start * math.prod(self.shape[1:])
+        if skipped * (packed_bits(self.dtype) or 8) % 8:
+            return self.load()[start:stop]  # the row begins inside a byte
+        begin = self.offset + file_bytes(self.dtype, (skipped,))
+        return unpack(self.source.read(begin, file_bytes(self.dtype, shape)), self.dtype, shape)
+
+    def columns(self, start: int, stop: int) -> Array:
+        count, width = self.shape
+        if packed_bits(self.dtype) is not None or (start, stop) == (0, width):
+            return self.load()[:, start:stop]
+        item = self.dtype.itemsize
+        pieces = self.source.pieces(self.offset + start * item, (stop - start) * item, width * item, count)
+        return pieces.view(self.dtype)
+
+    def load(self) -> Array:
+        return unpack(self.source.read(self.offset, self.nbytes), self.dtype, self.shape)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """The tensor's own bytes start..stop, as they are in the file."""
+        return self.source.read(self.offset + start, stop - start)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where it lies, to sort by."""
+        return self.source.name, self.offset
+
+    def prefetch(self) -> None:
+        """Tell the system that the whole tensor will be read soon."""
+        self.source.prefetch(self.offset, self.nbytes)
+
+    def _reshaped(self, shape: tuple[int, ...]) -> Lazy:
+        return Stored(self.source, self.offset, self.dtype, shape)
+
+    def sources(self) -> Iterator[Stored]:
+        yield self
