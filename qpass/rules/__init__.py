@@ -1,0 +1,52 @@
+"""The rule families, and the order in which they run: lift, then quantize, then put back what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qpass.graph import Model, Node
+from qpass.rewriter import Outcome, Rewriter, Rule, Stage
+from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
+from qpass.rules.norms import LIFT_NORMS
+from qpass.rules.sites import Found, Survey
+
+LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
+
+
+class Lifted:
+    """A model with its norms and Linears lifted, and the survey of its sites.
+
+    `early` are rules that see the graph before lifting.
+    """
+
+    def __init__(self, model: Model, early: Sequence[Rule[Any, Any]] = (), config: object = None) -> None:
+        self.model = model
+        self.outcome = Outcome()
+        self.graphs = [(prefix, Rewriter(model, graph, self.outcome)) for prefix, graph in _graphs(model.graph, "")]
+        for stage in ((early,) if early else ()) + LIFT:
+            self.run(stage, config)
+        self.survey = Survey(self.graphs, self.outcome)
+
+    def run(self, stage: Stage, config: object) -> None:
+        """One stage over every graph of the model."""
+        for _, rewriter in self.graphs:
+            rewriter.run(stage, config)
+
+    def unlift(self) -> None:
+        """Put back what no rule claimed."""
+        for _, rewriter in self.graphs:
+            rewriter.unlift()
+
+
+def _graphs(graph: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The graph and every subgraph in it, each with the path that names its nodes in the ledger."""
+    yield prefix, graph
+    node: Node
+    for node in graph.nodes:
+        for name, value in node.attrs.items():
+            if type(value) is type(graph):
+                yield from _graphs(value, f"{prefix}{node.name or node.op}/{name}/")
+
+
+__all__ = ["LIFT", "Found", "Lifted", "Survey"]
