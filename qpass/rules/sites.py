@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from qpass.graph import Const, Node, Value
+from qpass.graph import Const, Node
 from qpass.ops import DOMAIN
 from qpass.rewriter import LIFTED, Event, Outcome, Rewriter, Site, View, Weight
 from qpass.rewriter.view import domain_of, producer
@@ -165,7 +165,9 @@ def _originals(r: Rewriter, node: Node) -> Iterator[Node]:
 
 
 def _scopes(node: Node) -> Iterator[str]:
-    """Module scopes of a node, from the metadata that torch's dynamo exporter writes."""
+    """Module scopes of a node: torch's dynamo exporter writes metadata, its TorchScript one a path as the name."""
+    if node.name.startswith("/"):
+        yield node.name.strip("/").rpartition("/")[0].replace("/", ".")
     for p in node.proto.metadata_props if node.proto is not None else ():
         if p.key == "pkg.torch.onnx.name_scopes":
             try:
@@ -180,8 +182,3 @@ def _new_bytes(nodes: Sequence[Node]) -> int:
     new = {id(v): v for n in nodes for v in n.inputs if isinstance(v, Const) and v.proto is None}
     return sum(c.array.nbytes for c in new.values())
 
-
-def input_of(found: Found) -> Value:
-    """The activation tensor that a lifted Linear reads."""
-    assert found.lifted is not None
-    return found.lifted.inputs[0]
