@@ -181,8 +181,9 @@ def sentences(calibration_prose: int = 120, evaluation_prose: int = 170) -> Sent
 
 
 def _spread(items: Sequence[str], count: int) -> Iterator[str]:
-    """`count` of the items, evenly spaced."""
-    return (items[number * len(items) // count] for number in range(min(count, len(items))))
+    """`count` of the items, evenly spaced; all of them if there are fewer."""
+    count = min(count, len(items))
+    return (items[number * len(items) // count] for number in range(count))
 
 
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.?!])\s+(?=[A-Z(])")

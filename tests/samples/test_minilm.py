@@ -137,3 +137,9 @@ def test_sentences_are_many_varied_and_apart() -> None:
         for other in everything[:number]:
             assert len(words & other) <= 0.5 * len(words | other), (sorted(words), sorted(other))
     assert sentences() == (calibration, evaluation)
+
+
+def test_asking_for_more_prose_than_there_is_gives_all_of_it_once() -> None:
+    calibration, evaluation = sentences(calibration_prose=10**6, evaluation_prose=10**6)
+    assert len(calibration) + len(evaluation) > 1000
+    assert len({*calibration, *evaluation}) == len(calibration) + len(evaluation)
