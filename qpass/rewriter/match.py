@@ -330,7 +330,7 @@ class _Search:
         self.fanout.clear()
         lists = {k: u for k, u in self.pattern.fanouts.items() if u.kind != "others"}
         for field, u in lists.items():
-            element = self.pattern.element(field)
+            element = self.pattern.elements[field]
             found, rest = self._matched_uses(u, element)
             if rest is not None and u.kind == "every":
                 by = f"{rest.op} '{rest.name}'" if isinstance(rest, Node) else str(rest)

@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 if TYPE_CHECKING:
@@ -274,6 +275,8 @@ class Pattern:
 
     captures: ClassVar[dict[str, Pat]] = {}
     fanouts: ClassVar[dict[str, Uses]] = {}
+    elements: ClassVar[dict[str, type[Pattern]]] = {}
+    """What each `uses` and `every` field is a list of."""
     location: ClassVar[Location]
 
     def __init_subclass__(cls) -> None:
@@ -285,22 +288,31 @@ class Pattern:
             pat.name = pat.name or name
         if "y" not in cls.captures:
             raise PatternError(f"{cls.location}: pattern {cls.__name__} has no `y`, the expression of its result")
-        reached = _reached(cls.captures["y"])
+        parts = reached(cls.captures["y"])
         for name, pat in cls.captures.items():
-            if isinstance(pat, Var) and pat not in reached:
+            if isinstance(pat, Var) and pat not in parts:
                 raise PatternError(f"{pat.at}: capture '{name}' of {cls.__name__} is not part of `y`")
-
-    @classmethod
-    def element(cls, field: str) -> type[Pattern]:
-        """The pattern class `P` of a field annotated `list[P]`."""
-        hints = typing.get_type_hints(cls, include_extras=False)
-        args = typing.get_args(hints.get(field))
-        if len(args) == 1 and inspect.isclass(args[0]) and issubclass(args[0], Pattern):
-            return args[0]
-        raise PatternError(f"{cls.fanouts[field].at}: annotate {cls.__name__}.{field} as list[SomePattern]")
+        scope = sys._getframe(1)
+        cls.elements = dict(cls.elements) | {
+            k: _element(cls, k, u, scope) for k, u in vars(cls).items() if isinstance(u, Uses) and u.kind != "others"
+        }
 
 
-def _reached(root: Pat) -> set[Pat]:
+def _element(cls: type[Pattern], field: str, fan: Uses, scope: FrameType) -> type[Pattern]:
+    """The pattern class `P` of a field annotated `list[P]`, looked up where the class statement stands."""
+    note: object = vars(cls).get("__annotations__", {}).get(field)
+    if isinstance(note, str):
+        try:
+            note = eval(note, scope.f_globals, dict(scope.f_locals))
+        except NameError as error:
+            raise PatternError(f"{fan.at}: {cls.__name__}.{field}: {error}; define it above this class") from None
+    args = typing.get_args(note)
+    if len(args) == 1 and inspect.isclass(args[0]) and issubclass(args[0], Pattern):
+        return args[0]
+    raise PatternError(f"{fan.at}: annotate {cls.__name__}.{field} as list[SomePattern]")
+
+
+def reached(root: Pat) -> set[Pat]:
     """Every expression that `root` is built from; shared ones are visited once."""
     seen: set[Pat] = set()
     todo = [root]

@@ -1,0 +1,340 @@
+"""The command line: one function a command, no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import qpass.pipeline as pipeline
+from qpass import report
+from qpass.errors import QpassError
+from qpass.rewriter import PatternError
+from qpass.rules import LIFT, RULES
+from qpass.runs import last_run, remember
+from qpass.spec import PRESETS, QuantSpec
+
+DONE, NOT_MET, MISTAKE, BUG = 0, 1, 2, 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Rewrite the norms, Linears and MatMuls of an ONNX transformer into quantized plugin nodes.",
+)
+spec_app = typer.Typer(no_args_is_help=True, help="Show and check what is quantized and how.")
+app.add_typer(spec_app, name="spec")
+
+Model = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
+Preset = Annotated[
+    str | None, typer.Option("--preset", "-p", help=f"One of {', '.join(PRESETS)}. Default: {pipeline.DEFAULT_PRESET}.")
+]
+SpecFile = Annotated[Path | None, typer.Option("--spec", "-s", help="A YAML recipe instead of a preset.")]
+GroupSize = Annotated[int | None, typer.Option("--group-size", "-g", help="32, 64 or 128, for groupwise presets.")]
+Calibration = Annotated[Path | None, typer.Option("--calibration", "-c", help="Statistics made by `qpass calibrate`.")]
+Rules = Annotated[list[Path] | None, typer.Option("--rules", "-r", help="A Python file with rules of your own.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"qpass {version('qpass')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+@app.command()
+def rewrite(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: MODEL with .qpass.onnx.")] = None,
+    preset: Preset = None,
+    spec: SpecFile = None,
+    group_size: GroupSize = None,
+    calibration: Calibration = None,
+    rules: Rules = None,
+    require_coverage: Annotated[
+        str | None, typer.Option(help="Exit with 1 where fewer Linears were rewritten, such as 100%.")
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Bound on the weights held at a time, such as 256MB.")] = None,
+    profile_rules: Annotated[bool, typer.Option(help="Print tries, hits and time of each rule.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Quantize a model: MODEL.qpass.onnx and a ledger of every site.
+
+    Example: `qpass rewrite model.onnx --preset w4a16-g128 --require-coverage 100%`
+    """
+    chosen = _spec(preset, spec, group_size)
+    least = _share(require_coverage)
+    own = [r for f in rules or () for r in pipeline.load_rules(f)]
+    show = not (quiet or as_json)
+    with _bar("writing", show and not no_progress, data=True) as progress:
+        done = pipeline.rewrite(
+            model,
+            output,
+            spec=chosen,
+            calibration=calibration,
+            rules=own,
+            progress=progress,
+            max_memory=_bytes(max_memory),
+        )
+    remember(report.stats_of(done.outcome.stats))
+    out = report.console()
+    if as_json:
+        typer.echo(json.dumps(report.as_json(done), indent=1))
+    elif not quiet:
+        if preset is None and spec is None:
+            out.print(f"no --preset and no --spec: {pipeline.DEFAULT_PRESET}, {chosen.describe()}")
+        out.print(report.rewritten(done))
+        if profile_rules:
+            out.print(report.profile(done.outcome.stats, _all_rules(own)))
+    if least is not None and (gap := pipeline.check_coverage(done.ledger, least)):
+        report.console(stderr=True).print(gap, markup=False)
+        raise typer.Exit(NOT_MET)
+
+
+@app.command()
+def explain(
+    model: Model,
+    rule: Annotated[str | None, typer.Option(help="Only this rule's near misses.")] = None,
+    preset: Preset = None,
+    spec: SpecFile = None,
+    group_size: GroupSize = None,
+    calibration: Calibration = None,
+    rules: Rules = None,
+    limit: Annotated[int, typer.Option(help="How many to print.")] = 20,
+) -> None:
+    """Say why sites were not rewritten, and which patterns almost matched where.
+
+    Example: `qpass explain model.onnx --preset w8a8 --rule quantize_norm`
+    """
+    own = [r for f in rules or () for r in pipeline.load_rules(f)]
+    known = {r.name for _, r in _all_rules(own)}
+    if rule is not None and rule not in known:
+        raise QpassError(f"--rule {rule}: no such rule; there are {', '.join(sorted(known))}")
+    done = pipeline.rewrite(
+        model, spec=_spec(preset, spec, group_size), calibration=calibration, rules=own, dry_run=True
+    )
+    out = report.console()
+    left = [s for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded")]
+    for s in left if rule is None else ():
+        out.print(f"{s.kind} '{s.name}' {s.status}: {s.reason}", markup=False)
+    near = report.misses(done.outcome.misses, rule, limit)
+    for m in near:
+        out.print(str(m), markup=False)
+    if not left and not near:
+        out.print("nothing was declined and no pattern came near without matching")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    preset: Preset = None,
+    spec: SpecFile = None,
+    group_size: GroupSize = None,
+    calibration: Calibration = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model's norms and Linears, and what a preset would do with them; writes nothing.
+
+    Example: `qpass inspect model.onnx --preset w8a8`
+    """
+    done = pipeline.rewrite(model, spec=_spec(preset, spec, group_size), calibration=calibration, dry_run=True)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(done) | {"model": report.facts(done)}, indent=1))
+    else:
+        report.console().print(report.inspected(done))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Annotated[list[Path], typer.Option("--data", "-d", help=".npz files keyed by input name, or folders of them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the statistics go, an .npz file.")],
+    mask: Annotated[str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")] = None,
+    force: Annotated[bool, typer.Option(help="Run again even where the statistics are there.")] = False,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Run a model over samples and keep statistics of its activations.
+
+    Example: `qpass calibrate model.onnx --data samples/ -o stats.npz`
+    """
+    from qpass.calibrate import calibrate as run
+
+    with _bar("calibrating", not quiet and not no_progress) as progress:
+        stats = run(model, data, output, mask=mask, progress=progress, force=force)
+    if not quiet:
+        report.console().print(report.calibrated(stats, model, output))
+
+
+@app.command()
+def verify(
+    original: Annotated[Path, typer.Argument(help="The model as it was.", show_default=False)],
+    rewritten: Annotated[Path, typer.Argument(help="The rewritten model.", show_default=False)],
+    data: Annotated[list[Path] | None, typer.Option("--data", "-d", help=".npz files or folders; made up if absent.")] = None,
+    layers: Annotated[bool, typer.Option(help="Find the first site where the two part.")] = False,
+    minimum: Annotated[float, typer.Option("--min-cosine", help="Exit with 1 below this cosine similarity.")] = 0.99,
+    as_json: Json = False,
+) -> None:
+    """Compare a rewritten model with its original in ONNX Runtime.
+
+    Example: `qpass verify model.onnx model.qpass.onnx --data samples/ --layers`
+    """
+    from qpass.verify import verify as run
+
+    found = run(original, rewritten, data=data, layers=layers, minimum=minimum)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        report.console().print(report.verified(found))
+    if not found.passed:
+        raise typer.Exit(NOT_MET)
+
+
+@spec_app.command("show")
+def spec_show(
+    preset: Annotated[str, typer.Argument(help=f"One of {', '.join(PRESETS)}, or a YAML recipe.")],
+    group_size: GroupSize = None,
+) -> None:
+    """Print a preset as a YAML recipe, to start one of your own.
+
+    Example: `qpass spec show w4a16-g128 > recipe.yaml`
+    """
+    recipe = Path(preset)
+    spec = _spec(None, recipe, group_size) if recipe.suffix in (".yaml", ".yml") else _spec(preset, None, group_size)
+    typer.echo(spec.to_yaml(), nl=False)
+
+
+@spec_app.command("list")
+def spec_list() -> None:
+    """List the presets.
+
+    Example: `qpass spec list`
+    """
+    report.console().print(report.presets())
+
+
+@spec_app.command("schema")
+def spec_schema(output: Annotated[Path | None, typer.Option("-o", "--output")] = None) -> None:
+    """Write the JSON Schema of recipes, for editors.
+
+    Example: `qpass spec schema -o recipe.schema.json`
+    """
+    text = json.dumps(QuantSpec.json_schema(), indent=1) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text)
+    except OSError as error:
+        raise QpassError(f"{output}: cannot be written: {error.strerror}") from error
+
+
+@app.command()
+def rules(rules: Rules = None) -> None:
+    """List the rules in the order they run, with file and line, and their hits in the last run.
+
+    Example: `qpass rules`
+    """
+    own = [r for f in rules or () for r in pipeline.load_rules(f)]
+    report.console().print(report.rules(_all_rules(own), last_run()))
+
+
+def _all_rules(own: list[Any]) -> list[tuple[str, Any]]:
+    stages = [("lift", LIFT), ("quantize", RULES)]
+    return [("own", r) for r in own] + [(name, r) for name, group in stages for stage in group for r in stage]
+
+
+def _spec(preset: str | None, file: Path | None, group_size: int | None) -> QuantSpec:
+    if preset is not None and file is not None:
+        raise QpassError("--preset and --spec: give one of them; a recipe may name a preset with `preset:`")
+    if file is None:
+        return QuantSpec.preset(preset or pipeline.DEFAULT_PRESET, group_size)
+    spec = QuantSpec.from_yaml(file)
+    return spec if group_size is None else spec.with_group_size(group_size)
+
+
+def _share(text: str | None) -> float | None:
+    """'97.5%' or '0.975' as a share."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise QpassError(f"--require-coverage {text}: wants a percentage such as 100%") from None
+
+
+def _bytes(text: str | None) -> int | None:
+    """'256MB' as bytes."""
+    if text is None:
+        return None
+    units = {"": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
+    number = text.rstrip("KMGBkmgb")
+    unit = text[len(number) :].upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise QpassError(f"--max-memory {text}: wants a size such as 256MB") from None
+
+
+@contextmanager
+def _bar(what: str, shown: bool, data: bool = False) -> Iterator[pipeline.Progress | None]:
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+    count = DownloadColumn() if data else MofNCompleteColumn()
+    columns = (TextColumn(what), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=report.console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def main() -> None:
+    """Entry point: one line for a user's mistake, exit codes 0 done, 1 not met, 2 mistake, 3 bug."""
+    try:
+        code = app(standalone_mode=False)
+    except QpassError as error:
+        sys.exit(_complain(str(error), MISTAKE))
+    except click.exceptions.Exit as leave:
+        code = leave.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = MISTAKE
+    except PatternError as error:
+        sys.exit(_complain(f"rule error: {error}", MISTAKE))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(_complain("interrupted; nothing was written", 130))
+    except BrokenPipeError:
+        sys.exit(DONE)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        import traceback
+
+        traceback.print_exc()
+        sys.exit(_complain(f"this is a bug of qpass: {type(error).__name__}: {error}", BUG))
+    sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return code

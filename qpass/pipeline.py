@@ -1,0 +1,179 @@
+"""The main job from file to file: load, lift, rewrite, unlift, write, and account for every site."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qpass.calibrate.stats import Stats
+from qpass.errors import QpassError
+from qpass.graph import Model, Node, SaveResult
+from qpass.ops import DOMAIN, REGISTRY
+from qpass.rewriter import LIFTED, Ledger, Outcome, Rule
+from qpass.rewriter.pattern import Op, Pat, reached
+from qpass.rules import RULES, Lifted
+from qpass.rules.quantizer import Quantizer
+from qpass.spec import QuantSpec
+
+Progress = Callable[[int, int], None]
+
+DEFAULT_PRESET = "w8a16"
+
+
+@dataclass
+class Rewritten:
+    """What a rewrite did. `saved` is None for a dry run."""
+
+    model: Path
+    output: Path
+    ledger_path: Path
+    ledger: Ledger
+    outcome: Outcome
+    spec: QuantSpec
+    remarks: list[str] = field(default_factory=list)
+    """Facts about the whole run that a user should know, such as that nothing was smoothed."""
+    saved: SaveResult | None = None
+
+
+def rewrite(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    spec: QuantSpec | str = DEFAULT_PRESET,
+    calibration: str | Path | Stats | None = None,
+    rules: Sequence[Rule[Any, Any]] = (),
+    progress: Progress | None = None,
+    max_memory: int | None = None,
+    dry_run: bool = False,
+    only_rules: bool = False,
+) -> Rewritten:
+    """Rewrite the norms, Linears and MatMuls of an ONNX model into quantized plugin nodes.
+
+    Args:
+        model: the model; it and its external data are only read.
+        output: the rewritten model, by default the model's name with `.qpass.onnx`. The ledger is written beside it.
+        spec: what to quantize and how, or the name of a preset.
+        calibration: statistics of its activations, made by `qpass.calibrate`.
+        rules: rules of your own. Those over lifted nodes run before the built-in ones, all others before lifting.
+        progress: called with bytes of weights written and in all.
+        max_memory: bound in bytes on the weights that the writer holds at a time.
+        dry_run: do everything but write.
+        only_rules: run none of the built-in quantizing rules, only `rules`.
+
+    Returns:
+        The ledger, what each rule did, and the files.
+
+    Raises:
+        QpassError: anything wrong with the model, the spec, the statistics or the place to write to.
+    """
+    path = Path(model)
+    if isinstance(spec, str):
+        spec = QuantSpec.preset(spec)
+    output = Path(output) if output is not None else default_output(path)
+    ledger_path = ledger_of(output)
+    loaded = Model.load(path)
+    stats = Stats.load(Path(calibration)) if isinstance(calibration, str | Path) else calibration
+    if stats is not None:
+        stats.check(path)
+
+    bytes_before = loaded.weight_bytes
+    early = [r for r in rules if not _over_lifted(r)]
+    late = [r for r in rules if _over_lifted(r)]
+    lifted = Lifted(loaded, early)
+    quantizer = Quantizer(spec, lifted.survey, stats)
+    for stage in ((late,) if late else ()) + (() if only_rules else RULES):
+        lifted.run(stage, quantizer)
+    lifted.unlift()
+    lifted.survey.settle(lifted.outcome)
+    _define_functions(loaded)
+
+    ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
+    ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
+    done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, quantizer.remarks())
+    if not dry_run:
+        sidecars = {ledger_path: ledger.to_json().encode()}
+        done.saved = loaded.save(output, sidecars=sidecars, progress=progress, max_memory=max_memory)
+    return done
+
+
+def default_output(model: Path) -> Path:
+    """`model.onnx` → `model.qpass.onnx`, in the same folder."""
+    return model.with_name(f"{model.name.removesuffix('.onnx')}.qpass.onnx")
+
+
+def ledger_of(output: Path) -> Path:
+    """The ledger's path: the output's with `.onnx` replaced by `.ledger.json`."""
+    return output.with_name(f"{output.name.removesuffix('.onnx')}.ledger.json")
+
+
+def load_rules(path: str | Path) -> list[Rule[Any, Any]]:
+    """The rules that a Python file defines, in their order.
+
+    Raises:
+        QpassError: the file is missing, fails to run (with file and line), or defines no rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise QpassError(f"{path}: no such rule file")
+    name = f"qpass_rules_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise QpassError(f"{path}: a rule file is Python and ends in .py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # annotations of its patterns are looked up there
+    try:
+        found.loader.exec_module(module)
+    except SyntaxError as error:
+        raise QpassError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:  # whatever the user's code raises
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = f":{frames[-1].lineno}" if frames else ""
+        raise QpassError(f"{path}{line}: {type(error).__name__}: {error}") from error
+    rules = [v for v in vars(module).values() if isinstance(v, Rule)]
+    rules = [r for r in rules if Path(r.location.file).resolve() == path.resolve()]
+    if not rules:
+        raise QpassError(f"{path}: defines no rule; decorate a function with @qpass.rule")
+    return rules
+
+
+def _over_lifted(r: Rule[Any, Any]) -> bool:
+    """Whether a rule's pattern mentions lifted nodes."""
+    patterns = [r.pattern, *r.pattern.elements.values()]
+    parts: list[Pat] = [p for pattern in patterns for p in reached(pattern.captures["y"])]
+    return any(isinstance(p, Op) and p.domain == LIFTED for p in parts)
+
+
+def _define_functions(model: Model) -> None:
+    """Give every qpass node its body: one function a signature, in order of first use."""
+    opset = model.opset
+    known: set[tuple[str, str]] = set()
+    node: Node
+    for node in model.nodes():
+        if node.domain != DOMAIN or node.proto is not None:
+            continue
+        function = REGISTRY[node.op].body(node.attrs, [v.dtype for v in node.inputs], opset)
+        node.overload = function.overload
+        if (node.op, function.overload) not in known:
+            known.add((node.op, function.overload))
+            model.functions.append(function)
+
+
+def check_coverage(ledger: Ledger, least: float) -> str | None:
+    """None where the share of rewritten Linears is at least `least` (0..1), else what is missing.
+
+    Raises:
+        QpassError: `least` is no share.
+    """
+    if not 0 <= least <= 1:
+        raise QpassError(f"--require-coverage {least:.0%}: wants a share between 0% and 100%")
+    got = ledger.coverage()
+    if got >= least:
+        return None
+    left = [s.name for s in ledger.of("linear") if s.status not in ("rewritten", "excluded")]
+    return f"coverage is {got:.1%}, below {least:.1%}; not rewritten: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}"

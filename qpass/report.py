@@ -1,0 +1,122 @@
+"""What the command line prints: tables of a ledger, near misses and rules."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from qpass.pipeline import Rewritten
+from qpass.rewriter import Ledger, Miss, Rule, RuleStats, Site
+
+STYLE = {"rewritten": "green", "kept": "dim", "excluded": "yellow", "declined": "red", "near_miss": "red"}
+
+
+def size(n: int) -> str:
+    """Bytes as people read them: 90.9 MB."""
+    value, unit = float(n), "B"
+    for unit in ("B", "kB", "MB", "GB"):  # noqa: B007 # the last unit reached is wanted
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def summary(ledger: Ledger) -> Table:
+    """Rewritten sites by kind and op, the rest by status and reason."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("sites", "right"), ("kind", "left"), ("status", "left"), ("what", "left"), ("such as", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    groups: dict[tuple[str, str, str], list[Site]] = defaultdict(list)
+    for s in ledger.sites:
+        groups[s.kind, s.status, (s.op if s.status == "rewritten" else s.reason) or ""].append(s)
+    order = list(STYLE)
+    for (kind, status, what), sites in sorted(groups.items(), key=lambda g: (order.index(g[0][1]), g[0][0])):
+        table.add_row(str(len(sites)), kind, f"[{STYLE[status]}]{status}[/]", escape(what), escape(sites[0].name))
+    return table
+
+
+def sizes(ledger: Ledger) -> str:
+    """Bytes of weights before and after, and how many Linears were rewritten."""
+    before, after = ledger.bytes_before, ledger.bytes_after
+    ratio = f" ({before / after:.2f} × smaller)" if after else ""
+    counts = Counter(s.status for s in ledger.of("linear"))
+    asked = sum(counts.values()) - counts["excluded"]
+    return (
+        f"weights {size(before)} → {size(after)}{ratio}; "
+        f"{counts['rewritten']} of {asked} Linears rewritten ({ledger.coverage():.0%})"
+    )
+
+
+def remarks_on_sites(ledger: Ledger) -> list[str]:
+    """What rules noted on rewritten sites, such as that smoothing was not used, counted."""
+    notes = Counter(s.reason for s in ledger.sites if s.status == "rewritten" and s.reason)
+    return [f"{n} × {text}" if n > 1 else text for text, n in notes.most_common()]
+
+
+def rewritten(done: Rewritten) -> RenderableType:
+    """The whole report of `qpass rewrite`."""
+    lines: list[RenderableType] = [summary(done.ledger), ""]
+    lines += [f"[dim]note:[/] {escape(r)}" for r in done.remarks]
+    lines.append(escape(sizes(done.ledger)))
+    if done.saved is not None:
+        files = ", ".join(f"{f.name} ({size(f.stat().st_size)})" for f in done.saved.files)
+        lines.append(f"wrote {escape(files)}")
+        lines.append(f"next: [bold]qpass verify {escape(str(done.model))} {escape(str(done.output))}[/]")
+    return Group(*lines)
+
+
+def as_json(done: Rewritten) -> dict[str, Any]:
+    """The report of `qpass rewrite` for machines."""
+    return {
+        "output": str(done.output) if done.saved is not None else None,
+        "ledger": str(done.ledger_path) if done.saved is not None else None,
+        "files": [str(f) for f in done.saved.files] if done.saved is not None else [],
+        "spec": done.ledger.spec,
+        "coverage": done.ledger.coverage(),
+        "totals": done.ledger.totals(),
+        "not_rewritten": [
+            {"nodes": s.nodes, "status": s.status, "reason": s.reason}
+            for s in done.ledger.of("linear")
+            if s.status != "rewritten"
+        ],
+        "remarks": done.remarks,
+        "rules": {name: vars(s) for name, s in done.outcome.stats.items()},
+    }
+
+
+def misses(found: Iterable[Miss], rule: str | None, limit: int) -> list[Miss]:
+    """Near misses, the nearest first; one a node and rule."""
+    best: dict[tuple[int, str], Miss] = {}
+    for m in found:
+        key = (id(m.root), m.rule)
+        if (rule is None or m.rule == rule) and (key not in best or m.rank > best[key].rank):
+            best[key] = m
+    return sorted(best.values(), key=lambda m: m.rank, reverse=True)[:limit]
+
+
+def rules(all_rules: Iterable[tuple[str, Rule[Any, Any]]], stats: dict[str, dict[str, float]]) -> Table:
+    """Every rule with its stage, file and line, and what it did in the last run."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "rule", "pattern", "at", "hits", "tries", "does"):
+        table.add_column(name, justify="right" if name in ("hits", "tries") else "left", overflow="fold")
+    for stage, r in all_rules:
+        s = stats.get(r.name, {})
+        hits, tries = (str(s.get(k, "")) for k in ("hits", "tries"))
+        table.add_row(stage, r.name, r.pattern.__name__, str(r.location), hits, tries, escape(r.summary))
+    return table
+
+
+def stats_of(stats: dict[str, RuleStats]) -> dict[str, dict[str, float]]:
+    """Rule statistics as plain data."""
+    return {name: vars(s) for name, s in stats.items()}
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not break long lines where its output is no terminal."""
+    c = Console(stderr=stderr, highlight=False)
+    return c if c.is_terminal else Console(stderr=stderr, highlight=False, width=200, soft_wrap=True)
