@@ -1,0 +1,61 @@
+"""What LayernormQuantization and RmsnormQuantization share: everything but the norm's statistics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qpass.ops.base import EPSILON, Array, Attr, Input, Op, Output, When, flag
+from qpass.ops.body import Body, Value
+from qpass.quantize.activation import quantize, quantize_per_token
+
+
+class NormQuantization(Op):
+    """y = norm(x) · gamma + beta, statistics in float32; q = quantize(y / smoother)."""
+
+    inputs = (
+        Input("x", "T", "... K"),
+        Input("gamma", "T", "K"),
+        Input("beta", "T", "K", When("has_beta")),
+        Input("smoother", "float32", "K", When("has_smoother")),
+        Input("scale", "float32", "1", When("dyn_act_scaling", on=False), tag="static"),
+    )
+    outputs = (
+        Output("q", "int8", "... K"),
+        Output("scale", "float32", "... 1", When("dyn_act_scaling"), tag="per_token"),
+        Output("y", "T", "... K", When("has_y")),
+    )
+    attributes = (
+        EPSILON,
+        flag("has_beta", "the norm adds a beta"),
+        flag("has_smoother", "y is divided by a smoother before it is quantized"),
+        flag("dyn_act_scaling", "1: a scale per token is an output; 0: one scale is an input"),
+        flag("has_y", "the norm's result is an output too, without the smoother, for a residual"),
+    )
+
+    @abstractmethod
+    def build_norm(self, b: Body, x: Value) -> Value:
+        """x normalized, before gamma."""
+
+    @abstractmethod
+    def compute_norm(self, x: Array, epsilon: np.float32) -> Array:
+        """The same in NumPy, x in float32."""
+
+    def build(self, b: Body) -> Sequence[Value]:
+        y = self.build_norm(b, b.float32("x")) * b.float32("gamma")
+        if b.get("beta"):
+            y = y + b.float32("beta")
+        smoother, scale = b.get("smoother"), b.get("scale")
+        smoothed = y / smoother if smoother else y
+        quantized = [b.to_int8(smoothed, scale)] if scale else b.per_token(smoothed)
+        return [*quantized, y] if b.attrs["has_y"] else quantized
+
+    def compute(self, given: Mapping[str, Array], attrs: Mapping[str, Attr]) -> Sequence[Array]:
+        y = self.compute_norm(given["x"], np.float32(attrs["epsilon"])) * given["gamma"]
+        if "beta" in given:
+            y = y + given["beta"]
+        smoothed = y / given["smoother"] if "smoother" in given else y
+        quantized = [quantize(smoothed, given["scale"])] if "scale" in given else quantize_per_token(smoothed)
+        return [*quantized, y] if attrs["has_y"] else quantized

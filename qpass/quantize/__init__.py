@@ -1,0 +1,1 @@
+"""Numbers only: scales, rounding, packing, smoothing. No graph, no ONNX."""
