@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qpass.calibrate.stats import Stats
+from qpass.calibrate import Stats
 from qpass.errors import QpassError
 from qpass.graph import Model, Node, SaveResult
 from qpass.ops import DOMAIN, REGISTRY
@@ -157,7 +157,9 @@ def _define_functions(model: Model) -> None:
     for node in model.nodes():
         if node.domain != DOMAIN or node.proto is not None:
             continue
-        function = REGISTRY[node.op].body(node.attrs, [v.dtype for v in node.inputs], opset)
+        op, present = REGISTRY[node.op], iter(node.inputs)
+        dtypes = [next(present).dtype if i.present(node.attrs) else None for i in op.inputs]
+        function = op.body(node.attrs, dtypes, opset)
         node.overload = function.overload
         if (node.op, function.overload) not in known:
             known.add((node.op, function.overload))

@@ -10,8 +10,11 @@ from qpass.rewriter import Outcome, Rewriter, Rule, Stage
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.norms import LIFT_NORMS
 from qpass.rules.sites import Found, Survey
+from qpass.rules.smooth_quant import SMOOTH_QUANT
+from qpass.rules.weight_only import WEIGHT_ONLY
 
 LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
+RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
 
 
 class Lifted:
@@ -49,4 +52,4 @@ def _graphs(graph: Any, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _graphs(value, f"{prefix}{node.name or node.op}/{name}/")
 
 
-__all__ = ["LIFT", "Found", "Lifted", "Survey"]
+__all__ = ["LIFT", "RULES", "Found", "Lifted", "Survey"]

@@ -14,6 +14,7 @@ from qpass.rewriter.view import domain_of, producer
 from qpass.spec import SiteNames
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
+_TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
 NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 
 
@@ -103,7 +104,7 @@ class Survey:
         for event in outcome.events:
             if event.status != "rewritten":
                 f = self.by_lifted.get(event.match.root)
-                if f is not None and f.site.status != "rewritten":
+                if f is not None and _TELLS_MORE.index(event.status) <= _TELLS_MORE.index(f.site.status):
                     f.site.status, f.site.reason, f.site.rule = event.status, event.why, event.rule.name
                 continue
             for node in event.claimed:

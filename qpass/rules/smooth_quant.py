@@ -6,6 +6,8 @@ norm feeds the Linears, 1/s folds into the norm's gamma and beta.
 
 from __future__ import annotations
 
+import numpy as np
+
 from qpass.graph import Const, Value
 from qpass.rewriter import Emit, Pattern, Replacement, attr, const, ir, keep, others, rule, uses, val
 from qpass.rules.linears import Linear
@@ -38,7 +40,7 @@ class InputFanout(Pattern):
 @rule
 def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     """A norm that feeds Linears becomes a quantizing norm with SmoothQuantGemms behind it."""
-    heads = cfg.quantized_alike(m.heads)
+    heads = cfg.quantized_alike([h for h in m.heads if readable(m.y, h)])
     if not heads:
         keep("no Linear that the spec quantizes with its activations reads it")
     needed = m.rest or len(heads) < len(m.heads)
@@ -94,9 +96,20 @@ def gemm(h: Linear, new: Emit, cfg: Quantizer, act: Activation, q: Value, scale:
         output_type=cfg.onnx_dtype(h.y),
         has_per_token_scaling=int(act.scale is None),
     )
-    if q.shape is not None and h.x.shape is not None and len(q.shape) != len(h.x.shape):
-        return at.onnx("Reshape", y, cfg.flat(h), dtype=y.dtype, shape=h.y.shape)
+    if not same_rank(q, h.x):
+        rows_by_columns = np.array([-1, h.w.shape[1]], np.int64)
+        return at.onnx("Reshape", y, rows_by_columns, dtype=y.dtype, shape=h.y.shape)
     return y
+
+
+def same_rank(a: Value, b: Value) -> bool:
+    """Whether two values that hold the same rows have the same leading dims too."""
+    return a.shape is None or b.shape is None or len(a.shape) == len(b.shape)
+
+
+def readable(x: Value, h: Linear) -> bool:
+    """Whether a Linear can take `x` itself in place of the view of it that it reads: as it is, or flattened to rows."""
+    return h.x is x or (h.x.shape is not None and x.shape is not None and (same_rank(x, h.x) or len(h.x.shape) == 2))
 
 
 SMOOTH_QUANT = (quantize_norm,), (quantize_input,)

@@ -1,0 +1,239 @@
+"""What rules ask of the spec, the weights and the calibration: the `cfg` of every quantizing rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qpass.calibrate import ActivationStats, Stats
+from qpass.errors import QpassError
+from qpass.graph import Blockwise, Const, Given, Lazy, Node, Value
+from qpass.graph.dtypes import to_onnx
+from qpass.quantize import weight as numbers
+from qpass.rewriter import Pattern, derived, exclude, keep, need
+from qpass.rules.linears import Linear
+from qpass.rules.sites import Survey
+from qpass.rules.smoothing import Choice, choose
+from qpass.spec import LinearSpec, QuantSpec
+
+INT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Promises of a quantized weight, [N, K] or packed [N, K/2], with what dequantizes it."""
+
+    weight: Lazy
+    scale: Lazy
+    zero: Lazy | None = None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How one activation is quantized, for all Linears that read it."""
+
+    smoother: Lazy | None
+    """float32 [K]; the activation is divided by it, the weights are multiplied."""
+    scale: Lazy | None
+    """float32 [1], static; None for a scale per token."""
+    note: str
+
+    def folded(self, c: Const | None) -> Const | None:
+        """A norm's gamma or beta, divided by the smoother."""
+        if c is None or self.smoother is None:
+            return c
+        return derived(c, c.array.astype(FLOAT32) / self.smoother)
+
+
+class Quantizer:
+    """Resolves the spec for every Linear of a model and promises quantized weights.
+
+    Raises:
+        QpassError: a filter of the spec that matches nothing, or static scales asked for without statistics.
+    """
+
+    def __init__(self, spec: QuantSpec, survey: Survey, stats: Stats | None) -> None:
+        self._survey = survey
+        self._stats = stats
+        resolver = spec.resolver()
+        self._specs: dict[Node, LinearSpec | str] = {}
+        for f in survey.found:
+            if f.site.kind == "linear":
+                resolved = resolver.linear(f.names)
+                if f.lifted is not None:
+                    self._specs[f.lifted] = resolved
+        resolver.check()
+        if stats is None and any(not isinstance(s, str) and s.needs_calibration for s in self._specs.values()):
+            raise QpassError(
+                f"{spec.name} needs activation statistics for its static scales; make them with "
+                "`qpass calibrate MODEL --data FOLDER -o stats.npz` and pass --calibration stats.npz"
+            )
+        self._weights: dict[Any, QuantizedWeight] = {}
+        self._activations: dict[Any, Activation] = {}
+        self._remarks: Counter[str] = Counter()
+
+    # -- the spec
+
+    def spec(self, m: Linear | Pattern) -> LinearSpec:
+        """What the spec wants of a lifted Linear.
+
+        Raises:
+            Exclude, Keep: it excludes the Linear, or asks nothing of it.
+        """
+        resolved = self._specs[m.root]
+        if isinstance(resolved, str):
+            exclude(resolved)
+        if not resolved.mode:
+            keep("the spec leaves it in full precision")
+        return resolved
+
+    def quantized_alike(self, heads: Sequence[Linear]) -> list[Linear]:
+        """Of Linears on one activation, those that share the first spec that quantizes activations."""
+        wanted: LinearSpec | None = None
+        out = []
+        for h in heads:
+            s = self._specs.get(h.root)
+            if not isinstance(s, LinearSpec) or not s.mode.has_act_and_weight_quant():
+                continue
+            wanted = wanted or s
+            if s == wanted:
+                out.append(h)
+        return out
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the whole run."""
+        return list(self._remarks)
+
+    # -- dtypes and constants
+
+    def onnx_dtype(self, v: Value) -> int:
+        """A value's TensorProto type."""
+        need(v.dtype is not None, f"the dtype of '{v.name}' is not known")
+        assert v.dtype is not None
+        return to_onnx(v.dtype)
+
+    def like(self, c: Const | None, v: Value) -> Const | None:
+        """A constant in a value's dtype."""
+        if c is None or c.dtype == v.dtype:
+            return c
+        assert v.dtype is not None
+        return derived(c, c.array.astype(v.dtype))
+
+    def bias(self, m: Linear) -> Const | None:
+        """The Linear's bias in the dtype of its output."""
+        return self.like(m.b, m.y)
+
+    # -- weights: promises of [N, K]
+
+    def int8(self, w: Const, smoother: Lazy | None = None) -> QuantizedWeight:
+        """int8 per output channel of w [K, N], of w · smoother where there is one."""
+
+        def make() -> QuantizedWeight:
+            array = w.array.T
+            if smoother is not None:
+                array = array.astype(FLOAT32) * smoother
+            return self._promise(w, array, numbers.int8_per_channel, [(array.shape, INT8), (array.shape[:1], FLOAT32)])
+
+        return self._cached((_view_of(w), "int8", id(smoother)), make)
+
+    def int4(self, w: Const, spec: LinearSpec) -> QuantizedWeight:
+        """Packed int4 per output channel of w [K, N]."""
+        k, n = w.shape
+
+        def make() -> QuantizedWeight:
+            results = [((n, k // 2), INT8), ((n,), FLOAT32)]
+            return self._promise(w, w.array.T, lambda b: numbers.int4_per_channel(b, spec.rounding), results)
+
+        return self._cached((_view_of(w), "int4", spec.rounding), make)
+
+    def int4_groups(self, w: Const, spec: LinearSpec) -> QuantizedWeight:
+        """Packed int4 with a scale, and maybe a zero point, for each group of K of w [K, N]."""
+        k, n = w.shape
+        group = spec.group_size
+        per_group = (n, k // group)
+
+        def make() -> QuantizedWeight:
+            results = [((n, k // 2), INT8), (per_group, FLOAT32), *([(per_group, INT8)] if spec.zero_point else [])]
+            return self._promise(
+                w, w.array.T, lambda b: numbers.int4_groupwise(b, group, spec.rounding, spec.zero_point), results
+            )
+
+        return self._cached((_view_of(w), "groups", group, spec.rounding, spec.zero_point), make)
+
+    def _cached(self, key: Any, make: Callable[[], QuantizedWeight]) -> QuantizedWeight:
+        """Linears that share a weight share its quantized form too."""
+        if key not in self._weights:
+            self._weights[key] = make()
+        return self._weights[key]
+
+    def _promise(
+        self, w: Const, array: Lazy, fn: Callable[[Any], tuple[Any, ...]], results: list[tuple[tuple[int, ...], Any]]
+    ) -> QuantizedWeight:
+        def quantize(block: Any) -> tuple[Any, ...]:
+            try:
+                return fn(block)
+            except numbers.NonFinite as error:
+                raise QpassError(
+                    f"weight '{w.origin}' holds NaN or infinite values; repair it, or exclude its Linear in the spec"
+                ) from error
+
+        made = Blockwise(array, quantize, results, w.origin).results
+        return QuantizedWeight(made[0], made[1], made[2] if len(made) > 2 else None)
+
+    # -- activations
+
+    def activation(self, x: Value, heads: Sequence[Linear]) -> Activation:
+        """Smoother and static scale of an activation, chosen for all Linears that read it.
+
+        Raises:
+            Decline: static scales are wanted and there are no statistics of it.
+        """
+        key = (id(x), tuple(id(h.root) for h in heads))
+        if key not in self._activations:
+            self._activations[key] = self._decide(x, heads)
+        return self._activations[key]
+
+    def _decide(self, x: Value, heads: Sequence[Linear]) -> Activation:
+        spec = self.spec(heads[0])
+        stats = self._stats_of(x, heads)
+        static = spec.needs_calibration
+        need(not static or stats is not None, f"the calibration has no statistics of '{x.name}'")
+        if stats is None:
+            if spec.smoothing is not None:
+                self._remarks["without calibration nothing is smoothed; `qpass calibrate` makes statistics"] += 1
+            return Activation(None, None, "")
+        foreign = self._shared_outside(heads)
+        if foreign is not None:
+            spec = spec.model_copy(update={"smoothing": None})
+        choice: Choice = choose(stats, [h.w for h in heads], spec)
+        note = f"unsmoothed: its weight is also used by '{foreign}'" if foreign is not None else choice.note
+        return Activation(
+            None if choice.smoother is None else Given(choice.smoother),
+            None if choice.scale is None else Given(np.array([choice.scale], np.float32)),
+            note,
+        )
+
+    def _stats_of(self, x: Value, heads: Sequence[Linear]) -> ActivationStats | None:
+        if self._stats is None:
+            return None
+        names = [x.name, *(h.x.name for h in heads)]
+        return next((s for n in names if (s := self._stats.get(n)) is not None), None)
+
+    def _shared_outside(self, heads: Sequence[Linear]) -> str | None:
+        """A Linear outside `heads` that uses one of their weights; both could not have their own smoother."""
+        mine = {h.root for h in heads}
+        for h in heads:
+            for node in self._survey.sharers.get(id(h.w.root), ()):
+                if node not in mine:
+                    return node.name
+        return None
+
+
+def _view_of(w: Const) -> Any:
+    """What tells two views of a tensor apart: its root, the nodes between and the shape."""
+    return id(w.root), tuple((n.op, str(n.attrs)) for n in w.via), w.shape
+
