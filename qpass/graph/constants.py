@@ -99,9 +99,9 @@ def _cast(_: Constants, node: Node, array: Lazy) -> Lazy | None:
 
 def _exact_cast(source: DType, target: DType) -> bool:
     """Whether numpy casts as ONNX does. ONNX saturates in casts to float8 and smaller; strings are text."""
-    if "O" in (source.kind, target.kind):
+    if source.kind == "O":
         return False
-    return target.kind in "biuf" or target.name == "bfloat16"
+    return target.name == "bfloat16" or (target.isbuiltin == 1 and target.kind in "biuf")
 
 
 def _reshape(constants: Constants, node: Node, array: Lazy) -> Lazy | None:

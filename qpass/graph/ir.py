@@ -146,6 +146,7 @@ class Const(_Symbolic, gs.Constant):  # type: ignore[misc] # gs has no type hint
 
     @values.setter
     def values(self, values: Lazy | Array) -> None:
+        self.proto = None  # it is no longer what the model came with
         self._values = Promised(values if isinstance(values, Lazy) else Given(values))
 
     @property

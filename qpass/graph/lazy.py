@@ -10,15 +10,11 @@ import math
 import operator
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from qpass.graph.dtypes import Array, DType, file_bytes
-
-if TYPE_CHECKING:
-    from qpass.graph.stored import Stored
 
 
 class Lazy(ABC):
@@ -45,9 +41,17 @@ class Lazy(ABC):
         """The whole array: for small ones, or for those who know that it fits."""
         return self.rows(0, self.shape[0])
 
-    def sources(self) -> Iterator[Stored]:
-        """The stored tensors that this promise reads, as far as they are known."""
-        return iter(())
+    def parts(self) -> Iterable[Lazy]:
+        """The promises that this one is made of, as far as they are known."""
+        return ()
+
+    def leaves(self) -> Iterator[Lazy]:
+        """What this promise reads or waits for in the end: those of its parts that have no parts."""
+        parts = tuple(self.parts())
+        if not parts:
+            yield self
+        for part in parts:
+            yield from part.leaves()
 
     @property
     def ndim(self) -> int:
@@ -218,10 +222,8 @@ class Elementwise(Lazy):
             return Elementwise(self.fn, self.operands[0].reshape(*shape))  # a cast: reshape what is stored
         return Reshaped(self, shape)
 
-    def sources(self) -> Iterator[Stored]:
-        for operand in self.operands:
-            if isinstance(operand, Lazy):
-                yield from operand.sources()
+    def parts(self) -> Iterable[Lazy]:
+        return [o for o in self.operands if isinstance(o, Lazy)]
 
 
 class _View(Lazy):
@@ -230,8 +232,8 @@ class _View(Lazy):
     def __init__(self, base: Lazy, shape: tuple[int, ...]) -> None:
         self.base, self.shape, self.dtype = base, shape, base.dtype
 
-    def sources(self) -> Iterator[Stored]:
-        return self.base.sources()
+    def parts(self) -> Iterable[Lazy]:
+        return [self.base]
 
 
 class Transposed(_View):

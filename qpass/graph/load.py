@@ -82,8 +82,8 @@ def _check_versions(path: Path, proto: ModelProto) -> None:
     newest = onnx.defs.onnx_opset_version()
     if proto.ir_version > onnx.IR_VERSION:
         raise QpassError(
-            f"{path} has ir_version {proto.ir_version}, but the installed onnx {onnx.__version__} knows up to "
-            f"{onnx.IR_VERSION}; upgrade with `pip install -U onnx`"
+            f"{path} has ir_version {proto.ir_version}, but the installed onnx {onnx.__version__} knows "
+            f"up to {onnx.IR_VERSION}; upgrade with `pip install -U onnx`"
         )
     opset = default_opset(proto)
     if opset is None:
@@ -138,7 +138,7 @@ class Weights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files: dict[str, tuple[FileSource, int]] = {}
+        self._files: dict[str, FileSource] = {}
 
     def of(self, tensor: TensorProto) -> Lazy:
         """The values of a tensor. Raises QpassError where its external data is missing, short or out of
@@ -167,13 +167,13 @@ class Weights:
             raise QpassError(f"{where} is damaged: {error}; export the model again") from None
 
     def files(self) -> list[Path]:
-        """The model file and every data file that was asked for."""
-        return [self.path, *(source.path for source, _ in self._files.values())]
+        """The model file and every other file that holds some of its tensors."""
+        return [self.path, *(source.path for name, source in self._files.items() if name != self.path.name)]
 
     def _external(self, tensor: TensorProto, size: int, where: str) -> tuple[FileSource, int]:
         entries = {e.key: e.value for e in tensor.external_data}
         location = entries.get("location", "")
-        source, file_size = self._open(location, where)
+        source = self._open(location, where)
         try:
             offset = int(entries.get("offset") or 0)
             length = int(entries.get("length") or size)
@@ -181,33 +181,36 @@ class Weights:
             raise QpassError(
                 f"{where}: offset or length of its external data is not a number: {entries}"
             ) from None
-        if offset < 0 or length < 0 or offset > file_size:
+        if offset < 0 or length < 0 or offset > source.size:
             raise QpassError(
-                f"{where} lies at offset {offset} of {source.path}, of {file_size} bytes; export it again"
+                f"{where} lies at offset {offset} of {source.path}, of {source.size} bytes; export it again"
             )
         if length != size:
             raise QpassError(
                 f"{where} needs {size} bytes but its external data says length {length}; export it again"
             )
-        if offset + size > file_size:
+        if offset + size > source.size:
             raise QpassError(
-                f"{where} needs bytes {offset} to {offset + size} of {source.path}, which has {file_size}; "
+                f"{where} needs bytes {offset} to {offset + size} of {source.path}, which has {source.size}; "
                 "the data file is truncated or of another model, copy it again"
             )
         return source, offset
 
-    def _open(self, location: str, where: str) -> tuple[FileSource, int]:
+    def _open(self, location: str, where: str) -> FileSource:
         if location not in self._files:
             path = self._resolve(location, where)
             try:
-                size = path.stat().st_size
-            except OSError:
+                if path.exists() and not path.is_file():
+                    raise QpassError(
+                        f"{where} lies in {path}, which is no regular file; copy the data beside the model"
+                    )
+                self._files[location] = FileSource(path)
+            except FileNotFoundError:
                 raise QpassError(
                     f"{where} lies in {path}, which is missing; copy it beside the model"
                 ) from None
-            if not path.is_file():
-                raise QpassError(f"{where} lies in {path}, which is no regular file")
-            self._files[location] = FileSource(path), size
+            except OSError as error:
+                raise QpassError(f"{where} lies in {path}, which cannot be read: {error.strerror}") from None
         return self._files[location]
 
     def _resolve(self, location: str, where: str) -> Path:

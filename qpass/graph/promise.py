@@ -4,14 +4,13 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from qpass.graph.dtypes import Array, DType
 from qpass.graph.lazy import Lazy, _expect
-from qpass.graph.stored import Stored
 
 
 class Blockwise:
@@ -20,7 +19,8 @@ class Blockwise:
 
     `fn` maps `source.rows(a, b)` to one array per result, each the rows a..b of that result. It runs in
     several threads at once, on blocks of any size and order, and must not depend on either. `results` gives
-    each result's whole shape (axis 0 as long as the source's) and dtype.
+    each result's whole shape (axis 0 as long as the source's) and dtype; `needs` are promises that `fn`
+    loads, so that kept ones are ready.
     """
 
     def __init__(
@@ -29,8 +29,9 @@ class Blockwise:
         fn: Callable[[Array], tuple[Array, ...]],
         results: Sequence[tuple[tuple[int, ...], np.typing.DTypeLike]],
         name: str,
+        needs: Sequence[Lazy] = (),
     ) -> None:
-        self.source, self.fn, self.name = source, fn, name
+        self.source, self.fn, self.name, self.needs = source, fn, name, tuple(needs)
         self.results = tuple(
             Result(self, i, tuple(shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(results)
         )
@@ -59,8 +60,8 @@ class Result(Lazy):
     def rows(self, start: int, stop: int) -> Array:
         return self.group.block(start, stop)[self.index]
 
-    def sources(self) -> Iterator[Stored]:
-        return self.group.source.sources()
+    def parts(self) -> Iterable[Lazy]:
+        return [self.group.source, *self.group.needs]
 
 
 class Promised(gs.ir.tensor.LazyValues):  # type: ignore[misc] # gs has no type hints

@@ -6,7 +6,6 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +16,8 @@ from qpass.errors import QpassError
 from qpass.graph.dtypes import Array, DType, file_bytes, pack, packed_bits, to_numpy, unpack
 from qpass.graph.lazy import Lazy
 
+#: Bytes of one advice to read ahead; Linux cuts longer ones off at the device's limit.
+_READAHEAD = 256 << 10
 #: Mapped bytes that one reader keeps resident at a time.
 _RESIDENT = 4 << 20
 
@@ -36,7 +37,7 @@ class Source(Protocol):
 
 
 class FileSource:
-    """A file on disk, opened at the first read.
+    """A file on disk, `size` bytes long, opened at once: nothing that replaces it later matters.
 
     Whole ranges are read with pread. Many small pieces (a column slab of a [K, N] weight) are copied out of a
     mapping, several times faster than one system call each; mapped pages count as resident memory and are let
@@ -46,23 +47,13 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
-        self._fd = -1
         self._map: mmap.mmap | None = None
         self._lock = threading.Lock()
-
-    @property
-    def fd(self) -> int:
-        with self._lock:
-            if self._fd < 0:
-                try:
-                    self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise QpassError(f"cannot read {self.path}: {error.strerror}") from error
-            return self._fd
+        self._fd = -1
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._fd).st_size
 
     def __del__(self) -> None:
-        if self._map is not None:
-            self._map.close()
         if self._fd >= 0:
             os.close(self._fd)
 
@@ -78,7 +69,7 @@ class FileSource:
         for i in range(0, count, per_turn):
             turn = min(per_turn, count - i)
             begin, end = offset + i * step, offset + (i + turn - 1) * step + length
-            if end > os.fstat(self.fd).st_size:  # reading past it would be a SIGBUS
+            if end > os.fstat(self._fd).st_size:  # reading past it would be a SIGBUS
                 raise self._shorter()
             flat = np.frombuffer(mapped, np.uint8, end - begin, begin)
             out[i : i + turn] = np.lib.stride_tricks.as_strided(flat, (turn, length), (step, 1))
@@ -88,10 +79,9 @@ class FileSource:
         return out
 
     def _mapped(self) -> mmap.mmap:
-        fd = self.fd
         with self._lock:
             if self._map is None:
-                self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+                self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
             return self._map
 
     def _shorter(self) -> QpassError:
@@ -100,14 +90,14 @@ class FileSource:
     def _fill(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
-            got = os.preadv(self.fd, [view[done:]], offset + done)
+            got = os.preadv(self._fd, [view[done:]], offset + done)
             if got == 0:
                 raise self._shorter()
             done += got
 
     def prefetch(self, offset: int, length: int) -> None:
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+        for at in range(offset, offset + length, _READAHEAD):
+            os.posix_fadvise(self._fd, at, _READAHEAD, os.POSIX_FADV_WILLNEED)
 
 
 class MemorySource:
@@ -161,7 +151,7 @@ class Stored(Lazy):
 
     def columns(self, start: int, stop: int) -> Array:
         count, width = self.shape
-        if packed_bits(self.dtype) is not None or (start, stop) == (0, width):
+        if packed_bits(self.dtype) is not None or (start, stop) == (0, width) or not self.nbytes:
             return self.load()[:, start:stop]
         item = self.dtype.itemsize
         pieces = self.source.pieces(self.offset + start * item, (stop - start) * item, width * item, count)
@@ -185,6 +175,3 @@ class Stored(Lazy):
 
     def _reshaped(self, shape: tuple[int, ...]) -> Lazy:
         return Stored(self.source, self.offset, self.dtype, shape)
-
-    def sources(self) -> Iterator[Stored]:
-        yield self
