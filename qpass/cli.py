@@ -102,7 +102,7 @@ def rewrite(
         typer.echo(json.dumps(report.as_json(done), indent=1))
     elif not quiet:
         if preset is None and spec is None:
-            out.print(f"no --preset and no --spec: {pipeline.DEFAULT_PRESET}, {chosen.describe()}")
+            out.print(f"no --preset and no --spec, so {chosen.describe()}")
         out.print(report.rewritten(done))
         if profile_rules:
             out.print(report.profile(done.outcome.stats, _all_rules(own)))

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from qpass.calibrate import Stats
 from qpass.errors import QpassError
 from qpass.graph import Model, Node, SaveResult
@@ -36,6 +38,8 @@ class Rewritten:
     ledger: Ledger
     outcome: Outcome
     spec: QuantSpec
+    proto: onnx.ModelProto
+    """The original, without the weights that stay outside."""
     remarks: list[str] = field(default_factory=list)
     """Facts about the whole run that a user should know, such as that nothing was smoothed."""
     saved: SaveResult | None = None
@@ -95,7 +99,9 @@ def rewrite(
 
     ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
     ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
-    done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, quantizer.remarks())
+    done = Rewritten(
+        path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, quantizer.remarks()
+    )
     if not dry_run:
         sidecars = {ledger_path: ledger.to_json().encode()}
         done.saved = loaded.save(output, sidecars=sidecars, progress=progress, max_memory=max_memory)

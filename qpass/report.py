@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qpass.pipeline import Rewritten
 from qpass.rewriter import Ledger, Miss, Rule, RuleStats, Site
+from qpass.spec import PRESETS, QuantSpec
 
 STYLE = {"rewritten": "green", "kept": "dim", "excluded": "yellow", "declined": "red", "near_miss": "red"}
 
@@ -108,6 +109,66 @@ def rules(all_rules: Iterable[tuple[str, Rule[Any, Any]]], stats: dict[str, dict
         s = stats.get(r.name, {})
         hits, tries = (str(s.get(k, "")) for k in ("hits", "tries"))
         table.add_row(stage, r.name, r.pattern.__name__, str(r.location), hits, tries, escape(r.summary))
+    return table
+
+
+def profile(stats: dict[str, RuleStats], all_rules: Iterable[tuple[str, Rule[Any, Any]]]) -> Table:
+    """What each rule did and cost in this run, the dearest first."""
+    at = {r.name: r.location for _, r in all_rules}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("rule", "at", "tries", "hits", "declines", "ms"):
+        table.add_column(name, justify="left" if name in ("rule", "at") else "right")
+    for name, s in sorted(stats.items(), key=lambda item: -item[1].seconds):
+        table.add_row(name, str(at.get(name, "")), str(s.tries), str(s.hits), str(s.declines), f"{s.seconds * 1e3:.1f}")
+    return table
+
+
+def facts(done: Rewritten) -> dict[str, Any]:
+    """The model as it is: opsets, nodes, sites, sizes."""
+    linears, norms = done.ledger.of("linear"), done.ledger.of("norm")
+    return {
+        "model": str(done.model),
+        "opsets": {o.domain or "ai.onnx": o.version for o in done.proto.opset_import},
+        "ir_version": done.proto.ir_version,
+        "producer": f"{done.proto.producer_name} {done.proto.producer_version}".strip(),
+        "nodes": len(done.proto.graph.node),
+        "inputs": [v.name for v in done.proto.graph.input],
+        "outputs": [v.name for v in done.proto.graph.output],
+        "linears": len(linears),
+        "norms": len(norms),
+        "weight_bytes": done.ledger.bytes_before,
+        "linear_weight_bytes": sum({s.weight.name: s.weight.bytes_before for s in linears if s.weight}.values()),
+    }
+
+
+def inspected(done: Rewritten) -> RenderableType:
+    """The report of `qpass inspect`: the model, every site, and what the spec would do."""
+    f = facts(done)
+    opsets = ", ".join(f"{d} {v}" for d, v in f["opsets"].items())
+    head = (
+        f"{f['model']}: {f['nodes']} nodes, opset {opsets}, ir_version {f['ir_version']}"
+        + (f", by {f['producer']}" if f["producer"] else "")
+        + f"\n{f['linears']} Linears ({size(f['linear_weight_bytes'])} of {size(f['weight_bytes'])} weights), {f['norms']} norms"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("#", "kind", "site", "weight", "shape", "fed by", "would be", "why"):
+        table.add_column(name, overflow="fold")
+    for i, s in enumerate(done.ledger.sites):
+        would = f"[{STYLE[s.status]}]{s.op if s.status == 'rewritten' else s.status}[/]"
+        weight, shape = (s.weight.name, "×".join(map(str, s.weight.shape))) if s.weight else ("", "")
+        fed = str(s.fed_by) if s.fed_by is not None else ""
+        table.add_row(str(i), s.kind, escape(s.name), escape(weight), shape, fed, would, escape(s.reason or ""))
+    notes = [f"[dim]note:[/] {escape(r)}" for r in done.remarks]
+    return Group(escape(head), "", table, "", f"with {escape(done.spec.describe())}:", escape(sizes(done.ledger)), *notes)
+
+
+def presets() -> Table:
+    """The presets and what each does."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("preset", "what", "for"):
+        table.add_column(name, overflow="fold")
+    for name, preset in PRESETS.items():
+        table.add_row(name, QuantSpec.preset(name).describe().removeprefix(f"{name}: "), preset.doc)
     return table
 
 

@@ -63,7 +63,20 @@ def match(pattern: type[P], node: Node, view: View) -> tuple[P | None, Miss | No
         PatternError: the search exceeded STEP_BUDGET; the pattern's alternatives are ambiguous.
     """
     search = _Search(pattern, node, view)
-    return search.run(), search.miss
+    found = search.run()
+    return (found, None) if found is not None else (None, search.miss())
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where a search got furthest."""
+
+    matched: int
+    kind: Kind
+    at: Pat
+    why: str
+    goals: Goals
+    bound: set[Pat]
 
 
 class _Search:
@@ -78,7 +91,7 @@ class _Search:
         self.fanout: dict[str, Any] = {}
         self.trail: list[tuple[dict[Any, Any], Any, Any]] = []
         self.steps = 0
-        self.miss: Miss | None = None
+        self.stop: _Stop | None = None
 
     def run(self) -> Any:
         root, found = self.root.outputs[0], []
@@ -107,13 +120,18 @@ class _Search:
                 table[key] = old
 
     def fail(self, p: Pat, why: Callable[[], str], goals: Goals, kind: Kind = Kind.OP) -> bool:
-        matched = len(self.used)
-        best = self.miss
-        if best is None or (matched, kind) > (best.matched, best.kind):
-            todo = sum(size(q, self.bound.keys() | {p}) for q, _ in goals)
-            total = matched + max(1 if kind is Kind.OP else 0, size(p, set(self.bound)) + todo)
-            self.miss = Miss(self.root, self.pattern.__name__, matched, total, p.label(), why(), kind)
+        """Keep the failure that got furthest; what the rest of the pattern would need is counted once, at the end."""
+        if self.stop is None or (len(self.used), kind) > (self.stop.matched, self.stop.kind):
+            self.stop = _Stop(len(self.used), kind, p, why(), goals, set(self.bound))
         return False
+
+    def miss(self) -> Miss | None:
+        """The nearest miss, in the words of the user."""
+        if (s := self.stop) is None:
+            return None
+        todo = size(s.at, s.bound) + sum(size(q, s.bound | {s.at}) for q, _ in s.goals if q is not s.at)
+        total = s.matched + max(1 if s.kind is Kind.OP else 0, todo)
+        return Miss(self.root, self.pattern.__name__, s.matched, total, s.at.label(), s.why, s.kind)
 
     # -- goals
 

@@ -14,6 +14,7 @@ different nodes. Matching itself is in `match.py`; this module only declares.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Location:
     line: int
 
     def __str__(self) -> str:
-        return f"{Path(self.file).name}:{self.line}"
+        return f"{os.path.basename(self.file)}:{self.line}"
 
 
 def caller() -> Location:
