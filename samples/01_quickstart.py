@@ -15,7 +15,7 @@ from rich.table import Table
 
 import qpass
 
-RUNS = [("w8a16", None), ("w8a8", None), ("w8a8-static", None)]
+RUNS: list[tuple[str, int | None]] = [("w8a16", None), ("w8a8", None), ("w8a8-static", None)]
 RUNS += [(preset, group) for preset in ("w4a16-g128", "w4a16-g128-zp") for group in (128, 32)]
 
 

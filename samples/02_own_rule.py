@@ -29,8 +29,7 @@ def fold_factor(m: ScaledLinear, new: Emit, cfg: Quantizer) -> Value:
     need(m.w.dtype.kind == "f", f"the weight is {m.w.dtype}")  # declines, with a reason for the ledger
     folded = derived(m.w, m.w.array * m.factor)  # lazy: computed in blocks when the file is written
     q = cfg.int8(folded)
-    y: Value = new.WeightOnlyQuantMatmul(m.x, q.weight, q.scale, weight_type_id=1)
-    return y
+    return new.WeightOnlyQuantMatmul(m.x, q.weight, q.scale, weight_type_id=1)
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 import numpy as np
 
@@ -16,6 +16,14 @@ from qpass.rewriter.pattern import LIFTED, Location, Pattern, PatternError, call
 
 M = TypeVar("M", bound=Pattern)
 C = TypeVar("C")
+
+if TYPE_CHECKING:
+
+    class Outputs(Value):
+        """What emitting an op gives: its output, or a tuple of them."""
+
+        def __iter__(self) -> Iterator[Value]: ...
+
 
 Replacement = Value | Mapping[Value, Value]
 """What a rule returns: the value that replaces the root's, or old value → new value for several."""
@@ -148,7 +156,7 @@ class Emit:
         """A remark on the site for the ledger, such as why it was not smoothed."""
         self.notes[self.site] = text
 
-    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+    def __getattr__(self, op_type: str) -> Callable[..., Outputs]:
         if op_type not in REGISTRY:
             raise AttributeError(f"qpass has no op '{op_type}'; it has {', '.join(sorted(REGISTRY))}")
 
