@@ -1,0 +1,77 @@
+"""Decides how many samples are run at a time and which activations are looked at together.
+
+What counts against the budget is the activations that statistics are made of, all of which ONNX Runtime holds
+until they are handed over; what it needs for itself while it runs comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qpass.calibrate.sources import Samples, Shapes
+from qpass.runtime import Input
+
+
+@dataclass(frozen=True)
+class Tap:
+    """An activation [.., K] to look at. `shape` as far as it is known, symbols included."""
+
+    name: str
+    channels: int
+    dtype: np.dtype[np.generic]
+    shape: tuple[int | str | None, ...] | None
+
+    def bytes(self, dims: dict[str, int], tokens: int) -> int:
+        """Its size where symbols stand for `dims`; leading dims that nothing tells are `tokens` together."""
+        leading = [dims.get(d, 0) if isinstance(d, str) else d or 0 for d in (self.shape or (None, None))[:-1]]
+        known = 1
+        for d in leading:
+            known *= max(d, 1)
+        rows = known if all(leading) else max(known, tokens)
+        return rows * self.channels * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`groups` of activations are looked at one after the other, `limits[item]` samples at a time."""
+
+    groups: tuple[tuple[str, ...], ...]
+    limits: tuple[int, ...]
+
+
+def plan(taps: Sequence[Tap], samples: Samples, memory: int) -> Plan:
+    """Groups as few as can be and then batches as large as can be, such that no group exceeds `memory` bytes.
+
+    A single activation of a single sample may, for there is nothing smaller.
+    """
+    sizes = [_sizes(taps, samples.one(item), samples) for item in range(len(samples.sizes))]
+    worst = max(sizes, key=sum)
+    groups: list[list[int]] = [[]]
+    for i, size in enumerate(worst):
+        if groups[-1] and sum(worst[j] for j in groups[-1]) + size > memory:
+            groups.append([])
+        groups[-1].append(i)
+    largest = [max(sum(size[i] for i in group) for group in groups) for size in sizes]
+    return Plan(
+        tuple(tuple(taps[i].name for i in group) for group in groups),
+        tuple(max(1, memory // max(size, 1)) for size in largest),
+    )
+
+
+def _sizes(taps: Sequence[Tap], shapes: Shapes, samples: Samples) -> list[int]:
+    dims: dict[str, int] = {}
+    for name, shape in shapes.items():
+        named = samples.inputs[name].shape or ()
+        dims |= {d: n for d, n in zip(named, shape, strict=False) if isinstance(d, str)}
+    tokens = max((_elements(samples.inputs[n], s) for n, s in shapes.items()), default=1)
+    return [tap.bytes(dims, tokens) for tap in taps]
+
+
+def _elements(wanted: Input, shape: tuple[int, ...]) -> int:
+    """How many tokens an input may hold: each id is one; of embeddings or images each element is, at most."""
+    if wanted.dtype.kind not in "iu" and len(shape) > 2:
+        shape = shape[:2]
+    return int(np.prod(shape, dtype=np.int64))
