@@ -6,8 +6,10 @@ until they are handed over; what it needs for itself while it runs comes on top.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -17,21 +19,20 @@ from qpass.runtime import Input
 
 @dataclass(frozen=True)
 class Tap:
-    """An activation [.., K] to look at. `shape` as far as it is known, symbols included."""
+    """A tensor to look at. `shape` as far as it is known, symbols included; None where the rank is not."""
 
     name: str
-    channels: int
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...] | None
 
-    def bytes(self, dims: dict[str, int], tokens: int) -> int:
-        """Its size where symbols stand for `dims`; leading dims that nothing tells are `tokens` together."""
-        leading = [dims.get(d, 0) if isinstance(d, str) else d or 0 for d in (self.shape or (None, None))[:-1]]
-        known = 1
-        for d in leading:
-            known *= max(d, 1)
-        rows = known if all(leading) else max(known, tokens)
-        return rows * self.channels * self.dtype.itemsize
+    def bytes(self, dims: Mapping[str, int], tokens: int) -> int:
+        """Its size where symbols stand for `dims`; dims that nothing tells are `tokens` together."""
+        shape = (None,) if self.shape is None else self.shape
+        bound = [dims.get(d) if isinstance(d, str) else d for d in shape]
+        elements = prod(d for d in bound if d is not None)
+        if None in bound:
+            elements = max(elements, tokens * prod(d for d in shape if isinstance(d, int)))
+        return elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -74,4 +75,4 @@ def _elements(wanted: Input, shape: tuple[int, ...]) -> int:
     """How many tokens an input may hold: each id is one; of embeddings or images each element is, at most."""
     if wanted.dtype.kind not in "iu" and len(shape) > 2:
         shape = shape[:2]
-    return int(np.prod(shape, dtype=np.int64))
+    return prod(shape)

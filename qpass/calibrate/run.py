@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -85,14 +84,14 @@ def calibrate(
 
     samples = Samples(source, inputs_of(loaded.proto), say)
     layout = plan(taps, samples, memory)
-    stats = Stats(key, 0, samples.total, {t.name: ActivationStats.empty(t.channels, rows, seed) for t in taps})
+    stats = Stats(key, 0, samples.total, {})
     if not force and (begun := _found(partial, key, taps)) is not None:
-        stats = Stats(key, begun.done, begun.total, dict(begun.tensors))
+        stats = begun
         say(f"goes on after {stats.done} of {stats.total} samples, where the last run was interrupted")
     if stats.done < stats.total:
-        runner = Runner(model, loaded.proto, layout.groups)
-        _gather(_Job(runner, samples, layout, tokens, stats, partial, checkpoint), progress)
-    _check_counts(stats, tokens)
+        gathering = _Gathering(Runner(model, loaded.proto, layout.groups), tokens, stats, partial)
+        stats = gathering.run(samples, layout, progress, checkpoint)
+    _check_counts(stats)
     stats.save(out)
     partial.unlink(missing_ok=True)
     return Stats.load(out)
@@ -126,7 +125,8 @@ def _taps(model: Model, say: Note) -> list[Tap]:
             inner += 1
         elif isinstance(x, Value):
             dtype = x.dtype if x.dtype is not None else np.dtype(np.float32)
-            taps[x.name] = Tap(x.name, found.weight.shape[0], dtype, x.shape)
+            leading = (None,) if x.shape is None else x.shape[:-1]
+            taps[x.name] = Tap(x.name, dtype, (*leading, found.weight.shape[0]))
     lifted.unlift()
     if inner:
         say(f"{inner} Linears lie in subgraphs (If, Loop, Scan) and are not calibrated")
@@ -144,60 +144,59 @@ def _found(path: Path, key: Key, taps: Sequence[Tap]) -> Stats | None:
     return stats if same else None
 
 
-@dataclass
-class _Job:
-    runner: Runner
-    samples: Samples
-    layout: Plan
-    tokens: Tokens
-    stats: Stats
-    partial: Path
-    checkpoint: float
+class _Gathering:
+    """Takes samples in, a batch after the other, from where some statistics end."""
+
+    def __init__(self, runner: Runner, tokens: Tokens, begun: Stats, partial: Path) -> None:
+        self.runner, self.tokens, self.partial = runner, tokens, partial
+        self.key, self.done, self.total, self.tensors = begun.key, begun.done, begun.total, dict(begun.tensors)
+
+    def run(self, samples: Samples, layout: Plan, progress: Progress | None, checkpoint: float) -> Stats:
+        """Take in what is left; whatever ends this early leaves the last good state behind."""
+        whole, saved, pause, last = True, self.done, checkpoint, time.monotonic()
+        try:
+            for batch in samples.batches(layout.limits.__getitem__, self.done):
+                mask = self.tokens.mask(batch.feeds)
+                for group in self.runner.run(batch.feeds, batch.name):
+                    whole = False  # until all groups are in: some tensors have the batch and others not
+                    for name in list(group):
+                        self._take(name, group.pop(name), mask, batch)
+                self.done, whole = batch.start + batch.size, True
+                if progress is not None:
+                    progress(self.done, self.total)
+                if (now := time.monotonic()) > last + pause:
+                    self.stats.save(self.partial)
+                    saved, last = self.done, time.monotonic()
+                    pause = max(checkpoint, 10 * (last - now))  # never more than a tenth of the time
+        except BaseException:
+            if whole and self.done > saved:
+                self.stats.save(self.partial)
+            raise
+        return self.stats
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(self.key, self.done, self.total, self.tensors)
+
+    def _take(self, name: str, x: Array, mask: Mask | None, batch: Batch) -> None:
+        """Add the tokens of one activation [.., K]."""
+        if name not in self.tensors:
+            self.tensors[name] = ActivationStats.empty(x.shape[-1], self.key.rows, self.key.seed)
+        counts = self.tokens.over(name, x.shape[:-1], mask, batch.feeds)
+        rows = x.reshape(-1, x.shape[-1]) if counts is None or counts.all() else x[counts]
+        try:
+            self.tensors[name].add(rows)
+        except NonFinite as error:
+            raise QpassError(
+                f"{self.runner.path}: the activation '{name}' is {error.value} (channel {error.channel}) in "
+                f"{batch.name}; leave that sample out, or calibrate the fp32 model if fp16 overflows"
+            ) from error
 
 
-def _gather(job: _Job, progress: Progress | None) -> None:
-    """Take in every sample that is not yet; whatever ends this early leaves the last good state behind."""
-    stats = job.stats
-    whole, saved, pause, last = True, stats.done, job.checkpoint, time.monotonic()
-    try:
-        for batch in job.samples.batches(job.layout.limits.__getitem__, stats.done):
-            mask = job.tokens.mask(batch.feeds)
-            for group in job.runner.run(batch.feeds, batch.name):
-                whole = False  # from here until all groups are in, some tensors have the batch and others not
-                for name in list(group):
-                    _take(stats.tensors[name], name, group.pop(name), mask, batch, job)
-            stats.done, whole = batch.start + batch.size, True
-            if progress is not None:
-                progress(stats.done, stats.total)
-            if (now := time.monotonic()) > last + pause:
-                stats.save(job.partial)
-                saved, last = stats.done, time.monotonic()
-                pause = max(job.checkpoint, 10 * (last - now))  # never more than a tenth of the time
-    except BaseException:
-        if whole and stats.done > saved:
-            stats.save(job.partial)
-        raise
-
-
-def _take(stats: ActivationStats, name: str, x: Array, mask: Mask | None, batch: Batch, job: _Job) -> None:
-    """Add the tokens of one activation [.., K]."""
-    counts = job.tokens.over(name, x.shape[:-1], mask, batch.feeds)
-    rows = x.reshape(-1, x.shape[-1]) if counts is None or counts.all() else x[counts]
-    try:
-        stats.add(rows)
-    except NonFinite as error:
-        raise QpassError(
-            f"{job.runner.path}: the activation '{name}' is {error.value} (channel {error.channel}) in "
-            f"{batch.name}; leave that sample out, or calibrate the fp32 model if fp16 overflows"
-        ) from error
-
-
-def _check_counts(stats: Stats, tokens: Tokens) -> None:
+def _check_counts(stats: Stats) -> None:
+    if not stats.tensors:
+        raise QpassError("the data holds no sample; add some")
     for name, s in stats.tensors.items():
         if not s.count:
-            raise QpassError(
-                f"no token counts for the activation '{name}': the mask '{tokens.name}' leaves none over; "
-                "choose another with --mask"
-                if tokens.name is not None
-                else f"the data has no token for the activation '{name}'; add samples"
-            )
+            mend = "add samples" if stats.key.mask is None else f"choose another mask than '{stats.key.mask}'"
+            raise QpassError(f"no token of the data counts for the activation '{name}'; {mend}")

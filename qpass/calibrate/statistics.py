@@ -189,8 +189,8 @@ def _fits_half(x: Floats) -> bool:
     if np.abs(x).max(initial=0) > np.finfo(np.float16).max:
         return False
     exact = x.astype(np.float64)
-    error = np.linalg.norm(x.astype(np.float16) - exact)
-    return bool(error <= 1e-3 * np.linalg.norm(exact))  # rounding alone gives at most 2⁻¹¹
+    error = np.square(x.astype(np.float16) - exact).sum()
+    return bool(error <= 1e-6 * np.square(exact).sum())  # rounding alone gives at most 2⁻²²
 
 
 def _keys(tokens: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
