@@ -127,12 +127,29 @@ class _opened(zipfile.ZipFile):
 
 @dataclass(frozen=True)
 class Batch:
-    """What is run at a time: `size` samples, the first being number `start` of all."""
+    """What is run at a time: `size` samples of an item, from its sample `first` on.
 
-    name: str
-    start: int
+    `start` is the number of the first among all samples; `whole` says whether this is all of the item.
+    """
+
+    item: str
+    first: int
     size: int
+    start: int
+    whole: bool
     feeds: Feeds
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        if self.whole:
+            return self.item
+        last = self.first + self.size - 1
+        return f"{self.item}, sample {last}" if self.size == 1 else f"{self.item}, samples {self.first} to {last}"
+
+    def sample(self, index: int) -> str:
+        """What messages call one of its samples."""
+        return self.item if self.whole and self.size == 1 else f"{self.item}, sample {self.first + index}"
 
 
 class Samples:
@@ -196,15 +213,14 @@ class Samples:
             begin += size
 
     def _part(self, item: int, arrays: dict[str, Array], begin: int, at: int, count: int) -> Batch:
-        name = self.source.name(item)
-        if count == self.sizes[item]:
-            return Batch(name, begin, count, arrays)
-        feeds = {
-            key: array[(slice(None),) * self._axes[key] + (slice(at, at + count),)] if key in self._axes else array
-            for key, array in arrays.items()
-        }
-        which = f"sample {at}" if count == 1 else f"samples {at} to {at + count - 1}"
-        return Batch(f"{name}, {which}", begin + at, count, feeds)
+        whole = count == self.sizes[item]
+        if not whole:
+            arrays = {name: self._slice(name, array, at, at + count) for name, array in arrays.items()}
+        return Batch(self.source.name(item), at, count, begin + at, whole, arrays)
+
+    def _slice(self, name: str, array: Array, start: int, stop: int) -> Array:
+        axis = self._axes.get(name)
+        return array if axis is None else array[(slice(None),) * axis + (slice(start, stop),)]
 
     def _read(self, item: int) -> dict[str, Array]:
         arrays = self.source.read(item)
