@@ -28,6 +28,8 @@ def read(path: Path) -> tuple[ModelProto, dict[str, TensorProto]]:
     In the proto those are external data in the file itself, so there is one way to read weights; the header
     is the tensor as it was, less its raw data. Raises QpassError.
     """
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise QpassError(f"{path} is no regular file; write the model to a file first")
     try:
         proto, ranges = read_model(path)
     except FileNotFoundError:
@@ -181,9 +183,9 @@ class Weights:
             raise QpassError(
                 f"{where}: offset or length of its external data is not a number: {entries}"
             ) from None
-        if offset < 0 or length < 0 or offset > source.size:
+        if offset < 0 or offset > source.size:
             raise QpassError(
-                f"{where} lies at offset {offset} of {source.path}, of {source.size} bytes; export it again"
+                f"{where} lies at offset {offset} of {source.path} ({source.size} bytes); export it again"
             )
         if length != size:
             raise QpassError(

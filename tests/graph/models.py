@@ -93,9 +93,7 @@ def int8_rows(block: Array) -> tuple[Array, ...]:
     return np.rint(block.astype(np.float32) / scale[:, None]).astype(np.int8), scale
 
 
-def quantize_all(
-    model: Model, fn: Callable[[Array], tuple[Array, ...]] = int8_rows
-) -> dict[str, tuple[Array, ...]]:
+def quantize_all(model: Model, fn: Callable[[Array], tuple[Array, ...]] = int8_rows) -> dict[str, tuple[Array, ...]]:
     """Make every MatMul a `Quantized` node of domain qpass; returns what its new weights must be."""
     expected = {}
     for node in [n for n in model.graph.nodes if n.op == "MatMul"]:
@@ -169,9 +167,7 @@ def exotic_model() -> ModelProto:
         value_info=[
             info("a", f32, ["batch", 16]),
             helper.make_tensor_sequence_value_info("sequence", f32, None),
-            helper.make_value_info(
-                "maybe", helper.make_optional_type_proto(helper.make_tensor_type_proto(f32, [3]))
-            ),
+            helper.make_value_info("maybe", helper.make_optional_type_proto(helper.make_tensor_type_proto(f32, [3]))),
         ],
         sparse_initializer=[_sparse("sparse")],
     )

@@ -118,9 +118,7 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
-def test_a_full_disk_is_an_error_wherever_it_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
