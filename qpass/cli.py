@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.exceptions import TyperException
 
 import qpass.pipeline as pipeline
 from qpass import report
@@ -137,7 +137,7 @@ def explain(
     left = [s for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded")]
     for s in left if rule is None else ():
         out.print(f"{s.kind} '{s.name}' {s.status}: {s.reason}", markup=False)
-    near = report.misses(done.outcome.misses, rule, limit)
+    near = report.misses(done.outcome, rule, limit)
     for m in near:
         out.print(str(m), markup=False)
     if not left and not near:
@@ -170,6 +170,7 @@ def calibrate(
     data: Annotated[list[Path], typer.Option("--data", "-d", help=".npz files keyed by input name, or folders of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the statistics go, an .npz file.")],
     mask: Annotated[str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")] = None,
+    rows: Annotated[int, typer.Option(help="Tokens to sample of each activation.")] = 256,
     force: Annotated[bool, typer.Option(help="Run again even where the statistics are there.")] = False,
     quiet: Quiet = False,
     no_progress: NoProgress = False,
@@ -180,8 +181,11 @@ def calibrate(
     """
     from qpass.calibrate import calibrate as run
 
+    say = report.console(stderr=True)
     with _bar("calibrating", not quiet and not no_progress) as progress:
-        stats = run(model, data, output, mask=mask, progress=progress, force=force)
+        stats = run(
+            model, data, output, mask=mask, rows=rows, progress=progress, force=force, note=None if quiet else say.print
+        )
     if not quiet:
         report.console().print(report.calibrated(stats, model, output))
 
@@ -193,7 +197,9 @@ def verify(
     data: Annotated[list[Path] | None, typer.Option("--data", "-d", help=".npz files or folders; made up if absent.")] = None,
     layers: Annotated[bool, typer.Option(help="Find the first site where the two part.")] = False,
     minimum: Annotated[float, typer.Option("--min-cosine", help="Exit with 1 below this cosine similarity.")] = 0.99,
+    mask: Annotated[str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")] = None,
     as_json: Json = False,
+    no_progress: NoProgress = False,
 ) -> None:
     """Compare a rewritten model with its original in ONNX Runtime.
 
@@ -201,7 +207,8 @@ def verify(
     """
     from qpass.verify import verify as run
 
-    found = run(original, rewritten, data=data, layers=layers, minimum=minimum)
+    with _bar("verifying", not as_json and not no_progress) as progress:
+        found = run(original, rewritten, data=data, layers=layers, minimum=minimum, mask=mask, progress=progress)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
@@ -314,14 +321,14 @@ def main() -> None:
         code = app(standalone_mode=False)
     except QpassError as error:
         sys.exit(_complain(str(error), MISTAKE))
-    except click.exceptions.Exit as leave:
+    except typer.Exit as leave:
         code = leave.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = MISTAKE
+    except TyperException as error:
+        usage = getattr(error, "format_message", error.__str__)()
+        sys.exit(_complain(f"{usage} See `qpass --help` and `qpass COMMAND --help`.", MISTAKE))
     except PatternError as error:
         sys.exit(_complain(f"rule error: {error}", MISTAKE))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(_complain("interrupted; nothing was written", 130))
     except BrokenPipeError:
         sys.exit(DONE)

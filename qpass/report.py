@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from qpass.calibrate import Stats
 from qpass.pipeline import Rewritten
-from qpass.rewriter import Ledger, Miss, Rule, RuleStats, Site
+from qpass.rewriter import Ledger, Miss, Outcome, Rule, RuleStats, Site
 from qpass.spec import PRESETS, QuantSpec
+from qpass.verify import Report
 
 STYLE = {"rewritten": "green", "kept": "dim", "excluded": "yellow", "declined": "red", "near_miss": "red"}
 
@@ -90,12 +93,19 @@ def as_json(done: Rewritten) -> dict[str, Any]:
     }
 
 
-def misses(found: Iterable[Miss], rule: str | None, limit: int) -> list[Miss]:
-    """Near misses, the nearest first; one a node and rule."""
+NEAR = 0.4
+"""Share of a pattern that must have matched for a miss to be called near."""
+
+
+def misses(outcome: Outcome, rule: str | None, limit: int) -> list[Miss]:
+    """Near misses, the nearest first: one a node and rule, and none where some other rule did match the node."""
+    matched = {n for e in outcome.events if e.status == "rewritten" for n in e.claimed}
     best: dict[tuple[int, str], Miss] = {}
-    for m in found:
+    for m in outcome.misses:
         key = (id(m.root), m.rule)
-        if (rule is None or m.rule == rule) and (key not in best or m.rank > best[key].rank):
+        if m.root in matched or (rule is not None and m.rule != rule) or m.matched < NEAR * m.total:
+            continue
+        if key not in best or m.rank > best[key].rank:
             best[key] = m
     return sorted(best.values(), key=lambda m: m.rank, reverse=True)[:limit]
 
@@ -160,6 +170,40 @@ def inspected(done: Rewritten) -> RenderableType:
         table.add_row(str(i), s.kind, escape(s.name), escape(weight), shape, fed, would, escape(s.reason or ""))
     notes = [f"[dim]note:[/] {escape(r)}" for r in done.remarks]
     return Group(escape(head), "", table, "", f"with {escape(done.spec.describe())}:", escape(sizes(done.ledger)), *notes)
+
+
+def calibrated(stats: Stats, model: Path, output: Path) -> RenderableType:
+    """The report of `qpass calibrate`."""
+    tokens = max((s.count for s in stats.tensors.values()), default=0)
+    left_out = f", padding left out by '{stats.key.mask}'" if stats.key.mask else ""
+    return Group(
+        f"{stats.done} samples, up to {tokens} tokens an activation{left_out}; {len(stats.tensors)} activations",
+        escape(f"wrote {output}"),
+        f"next: [bold]qpass rewrite {escape(str(model))} --preset w8a8 --calibration {escape(str(output))}[/]",
+    )
+
+
+def verified(found: Report) -> RenderableType:
+    """The report of `qpass verify`: outputs, and the sites where the models part."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("output", "cosine", "worst", "relative error", "max abs", "equal"):
+        table.add_column(name, justify="left" if name == "output" else "right")
+    for o in found.outputs:
+        cosine = [f"{c:.6f}" if c is not None else "" for c in (o.cosine, o.worst_cosine)]
+        table.add_row(escape(o.name), *cosine, f"{o.relative_error:.3g}", f"{o.max_abs:.3g}", f"{o.equal:.1%}")
+    verdict = f"every output reaches {found.minimum:g}" if found.passed else f"[red]below {found.minimum:g}[/]"
+    parts: list[RenderableType] = [f"{found.samples} samples: {escape(found.inputs)}", "", table, "", verdict]
+    parts += [f"[dim]note:[/] {escape(n)}" for n in found.notes]
+    if found.sites:
+        sites = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("worst sites", "op", "cosine", "relative error"):
+            sites.add_column(name, justify="left" if name in ("worst sites", "op") else "right", overflow="fold")
+        for s in found.worst_sites():
+            sites.add_row(escape(s.name), s.op or "", f"{s.cosine:.6f}", f"{s.relative_error:.3g}")
+        p = found.parted
+        first = f"they part at {p.kind} '{p.name}', relative error {p.relative_error:.3g}" if p else "no site parts"
+        parts += ["", escape(first), sites]
+    return Group(*parts)
 
 
 def presets() -> Table:

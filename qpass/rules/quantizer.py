@@ -133,10 +133,9 @@ class Quantizer:
         """int8 per output channel of w [K, N], of w · smoother where there is one."""
 
         def make() -> QuantizedWeight:
-            array = w.array.T
-            if smoother is not None:
-                array = array.astype(FLOAT32) * smoother
-            return self._promise(w, array, numbers.int8_per_channel, [(array.shape, INT8), (array.shape[:1], FLOAT32)])
+            k, n = w.shape
+            s = None if smoother is None else smoother.load()
+            return self._promise(w, lambda b: numbers.int8_per_channel(b, s), [((n, k), INT8), ((n,), FLOAT32)])
 
         return self._cached((_view_of(w), "int8", id(smoother)), make)
 
@@ -146,7 +145,7 @@ class Quantizer:
 
         def make() -> QuantizedWeight:
             results = [((n, k // 2), INT8), ((n,), FLOAT32)]
-            return self._promise(w, w.array.T, lambda b: numbers.int4_per_channel(b, spec.rounding), results)
+            return self._promise(w, lambda b: numbers.int4_per_channel(b, spec.rounding), results)
 
         return self._cached((_view_of(w), "int4", spec.rounding), make)
 
@@ -159,7 +158,7 @@ class Quantizer:
         def make() -> QuantizedWeight:
             results = [((n, k // 2), INT8), (per_group, FLOAT32), *([(per_group, INT8)] if spec.zero_point else [])]
             return self._promise(
-                w, w.array.T, lambda b: numbers.int4_groupwise(b, group, spec.rounding, spec.zero_point), results
+                w, lambda b: numbers.int4_groupwise(b, group, spec.rounding, spec.zero_point), results
             )
 
         return self._cached((_view_of(w), "groups", group, spec.rounding, spec.zero_point), make)
@@ -171,8 +170,10 @@ class Quantizer:
         return self._weights[key]
 
     def _promise(
-        self, w: Const, array: Lazy, fn: Callable[[Any], tuple[Any, ...]], results: list[tuple[tuple[int, ...], Any]]
+        self, w: Const, fn: Callable[[Any], tuple[Any, ...]], results: list[tuple[tuple[int, ...], Any]]
     ) -> QuantizedWeight:
+        """`fn` over blocks [n, K] of the output channels of w [K, N]."""
+
         def quantize(block: Any) -> tuple[Any, ...]:
             try:
                 return fn(block)
@@ -181,7 +182,7 @@ class Quantizer:
                     f"weight '{w.origin}' holds NaN or infinite values; repair it, or exclude its Linear in the spec"
                 ) from error
 
-        made = Blockwise(array, quantize, results, w.origin).results
+        made = Blockwise(w.array.T, quantize, results, w.origin).results
         return QuantizedWeight(made[0], made[1], made[2] if len(made) > 2 else None)
 
     # -- activations

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from qpass.calibrate import ActivationStats
 from qpass.graph import Const
-from qpass.quantize import smoothing
 from qpass.spec import LinearSpec
 
 Array = NDArray[Any]
@@ -45,6 +44,8 @@ def choose(stats: ActivationStats, weights: Sequence[Const], spec: LinearSpec) -
         stats: of the activation [.., K].
         weights: [K, N] each, all of the Linears that read it.
     """
+    from qpass.quantize import smoothing
+
     rows = stats.rows.astype(np.float32)
     samples = [_some_channels(w) for w in weights]
     strengths: tuple[float, ...] = ()
