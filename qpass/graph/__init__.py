@@ -2,8 +2,9 @@
 
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Given, Kept, Lazy
-from qpass.graph.model import Model, SaveResult
+from qpass.graph.model import Model
 from qpass.graph.promise import Blockwise, Promised
+from qpass.graph.save import SaveResult
 from qpass.graph.stored import Stored
 
 __all__ = [

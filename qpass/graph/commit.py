@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -57,9 +57,7 @@ class Folder:
         remove_stale(self.path)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for temporary in self._temporaries:
             temporary.close()
             with suppress(OSError):
@@ -68,9 +66,7 @@ class Folder:
     def temporary(self, name: str) -> Temporary:
         """A new temporary for a file that will be called `name`."""
         number = len(self._temporaries)
-        temporary = Temporary(
-            self.path / f".{name}.{os.getpid()}-{threading.get_ident():x}-{number}{_SUFFIX}"
-        )
+        temporary = Temporary(self.path / f".{name}.{os.getpid()}-{threading.get_ident():x}-{number}{_SUFFIX}")
         self._temporaries.append(temporary)
         return temporary
 
@@ -85,9 +81,13 @@ class Folder:
         try:
             with _uninterrupted():
                 _lock(folder, wait=True)  # two writers of one output: one after the other
-                for temporary, final in files:
-                    os.rename(temporary.path, final)
-                os.fsync(folder)
+                with ExitStack() as replaced:
+                    for _, final in files:  # held open, so that no rename waits for its file's removal
+                        with suppress(OSError):
+                            replaced.callback(os.close, os.open(final, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+                    for temporary, final in files:
+                        os.rename(temporary.path, final)
+                    os.fsync(folder)
                 for path in garbage:
                     path.unlink(missing_ok=True)
         finally:
@@ -136,16 +136,13 @@ def explain(error: OSError, path: Path, needed: int) -> QpassError:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return QpassError(
-                f"no space left for {path}: it needs {needed / 1e6:.0f} MB; "
-                "free some, or choose another place with -o"
+                f"no space left for {path}: it needs {needed / 1e6:.0f} MB; free some, or choose another place with -o"
             )
         case errno.EFBIG:
             return QpassError(
                 f"{path} would pass the file size limit; raise it (ulimit -f), or write elsewhere with -o"
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return QpassError(
-                f"cannot write in {path.parent}: {error.strerror}; choose another place with -o"
-            )
+            return QpassError(f"cannot write in {path.parent}: {error.strerror}; choose another place with -o")
         case _:
             return QpassError(f"cannot write {path}: {error.strerror}; choose another place with -o")

@@ -14,7 +14,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from qpass.graph.dtypes import to_onnx
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Lazy
-from qpass.graph.load import tensors
+from qpass.graph.load import is_external, tensors
 
 if TYPE_CHECKING:
     from qpass.graph.model import Model
@@ -53,7 +53,7 @@ def emit(model: Model) -> Emitted:
     for tensor in proto.graph.initializer:
         if tensor.name in constants:  # an original whose values a rule has set
             initializers.append(_new_tensor(constants.pop(tensor.name)))
-        elif tensor.data_location != TensorProto.EXTERNAL:
+        elif not is_external(tensor):
             initializers.append(Tensor(tensor, None))
         else:
             header = TensorProto()
@@ -72,9 +72,7 @@ def emit(model: Model) -> Emitted:
         proto.ir_version = _OVERLOADS
     _check(proto.graph, {t.proto.name for t in initializers}, set())
 
-    embedded = [
-        Tensor(t, model.weights.of(t)) for t in tensors(proto) if t.data_location == TensorProto.EXTERNAL
-    ]
+    embedded = [Tensor(t, model.weights.of(t)) for t in filter(is_external, tensors(proto))]
     return Emitted(proto, initializers, embedded)
 
 
@@ -94,9 +92,7 @@ class _Emitter:
         """Bring `out`, a copy of `original`, to what the graph is now; adds no initializers."""
         names = [t.name for t in graph.outputs], [t.name for t in original.output]
         if names[0] != names[1]:
-            raise ValueError(
-                f"the graph's outputs were {names[1]} and are {names[0]}; they must keep their names"
-            )
+            raise ValueError(f"the graph's outputs were {names[1]} and are {names[0]}; they must keep their names")
         nodes = [self.node(node) for node in graph.nodes]
         if nodes == list(original.node):
             return  # nothing below has changed, so all the rest stays too

@@ -81,9 +81,7 @@ class _Importer:
         here: dict[str, Value | Const] = {}
         constants = {t.name: t for t in proto.initializer}
         if len(constants) != len(proto.initializer):
-            raise self._broken(
-                f"two initializers are called '{_repeated(t.name for t in proto.initializer)}'"
-            )
+            raise self._broken(f"two initializers are called '{_repeated(t.name for t in proto.initializer)}'")
         inputs = [self._value(v.name, v.type) for v in proto.input if not self._constant_input(v, constants)]
         for value in inputs:
             here[value.name] = value
@@ -98,9 +96,7 @@ class _Importer:
         for node in proto.node:
             for name in filter(None, node.output):
                 if name in here:
-                    raise self._broken(
-                        f"two things are called '{name}', one of them an output of {_label(node)}"
-                    )
+                    raise self._broken(f"two things are called '{name}', one of them an output of {_label(node)}")
                 here[name] = self._value(name, types.get(name))
         scope = {**outer, **here} if outer else here
         nodes = [self._node(n, i, scope) for n, i in zip(proto.node, inferred.node, strict=True)]
@@ -125,10 +121,7 @@ class _Importer:
         return value.name in constants and self.proto.ir_version < 4
 
     def _node(self, proto: NodeProto, inferred: NodeProto, scope: Scope) -> Node:
-        attrs = {
-            a.name: self._attribute(a, i, scope)
-            for a, i in zip(proto.attribute, inferred.attribute, strict=True)
-        }
+        attrs = {a.name: self._attribute(a, i, scope) for a, i in zip(proto.attribute, inferred.attribute, strict=True)}
         node = Node(
             op=proto.op_type,
             name=proto.name,
@@ -203,9 +196,7 @@ def _text(data: bytes) -> str | bytes:
 
 
 def _label(node: NodeProto) -> str:
-    return (
-        f"{node.op_type} '{node.name}'" if node.name else f"the {node.op_type} that makes {list(node.output)}"
-    )
+    return f"{node.op_type} '{node.name}'" if node.name else f"the {node.op_type} that makes {list(node.output)}"
 
 
 def _repeated(names: Iterable[str]) -> str:

@@ -98,9 +98,7 @@ class Lazy(ABC):
         """Full slices and None only, such as `scale[:, None]`: a reshape, not a selection."""
         parts = index if isinstance(index, tuple) else (index,)
         if any(p is not None and p != slice(None) for p in parts):
-            raise TypeError(
-                f"a Lazy takes only ':' and None as an index, not {index!r}; load() it to select values"
-            )
+            raise TypeError(f"a Lazy takes only ':' and None as an index, not {index!r}; load() it to select values")
         dims = iter(self.shape)
         return self.reshape(*(1 if p is None else next(dims) for p in parts), *dims)
 
@@ -191,9 +189,7 @@ class Elementwise(Lazy):
         # numpy itself says the dtype: Python numbers stay weak, arrays of no elements cost nothing
         self.dtype = fn(*(np.empty(0, o.dtype) if isinstance(o, Lazy) else o for o in self.operands)).dtype
         # An operand that does not run along the sliced axis is needed whole by every slice: keep it.
-        self._whole = {
-            i: Kept(o.shape, o.dtype, o.load) for i, o in enumerate(self.operands) if isinstance(o, Lazy)
-        }
+        self._whole = {i: Kept(o.shape, o.dtype, o.load) for i, o in enumerate(self.operands) if isinstance(o, Lazy)}
 
     def _part(self, axis: int, start: int, stop: int) -> Array:
         args: list[Array | float] = []
@@ -309,6 +305,4 @@ def _resolve_shape(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...
 
 def _expect(value: Array, shape: tuple[int, ...], dtype: DType, what: str) -> None:
     if value.shape != shape or value.dtype != dtype:
-        raise ValueError(
-            f"{what} was promised as {dtype}{list(shape)} but came as {value.dtype}{list(value.shape)}"
-        )
+        raise ValueError(f"{what} was promised as {dtype}{list(shape)} but came as {value.dtype}{list(value.shape)}")

@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[ModelProto, dict[str, TensorProto]]:
     inside: dict[str, TensorProto] = {}
     for index, (offset, length) in ranges.items():
         tensor = proto.graph.initializer[index]
-        if tensor.data_location != TensorProto.EXTERNAL:
+        if not is_external(tensor):
             inside[tensor.name] = header = TensorProto()
             header.CopyFrom(tensor)
             point(tensor, path.name, offset, length)
@@ -89,9 +89,7 @@ def _check_versions(path: Path, proto: ModelProto) -> None:
         )
     opset = default_opset(proto)
     if opset is None:
-        raise QpassError(
-            f"{path} imports no opset of the default domain; export it with opset {OLDEST_OPSET} orup"
-        )
+        raise QpassError(f"{path} imports no opset of the default domain; export it with opset {OLDEST_OPSET} orup")
     if opset < OLDEST_OPSET:
         raise QpassError(
             f"{path} has opset {opset}, older than {OLDEST_OPSET}; export it again, or convert it "
@@ -107,6 +105,10 @@ def _check_versions(path: Path, proto: ModelProto) -> None:
 def default_opset(proto: ModelProto | FunctionProto) -> int | None:
     """The version of the default domain ("" or its alias "ai.onnx")."""
     return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+
+
+def is_external(tensor: TensorProto) -> bool:
+    return tensor.data_location == TensorProto.EXTERNAL
 
 
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
@@ -154,15 +156,13 @@ class Weights:
         shape = tuple(tensor.dims)
         if any(d < 0 for d in shape):
             raise QpassError(f"{where} has the shape {list(shape)}; the model is damaged, export it again")
-        if tensor.data_location == TensorProto.EXTERNAL:
+        if is_external(tensor):
             source, offset = self._external(tensor, file_bytes(dtype, shape), where)
             return Stored(source, offset, dtype, shape)
         if dtype.kind == "O":
             return Kept(shape, dtype, lambda: onnx.numpy_helper.to_array(tensor))
         if tensor.HasField("segment"):
-            raise QpassError(
-                f"{where} is stored in segments, which no current tool reads; export the model again"
-            )
+            raise QpassError(f"{where} is stored in segments, which no current tool reads; export the model again")
         try:
             return Stored.of(tensor)
         except ValueError as error:
@@ -180,17 +180,11 @@ class Weights:
             offset = int(entries.get("offset") or 0)
             length = int(entries.get("length") or size)
         except ValueError:
-            raise QpassError(
-                f"{where}: offset or length of its external data is not a number: {entries}"
-            ) from None
+            raise QpassError(f"{where}: offset or length of its external data is not a number: {entries}") from None
         if offset < 0 or offset > source.size:
-            raise QpassError(
-                f"{where} lies at offset {offset} of {source.path} ({source.size} bytes); export it again"
-            )
+            raise QpassError(f"{where} lies at offset {offset} of {source.path} ({source.size} bytes); export it again")
         if length != size:
-            raise QpassError(
-                f"{where} needs {size} bytes but its external data says length {length}; export it again"
-            )
+            raise QpassError(f"{where} needs {size} bytes but its external data says length {length}; export it again")
         if offset + size > source.size:
             raise QpassError(
                 f"{where} needs bytes {offset} to {offset + size} of {source.path}, which has {source.size}; "
@@ -208,9 +202,7 @@ class Weights:
                     )
                 self._files[location] = FileSource(path)
             except FileNotFoundError:
-                raise QpassError(
-                    f"{where} lies in {path}, which is missing; copy it beside the model"
-                ) from None
+                raise QpassError(f"{where} lies in {path}, which is missing; copy it beside the model") from None
             except OSError as error:
                 raise QpassError(f"{where} lies in {path}, which cannot be read: {error.strerror}") from None
         return self._files[location]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -13,19 +12,10 @@ import onnx_graphsurgeon as gs
 from qpass.graph.constants import Constants
 from qpass.graph.importing import import_model
 from qpass.graph.ir import Const, Node, Value
-from qpass.graph.load import Weights, default_opset, read
+from qpass.graph.load import Weights, default_opset, is_external, read, tensors
 from qpass.graph.order import sort_nodes
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class SaveResult:
-    """What a save did: bytes of the input's and the output's files, and the output's files, graph first."""
-
-    bytes_before: int
-    bytes_after: int
-    files: tuple[Path, ...]
+from qpass.graph.save import SaveResult, save
+from qpass.graph.stream import Progress
 
 
 class Model:
@@ -41,6 +31,8 @@ class Model:
         self.proto = proto
         self.inside = inside
         self.weights = Weights(path)
+        for tensor in filter(is_external, tensors(proto)):
+            self.weights.of(tensor)  # tells now what is missing, in functions too
         self.graph: gs.Graph = import_model(path, proto, self.weights)
         self.functions: list[onnx.FunctionProto] = list(proto.functions)
         self._constants = Constants()
@@ -113,12 +105,10 @@ class Model:
         """Write the model: all of it or nothing, weights computed on the way.
 
         `sidecars` are small files that appear together with it (paths in the same folder). `progress(done,
-        total)` is called with bytes of weights, from any thread but one at a time. `max_memory` bounds, in
+        total)` is called in this thread, with bytes of weights. `max_memory` bounds, in
         bytes, what the writer holds of weights. Raises QpassError where the output cannot be written; the old
         one is then untouched.
         """
-        from qpass.graph.save import save
-
         return save(self, Path(path), sidecars or {}, progress, max_memory)
 
 

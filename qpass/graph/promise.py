@@ -32,14 +32,10 @@ class Blockwise:
         needs: Sequence[Lazy] = (),
     ) -> None:
         self.source, self.fn, self.name, self.needs = source, fn, name, tuple(needs)
-        self.results = tuple(
-            Result(self, i, tuple(shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(results)
-        )
+        self.results = tuple(Result(self, i, tuple(shape), np.dtype(dtype)) for i, (shape, dtype) in enumerate(results))
         for result in self.results:
             if not result.shape or result.shape[0] != source.shape[0]:
-                raise ValueError(
-                    f"{name}: a result of shape {result.shape} does not follow {source.shape[0]} rows"
-                )
+                raise ValueError(f"{name}: a result of shape {result.shape} does not follow {source.shape[0]} rows")
 
     def block(self, start: int, stop: int) -> tuple[Array, ...]:
         """Rows start..stop of every result."""

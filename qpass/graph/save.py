@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,11 @@ from qpass.graph.emit import Emitted, Tensor, emit
 from qpass.graph.load import point
 from qpass.graph.promise import Result
 from qpass.graph.stored import Stored
-from qpass.graph.stream import Target, position, stream, write_all
+from qpass.graph.stream import Progress, Target, position, stream, write_all
 from qpass.graph.wire import SMALL, layout_model
 
 if TYPE_CHECKING:
-    from qpass.graph.model import Model, Progress, SaveResult
+    from qpass.graph.model import Model
 
 #: Up to this much, weights are always kept inside the graph's file.
 INSIDE = 64 << 20
@@ -29,6 +30,17 @@ INSIDE = 64 << 20
 INSIDE_AS_BEFORE = 3 << 29
 #: Tensors in a data file begin at a page, so that a runtime can map them.
 ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """What a save did: bytes of the input's and of the output's files without sidecars, and all files written,
+    the graph first.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    files: tuple[Path, ...]
 
 
 def save(
@@ -39,16 +51,16 @@ def save(
     max_memory: int | None,
 ) -> SaveResult:
     """See Model.save."""
-    from qpass.graph.model import SaveResult
-
+    emitted = emit(model)
     inputs = model.weights.files()
     _check_place(path, sidecars, inputs)
-    emitted = emit(model)
+    before = sum(p.stat().st_size for p in inputs)
     writer = _Writer(path, progress, max_memory)
     try:
         with Folder(path.parent) as folder:
             files = writer.write(folder, emitted, has_outside=len(inputs) > 1)
             names = [final for _, final in files]
+            after = sum(os.fstat(temporary.fd).st_size for temporary, _ in files)
             for side, content in sidecars.items():
                 temporary = folder.temporary(side.name)
                 write_all(temporary.fd, memoryview(content), 0)
@@ -56,10 +68,7 @@ def save(
             folder.commit(files, _old_data(path, keep=[*names, *inputs]))
     except OSError as error:
         raise explain(error, path, writer.needed) from error
-    after = sum(p.stat().st_size for p in names)
-    return SaveResult(
-        sum(p.stat().st_size for p in inputs), after, (path, *(p for p in names if p != path), *sidecars)
-    )
+    return SaveResult(before, after, (path, *(p for p in names if p != path), *sidecars))
 
 
 def _check_place(path: Path, sidecars: Mapping[Path, bytes], inputs: list[Path]) -> None:
@@ -73,9 +82,7 @@ def _check_place(path: Path, sidecars: Mapping[Path, bytes], inputs: list[Path])
             raise QpassError(f"cannot write {target}: it is a folder; give a file name")
         for source in inputs:
             if target.exists() and os.path.samefile(target, source):
-                raise QpassError(
-                    f"{target} would overwrite the input {source}; choose another output with -o"
-                )
+                raise QpassError(f"{target} would overwrite the input {source}; choose another output with -o")
 
 
 def _data_name(path: Path, digest: str) -> str:
@@ -123,9 +130,7 @@ class _Writer:
         os.ftruncate(graph.fd, size)
         for offset, text in texts:
             write_all(graph.fd, memoryview(text), offset)
-        self._stream(
-            graph.fd, [(t, g) for t, g in zip(emitted.initializers, gaps, strict=True) if g is not None]
-        )
+        self._stream(graph.fd, [(t, g) for t, g in zip(emitted.initializers, gaps, strict=True) if g is not None])
         return graph
 
     def _write_data(self, folder: Folder, tensors: list[Tensor]) -> tuple[Temporary, str]:
@@ -134,11 +139,7 @@ class _Writer:
         """
         outside: list[tuple[Tensor, int]] = []
         for tensor in tensors:
-            if (
-                tensor.array is None
-                and _size(tensor) >= SMALL
-                and tensor.proto.data_type != TensorProto.STRING
-            ):
+            if tensor.array is None and _size(tensor) >= SMALL and tensor.proto.data_type != TensorProto.STRING:
                 tensor.array = Stored.of(tensor.proto)
                 for field in (
                     "raw_data",

@@ -90,7 +90,10 @@ class FileSource:
     def _fill(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
-            got = os.preadv(self._fd, [view[done:]], offset + done)
+            try:
+                got = os.preadv(self._fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise QpassError(f"cannot read {self.path}: {error.strerror}") from error
             if got == 0:
                 raise self._shorter()
             done += got
@@ -136,9 +139,7 @@ class Stored(Lazy):
             raise ValueError("a string tensor has no fixed bytes")
         data = proto.raw_data if proto.HasField("raw_data") else pack(numpy_helper.to_array(proto))
         if len(data) != file_bytes(dtype, shape):
-            raise ValueError(
-                f"{dtype}{list(shape)} takes {file_bytes(dtype, shape)} bytes but {len(data)} are there"
-            )
+            raise ValueError(f"{dtype}{list(shape)} takes {file_bytes(dtype, shape)} bytes but {len(data)} are there")
         return cls(MemorySource(data), 0, dtype, shape)
 
     def rows(self, start: int, stop: int) -> Array:

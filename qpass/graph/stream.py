@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import hashlib
 import os
 import queue
@@ -71,11 +72,14 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     """pwrite until everything is written."""
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+        written = os.pwrite(fd, data[done:], offset + done)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done += written
 
 
 def _workers(max_memory: int | None) -> int:
-    limit = min(4, os.cpu_count() or 1)
+    limit = min(4, len(os.sched_getaffinity(0)))  # more would only wait for the disk
     return limit if max_memory is None else max(1, min(limit, max_memory // WORKER))
 
 
