@@ -9,8 +9,9 @@ embedding and attention op by op; weights as [K, N] right operands of MatMul, ou
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,7 +70,7 @@ class Builder:
         self.initializers.append(tensor)
         return name
 
-    def constant(self, name: str, value: object, dtype: object = np.int64) -> str:
+    def constant(self, name: str, value: Any, dtype: Any = np.int64) -> str:
         self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
@@ -171,16 +172,28 @@ def build(path: Path, shape: Shape, seed: int = 0) -> onnx.ModelProto:
     return model
 
 
+def of_size(gigabytes: float) -> Shape:
+    """A shape with about that many bytes of weights in float16."""
+    small = gigabytes < 0.5
+    hidden = 512 if small else 2048
+    one = Shape(
+        layers=1, hidden=hidden, intermediate=hidden * 43 // 16, heads=hidden // 128, vocabulary=1000 if small else 16000
+    )
+    per_layer = replace(one, layers=2).weights - one.weights
+    return replace(one, layers=max(1, round((gigabytes * 1e9 / 2 - one.weights) / per_layer) + 1))
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     ap.add_argument("out", type=Path)
+    ap.add_argument("--gb", type=float, help="size of the weights, in place of the options below")
     defaults = Shape()
     for field in ("layers", "hidden", "intermediate", "heads", "vocabulary"):
         ap.add_argument(f"--{field}", type=int, default=getattr(defaults, field))
     ap.add_argument("--dtype", choices=["float16", "float32"], default=defaults.dtype)
     a = vars(ap.parse_args())
-    out = a.pop("out")
-    shape = Shape(**a)
+    out, size = a.pop("out"), a.pop("gb")
+    shape = of_size(size) if size is not None else Shape(**a)
     build(out, shape)
     print(f"{out}: {shape.layers} layers, {shape.weights / 1e9:.2f} G weights")
 

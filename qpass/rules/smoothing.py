@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qpass.calibrate import ActivationStats
 from qpass.graph import Const
+from qpass.quantize import smoothing
 from qpass.spec import LinearSpec
 
 Array = NDArray[Any]
@@ -44,10 +45,7 @@ def choose(stats: ActivationStats, weights: Sequence[Const], spec: LinearSpec) -
         stats: of the activation [.., K].
         weights: [K, N] each, all of the Linears that read it.
     """
-    from qpass.quantize import smoothing
-
-    rows = stats.rows.astype(np.float32)
-    samples = [_some_channels(w) for w in weights]
+    error_of = smoothing.OutputError(stats.rows.astype(np.float32), [_some_channels(w) for w in weights])
     strengths: tuple[float, ...] = ()
     if spec.smoothing is not None:
         strengths = GRID if spec.smoothing == "search" else (float(spec.smoothing),)
@@ -59,7 +57,7 @@ def choose(stats: ActivationStats, weights: Sequence[Const], spec: LinearSpec) -
         smoother = None if alpha is None else smoothing.smoother(stats.amax, wmax, alpha)
         name = "unsmoothed" if alpha is None else f"smoothing {alpha:g}"
         for label, scale in _ranges(stats, smoother, spec) if static else (("", None),):
-            error = smoothing.output_error(rows, samples, smoother, scale)
+            error = error_of.of(smoother, scale)
             full = f"{name}{label}"
             errors[full] = error
             if best is None or error < best[0]:
