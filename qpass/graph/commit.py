@@ -87,9 +87,11 @@ class Folder:
                             replaced.callback(os.close, os.open(final, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
                     for temporary, final in files:
                         os.rename(temporary.path, final)
-                    os.fsync(folder)
+                    with suppress(OSError):  # the files are there; some network file systems cannot do more
+                        os.fsync(folder)
                 for path in garbage:
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        path.unlink()
         finally:
             os.close(folder)
 

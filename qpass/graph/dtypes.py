@@ -26,9 +26,7 @@ _PACKED = {
 
 
 def to_numpy(data_type: int) -> DType:
-    """The numpy (or ml_dtypes) dtype of a TensorProto data type; ValueError for one that onnx has no name
-    for.
-    """
+    """The numpy (or ml_dtypes) dtype of a TensorProto data type; ValueError for one that onnx has no name for."""
     try:
         return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
     except KeyError:
@@ -53,9 +51,7 @@ def file_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
 
 
 def pack(array: Array) -> memoryview:
-    """The file bytes of an array: little-endian, C order, sub-byte types packed. No copy where none is
-    needed.
-    """
+    """The file bytes of an array: little-endian, C order, sub-byte types packed. No copy where none is needed."""
     if packed_bits(array.dtype) is not None:
         return memoryview(numpy_helper.from_array(array).raw_data)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

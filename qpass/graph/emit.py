@@ -19,7 +19,7 @@ from qpass.graph.load import is_external, tensors
 if TYPE_CHECKING:
     from qpass.graph.model import Model
 
-_OVERLOADS = 10  # the ir_version that brought FunctionProto.overload
+_FUNCTIONS, _OVERLOADS = 8, 10  # the ir_versions that brought functions and several of one name
 
 
 @dataclass
@@ -68,8 +68,9 @@ def emit(model: Model) -> Emitted:
     del proto.functions[:]
     proto.functions.extend(model.functions)
     _import_domains(proto)
-    if any(f.overload for f in proto.functions) and proto.ir_version < _OVERLOADS:
-        proto.ir_version = _OVERLOADS
+    if proto.functions:
+        needed = _OVERLOADS if any(f.overload for f in proto.functions) else _FUNCTIONS
+        proto.ir_version = max(proto.ir_version, needed)
     _check(proto.graph, {t.proto.name for t in initializers}, set())
 
     embedded = [Tensor(t, model.weights.of(t)) for t in filter(is_external, tensors(proto))]
@@ -99,12 +100,12 @@ class _Emitter:
         del out.node[:]
         out.node.extend(nodes)
 
-        gone = set(_reads(original)) - set(_reads(out))  # only what the rewrite made useless
+        given = {t.name for t in graph.inputs}  # an input whose default went would become a required one
+        gone = set(_reads(original)) - set(_reads(out)) - given  # only what the rewrite made useless
+        constant = {t.name for t in original.initializer}
         _keep(out.initializer, lambda t: t.name not in gone)
         _keep(out.sparse_initializer, lambda t: t.values.name not in gone)
-        dropped = {t.name for t in original.initializer} & gone
-        given = {t.name for t in graph.inputs}
-        _keep(out.input, lambda v: v.name not in dropped or v.name in given)
+        _keep(out.input, lambda v: v.name not in gone or v.name not in constant)
 
         new = {t.name: t for node in graph.nodes if node.proto is None for t in node.outputs}
         made = {name for node in nodes for name in node.output} | set(_defined(out))

@@ -61,9 +61,7 @@ def _strip_tensor(tensor: TensorProto) -> None:
 
 
 def import_model(path: Path, proto: ModelProto, weights: Weights) -> gs.Graph:
-    """The graph of a model: our Node, Value and Const, each with its proto. Raises QpassError for a broken
-    graph.
-    """
+    """The graph of a model: our Node, Value and Const, each with its proto. Raises QpassError for a broken graph."""
     importer = _Importer(path, proto, weights)
     return importer.graph(proto.graph, infer_shapes(proto).graph, {})
 
@@ -74,9 +72,7 @@ class _Importer:
         self.opset = default_opset(proto)
 
     def graph(self, proto: GraphProto, inferred: GraphProto, outer: Scope) -> gs.Graph:
-        """`inferred` is the same graph with more value infos; `outer` are the tensors of the graphs around
-        it.
-        """
+        """`inferred` is the same graph with more value infos; `outer` are the tensors of the graphs around it."""
         types = {v.name: v.type for v in (*inferred.value_info, *inferred.output, *inferred.input)}
         here: dict[str, Value | Const] = {}
         constants = {t.name: t for t in proto.initializer}
@@ -115,9 +111,7 @@ class _Importer:
         )
 
     def _constant_input(self, value: ValueInfoProto, constants: dict[str, TensorProto]) -> bool:
-        """Before ir_version 4 every initializer had to be an input too and was constant; since then it is a
-        default.
-        """
+        """Before ir_version 4 every initializer had to be an input too and was constant; since then it is a default."""
         return value.name in constants and self.proto.ir_version < 4
 
     def _node(self, proto: NodeProto, inferred: NodeProto, scope: Scope) -> Node:

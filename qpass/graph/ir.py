@@ -48,9 +48,7 @@ class Node(gs.Node):  # type: ignore[misc] # gs has no type hints
 
 
 class _Symbolic:
-    """The operators that patterns are written with; a pattern's captures have them, the graph's tensors do
-    not.
-    """
+    """The operators that patterns are written with; a pattern's captures have them, the graph's tensors do not."""
 
     if TYPE_CHECKING:
 
@@ -69,9 +67,7 @@ class _Symbolic:
 
 
 class Value(_Symbolic, gs.Variable):  # type: ignore[misc] # gs has no type hints
-    """A tensor that is computed or fed in. `shape` is None where the rank is unknown, `dtype` where the type
-    is.
-    """
+    """A tensor that is computed or fed in. `shape` is None where the rank is unknown, `dtype` where the type is."""
 
     name: str
     shape: Shape | None

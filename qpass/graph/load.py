@@ -1,6 +1,4 @@
-"""From a file to a proto whose weights stay where they are. Everything that is wrong with a file is said
-here.
-"""
+"""From a file to a proto whose weights stay where they are. Everything that is wrong with a file is said here."""
 
 from __future__ import annotations
 
@@ -145,9 +143,7 @@ class Weights:
         self._files: dict[str, FileSource] = {}
 
     def of(self, tensor: TensorProto) -> Lazy:
-        """The values of a tensor. Raises QpassError where its external data is missing, short or out of
-        bounds.
-        """
+        """The values of a tensor. Raises QpassError where its external data is missing, short or out of bounds."""
         where = f"{self.path}: tensor '{tensor.name}'"
         try:
             dtype = to_numpy(tensor.data_type)

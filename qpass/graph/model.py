@@ -40,9 +40,7 @@ class Model:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Read a model. Raises QpassError for whatever is wrong with its file, its versions or its external
-        data.
-        """
+        """Read a model. Raises QpassError for whatever is wrong with its file, its versions or its external data."""
         where = Path(path)
         return cls(where, *read(where))
 
@@ -55,9 +53,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all constants of the graph as it is now: initializers that something uses, and promised
-        ones.
-        """
+        """Bytes of all constants of the graph as it is now: initializers that something uses, and promised ones."""
         constants = {t for node in self.nodes() for t in node.inputs if isinstance(t, Const)}
         return sum(t.array.nbytes for t in constants)
 
@@ -76,9 +72,7 @@ class Model:
         return self._constants.of(tensor)
 
     def unique(self, name: str) -> str:
-        """A name that no node and no tensor has, made from `name`; it is taken from now on. The same at every
-        run.
-        """
+        """A name that no node and no tensor has, made from `name`; it is taken from now on. The same at every run."""
         if self._names is None:
             self._names = set(names(self.proto.graph))
         number, found = 0, name
@@ -89,9 +83,7 @@ class Model:
         return found
 
     def sort(self) -> None:
-        """Put nodes after what they read. Where the order is right already nothing moves. ValueError for a
-        cycle.
-        """
+        """Put nodes after what they read. Where the order is right already nothing moves. ValueError for a cycle."""
         sort_nodes(self.graph)
 
     def save(

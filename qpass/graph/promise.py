@@ -1,6 +1,4 @@
-"""Promises of new tensors: what a rule emits in place of arrays, computed in row blocks when the file is
-written.
-"""
+"""Promises of new tensors: what a rule emits in place of arrays, computed in row blocks when the file is written."""
 
 from __future__ import annotations
 

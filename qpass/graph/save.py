@@ -134,9 +134,7 @@ class _Writer:
         return graph
 
     def _write_data(self, folder: Folder, tensors: list[Tensor]) -> tuple[Temporary, str]:
-        """Write large tensors into a data file, in the order in which their sources lie, and fill in the
-        small.
-        """
+        """Write large tensors into a data file, in the order in which their sources lie, and fill in the small."""
         outside: list[tuple[Tensor, int]] = []
         for tensor in tensors:
             if tensor.array is None and _size(tensor) >= SMALL and tensor.proto.data_type != TensorProto.STRING:

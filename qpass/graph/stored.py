@@ -122,18 +122,14 @@ class MemorySource:
 
 
 class Stored(Lazy):
-    """A tensor as a model stores it: `shape` elements of `dtype`, C order, little-endian, at `offset` of
-    `source`.
-    """
+    """A tensor as a model stores it: `shape` elements of `dtype`, C order, little-endian, at `offset` of `source`."""
 
     def __init__(self, source: Source, offset: int, dtype: DType, shape: tuple[int, ...]) -> None:
         self.source, self.offset, self.dtype, self.shape = source, offset, dtype, shape
 
     @classmethod
     def of(cls, proto: TensorProto) -> Stored:
-        """The tensor whose values are inside `proto`, in raw or in typed fields. Strings have no bytes:
-        ValueError.
-        """
+        """The tensor whose values are inside `proto`, in raw or in typed fields. Strings have no bytes: ValueError."""
         dtype, shape = to_numpy(proto.data_type), tuple(proto.dims)
         if dtype.kind == "O":
             raise ValueError("a string tensor has no fixed bytes")

@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,7 +115,9 @@ class _Crew:
         finally:
             self._stop.set()
             for thread in threads:
-                thread.join()
+                while thread.is_alive():  # who has been impatient twice still must not close the file under a writer
+                    with suppress(KeyboardInterrupt):
+                        thread.join()
         if self._error is not None:
             raise self._error
 

@@ -182,6 +182,16 @@ def test_weights_that_were_inputs_go_from_there_too(tmp_path: Path) -> None:
     assert [v.name for v in written(model, tmp_path / "out.onnx").graph.input] == ["x", "b0"]
 
 
+def test_a_default_that_lost_its_use_stays(tmp_path: Path) -> None:
+    """Without it the input would have to be fed."""
+    model = Model.load(save(exotic_model(), tmp_path / "in.onnx"))
+    add = model.graph.nodes[1]
+    replace(model, add, Node("Identity", "id", {}, [add.inputs[0]], []))
+    after = written(model, tmp_path / "out.onnx")
+    assert after.graph.input == exotic_model().graph.input
+    assert list(after.graph.initializer) == list(exotic_model().graph.initializer)
+
+
 def test_attributes_of_new_nodes(tmp_path: Path) -> None:
     model = Model.load(save(linear_model(1), tmp_path / "in.onnx"))
     attributes = {

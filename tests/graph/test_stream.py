@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -57,6 +58,18 @@ def test_every_kind_of_array(tmp_path: Path) -> None:
     first = write(tmp_path / "a", arrays)
     assert first[0] == content[:-5]
     assert write(tmp_path / "b", arrays, max_memory=1) == first
+
+
+def test_sub_byte_results(tmp_path: Path) -> None:
+    """Blocks begin at a byte, whatever the length of a row."""
+
+    def fn(block: Array) -> tuple[Array, ...]:
+        return (np.clip(np.rint(block), -8, 7).astype(ml_dtypes.int4),)
+
+    weight = floats(301, 33) * 3
+    made = Blockwise(Given(weight), fn, [((301, 33), ml_dtypes.int4)], "w")
+    content, _ = write(tmp_path / "x", made.results)
+    assert content == bytes(pack(fn(weight)[0]))
 
 
 def test_the_digest_tells_content_and_place(tmp_path: Path) -> None:
