@@ -48,7 +48,7 @@ class Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
-    def node(self, op: str, *inputs: str, out: str, **attributes: object) -> str:
+    def node(self, op: str, *inputs: str, out: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [out], name=f"{out}/{op}", **attributes))
         return out
 
@@ -130,13 +130,21 @@ class Builder:
         size = s.hidden // s.heads
         self.constant("two", 2.0, np.float32)
         self.constant("epsilon", 1e-5, np.float32)
-        for name, value in (("last", [-1]), ("minus_one", [-1]), ("zero", [0]), ("end", [2**31]), (f"half_{size // 2}", [size // 2])):
+        for name, value in (
+            ("last", [-1]),
+            ("minus_one", [-1]),
+            ("zero", [0]),
+            ("end", [2**31]),
+            (f"half_{size // 2}", [size // 2]),
+        ):
             self.constant(name, value)
         self.constant("split", [0, 0, s.heads, size])
         self.constant("join", [0, 0, s.hidden])
         self.constant("attention_scale", size**-0.5, self.dtype)
         self.constant("minus", -1e4, self.dtype)
-        length = self.node("Gather", self.node("Shape", "input_ids", out="ids.shape"), self.constant("one", 1), out="ids.length")
+        length = self.node(
+            "Gather", self.node("Shape", "input_ids", out="ids.shape"), self.constant("one", 1), out="ids.length"
+        )
         ids = self.node("Range", self.constant("nil", 0), length, "one", out="positions")
         wide = self.node("Cast", ids, out="positions.float", to=TensorProto.FLOAT)
         column = self.node("Unsqueeze", wide, "minus_one", out="positions.column")
@@ -144,11 +152,23 @@ class Builder:
         angles = self.node("Mul", column, frequencies, out="angles.half")
         angles = self.node("Concat", angles, angles, out="angles", axis=-1)
         for name, op in (("cos", "Cos"), ("sin", "Sin")):
-            self.node("Cast", self.node(op, angles, out=f"{name}.float"), out=name, to=helper.np_dtype_to_tensor_dtype(self.dtype))
+            self.node(
+                "Cast",
+                self.node(op, angles, out=f"{name}.float"),
+                out=name,
+                to=helper.np_dtype_to_tensor_dtype(self.dtype),
+            )
         row = self.node("Unsqueeze", ids, "zero", out="positions.row")
         later = self.node("Greater", row, self.node("Unsqueeze", ids, "minus_one", out="positions.rows"), out="later")
-        self.node("Mul", self.node("Cast", later, out="later.float", to=helper.np_dtype_to_tensor_dtype(self.dtype)), "minus", out="causal")
-        return self.node("Gather", self.weight("embed_tokens.weight", s.vocabulary, s.hidden), "input_ids", out="embedding")
+        self.node(
+            "Mul",
+            self.node("Cast", later, out="later.float", to=helper.np_dtype_to_tensor_dtype(self.dtype)),
+            "minus",
+            out="causal",
+        )
+        return self.node(
+            "Gather", self.weight("embed_tokens.weight", s.vocabulary, s.hidden), "input_ids", out="embedding"
+        )
 
 
 def build(path: Path, shape: Shape, seed: int = 0) -> onnx.ModelProto:
@@ -177,7 +197,11 @@ def of_size(gigabytes: float) -> Shape:
     small = gigabytes < 0.5
     hidden = 512 if small else 2048
     one = Shape(
-        layers=1, hidden=hidden, intermediate=hidden * 43 // 16, heads=hidden // 128, vocabulary=1000 if small else 16000
+        layers=1,
+        hidden=hidden,
+        intermediate=hidden * 43 // 16,
+        heads=hidden // 128,
+        vocabulary=1000 if small else 16000,
     )
     per_layer = replace(one, layers=2).weights - one.weights
     return replace(one, layers=max(1, round((gigabytes * 1e9 / 2 - one.weights) / per_layer) + 1))

@@ -52,7 +52,11 @@ quantizer.process()
 quantizer.model.save_model_to_file(os.path.join(sys.argv[2], "model.onnx"), use_external_data_format=True)
 """
 
-SYNC = "import os, sys\nfor n in os.listdir(sys.argv[1]):\n f = os.open(os.path.join(sys.argv[1], n), os.O_RDONLY); os.fsync(f)"
+SYNC = """
+import os, sys
+for name in os.listdir(sys.argv[1]):
+    os.fsync(os.open(os.path.join(sys.argv[1], name), os.O_RDONLY))
+"""
 
 
 @dataclass

@@ -56,7 +56,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 
@@ -167,9 +169,13 @@ def inspect(
 @app.command()
 def calibrate(
     model: Model,
-    data: Annotated[list[Path], typer.Option("--data", "-d", help=".npz files keyed by input name, or folders of them.")],
+    data: Annotated[
+        list[Path], typer.Option("--data", "-d", help=".npz files keyed by input name, or folders of them.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the statistics go, an .npz file.")],
-    mask: Annotated[str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Tokens to sample of each activation.")] = 256,
     force: Annotated[bool, typer.Option(help="Run again even where the statistics are there.")] = False,
     quiet: Quiet = False,
@@ -194,10 +200,14 @@ def calibrate(
 def verify(
     original: Annotated[Path, typer.Argument(help="The model as it was.", show_default=False)],
     rewritten: Annotated[Path, typer.Argument(help="The rewritten model.", show_default=False)],
-    data: Annotated[list[Path] | None, typer.Option("--data", "-d", help=".npz files or folders; made up if absent.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", "-d", help=".npz files or folders; made up if absent.")
+    ] = None,
     layers: Annotated[bool, typer.Option(help="Find the first site where the two part.")] = False,
     minimum: Annotated[float, typer.Option("--min-cosine", help="Exit with 1 below this cosine similarity.")] = 0.99,
-    mask: Annotated[str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")
+    ] = None,
     as_json: Json = False,
     no_progress: NoProgress = False,
 ) -> None:

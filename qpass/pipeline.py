@@ -99,9 +99,7 @@ def rewrite(
 
     ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
     ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
-    done = Rewritten(
-        path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, quantizer.remarks()
-    )
+    done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, quantizer.remarks())
     if not dry_run:
         sidecars = {ledger_path: ledger.to_json().encode()}
         done.saved = loaded.save(output, sidecars=sidecars, progress=progress, max_memory=max_memory)
@@ -184,4 +182,6 @@ def check_coverage(ledger: Ledger, least: float) -> str | None:
     if got >= least:
         return None
     left = [s.name for s in ledger.of("linear") if s.status not in ("rewritten", "excluded")]
-    return f"coverage is {got:.1%}, below {least:.1%}; not rewritten: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}"
+    return (
+        f"coverage is {got:.1%}, below {least:.1%}; not rewritten: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}"
+    )

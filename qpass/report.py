@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal as size
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,20 +21,16 @@ from qpass.verify import Report
 STYLE = {"rewritten": "green", "kept": "dim", "excluded": "yellow", "declined": "red", "near_miss": "red"}
 
 
-def size(n: int) -> str:
-    """Bytes as people read them: 90.9 MB."""
-    value, unit = float(n), "B"
-    for unit in ("B", "kB", "MB", "GB"):  # noqa: B007 # the last unit reached is wanted
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
 def summary(ledger: Ledger) -> Table:
     """Rewritten sites by kind and op, the rest by status and reason."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("sites", "right"), ("kind", "left"), ("status", "left"), ("what", "left"), ("such as", "left")):
+    for name, justify in (
+        ("sites", "right"),
+        ("kind", "left"),
+        ("status", "left"),
+        ("what", "left"),
+        ("such as", "left"),
+    ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     groups: dict[tuple[str, str, str], list[Site]] = defaultdict(list)
     for s in ledger.sites:
@@ -158,7 +155,8 @@ def inspected(done: Rewritten) -> RenderableType:
     head = (
         f"{f['model']}: {f['nodes']} nodes, opset {opsets}, ir_version {f['ir_version']}"
         + (f", by {f['producer']}" if f["producer"] else "")
-        + f"\n{f['linears']} Linears ({size(f['linear_weight_bytes'])} of {size(f['weight_bytes'])} weights), {f['norms']} norms"
+        + f"\n{f['linears']} Linears ({size(f['linear_weight_bytes'])} of {size(f['weight_bytes'])} weights), "
+        + f"{f['norms']} norms"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("#", "kind", "site", "weight", "shape", "fed by", "would be", "why"):
@@ -169,7 +167,9 @@ def inspected(done: Rewritten) -> RenderableType:
         fed = str(s.fed_by) if s.fed_by is not None else ""
         table.add_row(str(i), s.kind, escape(s.name), escape(weight), shape, fed, would, escape(s.reason or ""))
     notes = [f"[dim]note:[/] {escape(r)}" for r in done.remarks]
-    return Group(escape(head), "", table, "", f"with {escape(done.spec.describe())}:", escape(sizes(done.ledger)), *notes)
+    return Group(
+        escape(head), "", table, "", f"with {escape(done.spec.describe())}:", escape(sizes(done.ledger)), *notes
+    )
 
 
 def calibrated(stats: Stats, model: Path, output: Path) -> RenderableType:

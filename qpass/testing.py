@@ -79,7 +79,9 @@ def feeds(proto: onnx.ModelProto, seed: int = 1, **dims: int) -> dict[str, np.nd
     return out
 
 
-def apply_rule(rule: Rule[Any, Any], proto: onnx.ModelProto, spec: QuantSpec | str = "w8a16") -> tuple[Rewritten, onnx.ModelProto]:
+def apply_rule(
+    rule: Rule[Any, Any], proto: onnx.ModelProto, spec: QuantSpec | str = "w8a16"
+) -> tuple[Rewritten, onnx.ModelProto]:
     """Run one rule, and none of the built-in quantizing ones, over a model; its account and the model it made."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -21,7 +21,9 @@ RUNS += [(preset, group) for preset in ("w4a16-g128", "w4a16-g128-zp") for group
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    ap.add_argument("--work", type=Path, default=Path("build/minilm"), help="folder for the model and what is made of it")
+    ap.add_argument(
+        "--work", type=Path, default=Path("build/minilm"), help="folder for the model and what is made of it"
+    )
     work = ap.parse_args().work
 
     model = prepare(work)

@@ -25,7 +25,7 @@ def main() -> None:
     for site in ledger.of("linear"):
         if site.fed_by is not None and site.weight is not None:
             norm = ledger.sites[site.fed_by]
-            print(f"{site.weight.name} {site.weight.shape}: its input comes quantized out of {norm.op} '{norm.new_nodes[0]}'")
+            print(f"{site.weight.name} {site.weight.shape} reads the int8 of {norm.op} '{norm.new_nodes[0]}'")
     for site in ledger.sites:
         if site.status != "rewritten":
             print(f"{site.kind} {site.name}: {site.status}, {site.reason}")

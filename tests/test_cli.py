@@ -295,7 +295,9 @@ BAD = {
 class TestBadInput:
     @pytest.mark.parametrize("case", BAD)
     @pytest.mark.parametrize("preset", ["w8a16", "w4a16-g128"])
-    def test_one_line_and_the_target_untouched(self, run: Run, tiny: Path, case: str, preset: str, tmp_path: Path) -> None:
+    def test_one_line_and_the_target_untouched(
+        self, run: Run, tiny: Path, case: str, preset: str, tmp_path: Path
+    ) -> None:
         spoil, names = BAD[case]
         spoil(tiny)
         out = tmp_path / "out" / "model.onnx"

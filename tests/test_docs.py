@@ -22,7 +22,8 @@ README = (ROOT / "README.md").read_text()
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18]>
 readme (float[B, S, 128] x) => (float[B, S, 128] y)
-<float[128] gamma, float[128, 256] w1, float[256, 128] w2, float[128, 128] w3, float[128, 128] w4, float factor = {0.125}>
+<float[128] gamma, float[128, 256] w1, float[256, 128] w2, float[128, 128] w3, float[128, 128] w4,
+ float factor = {0.125}>
 {
     ["layer.0.norm"] h = LayerNormalization<axis = -1>(x, gamma)
     ["layer.0.fc1"] m1 = MatMul(h, w1)

@@ -70,8 +70,8 @@ class OutputError:
         if scale is None:
             q, scales = quantize_per_token(x)
         else:
-            scales = np.float32(scale)
-            q = quantize(x, np.array([scale], np.float32))
+            scales = np.array([scale], np.float32)
+            q = quantize(x, scales)
         got = (q.astype(np.float32) * scales) @ self._weights(smoother).T
         return float(np.linalg.norm(got - self.wanted)) / self.norm
 

@@ -157,9 +157,7 @@ class Quantizer:
 
         def make() -> QuantizedWeight:
             results = [((n, k // 2), INT8), (per_group, FLOAT32), *([(per_group, INT8)] if spec.zero_point else [])]
-            return self._promise(
-                w, lambda b: numbers.int4_groupwise(b, group, spec.rounding, spec.zero_point), results
-            )
+            return self._promise(w, lambda b: numbers.int4_groupwise(b, group, spec.rounding, spec.zero_point), results)
 
         return self._cached((_view_of(w), "groups", group, spec.rounding, spec.zero_point), make)
 
@@ -170,7 +168,7 @@ class Quantizer:
         return self._weights[key]
 
     def _promise(
-        self, w: Const, fn: Callable[[Any], tuple[Any, ...]], results: list[tuple[tuple[int, ...], Any]]
+        self, w: Const, fn: Callable[[Any], tuple[Any, ...]], results: Sequence[tuple[tuple[int, ...], Any]]
     ) -> QuantizedWeight:
         """`fn` over blocks [n, K] of the output channels of w [K, N]."""
 
@@ -237,4 +235,3 @@ class Quantizer:
 def _view_of(w: Const) -> Any:
     """What tells two views of a tensor apart: its root, the nodes between and the shape."""
     return id(w.root), tuple((n.op, str(n.attrs)) for n in w.via), w.shape
-

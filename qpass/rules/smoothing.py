@@ -49,12 +49,12 @@ def choose(stats: ActivationStats, weights: Sequence[Const], spec: LinearSpec) -
     strengths: tuple[float, ...] = ()
     if spec.smoothing is not None:
         strengths = GRID if spec.smoothing == "search" else (float(spec.smoothing),)
-    wmax = np.max([channel_amax(w) for w in weights], axis=0) if strengths else None
+    weight_amax = np.max([channel_amax(w) for w in weights], axis=0) if strengths else np.empty(0)
     static = spec.needs_calibration
     best: tuple[float, Array | None, float | None, str] | None = None
     errors: dict[str, float] = {}
     for alpha in (None, *strengths):
-        smoother = None if alpha is None else smoothing.smoother(stats.amax, wmax, alpha)
+        smoother = None if alpha is None else smoothing.smoother(stats.amax, weight_amax, alpha)
         name = "unsmoothed" if alpha is None else f"smoothing {alpha:g}"
         for label, scale in _ranges(stats, smoother, spec) if static else (("", None),):
             error = error_of.of(smoother, scale)
@@ -81,7 +81,7 @@ def _ranges(stats: ActivationStats, smoother: Array | None, spec: LinearSpec) ->
         rows = stats.rows.astype(np.float32)
         seen = np.abs(rows if smoother is None else rows / smoother)
         cut = stats.percentile(spec.percentile) if smoother is None else float(np.percentile(seen, spec.percentile))
-        out.append((f", range {spec.percentile:g} %", max(min(cut, amax), np.finfo(np.float32).tiny) / 127))
+        out.append((f", range {spec.percentile:g} %", min(cut, amax) / 127))
     return out
 
 
