@@ -59,9 +59,7 @@ class Body:
 
     def __init__(self, inputs: Sequence[str], attrs: Mapping[str, int | float | str], opset: int) -> None:
         if not FIRST_OPSET <= opset <= onnx.defs.onnx_opset_version():
-            raise ValueError(
-                f"opset {opset} is not supported: {FIRST_OPSET} to {onnx.defs.onnx_opset_version()} are"
-            )
+            raise ValueError(f"opset {opset} is not supported: {FIRST_OPSET} to {onnx.defs.onnx_opset_version()} are")
         self.attrs = attrs
         self.opset = opset
         self._inputs = {name: Value(self, name) for name in inputs}

@@ -17,9 +17,7 @@ class LayernormQuantization(NormQuantization):
 
     def build_norm(self, b: Body, x: Value) -> Value:
         d = x - b.over_last("ReduceMean", x)
-        variance = b.over_last(
-            "ReduceMean", d * d
-        )  # with a Pow ONNX Runtime would fuse a LayerNorm of its own
+        variance = b.over_last("ReduceMean", d * d)  # with a Pow ONNX Runtime would fuse a LayerNorm of its own
         return d / b.node("Sqrt", variance + b.attribute("epsilon"))
 
     def compute_norm(self, x: Array, epsilon: np.float32) -> Array:

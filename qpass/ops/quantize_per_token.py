@@ -10,9 +10,7 @@ from qpass.quantize.activation import quantize_per_token
 
 
 class QuantizePerToken(Op):
-    doc = (
-        "scale = max|x / smoother| / 127 over the last axis; q = clip(rint(x / smoother / scale), -128, 127)"
-    )
+    doc = "scale = max|x / smoother| / 127 over the last axis; q = clip(rint(x / smoother / scale), -128, 127)"
     inputs = (
         Input("x", "T", "... K"),
         Input("smoother", "float32", "K", When("has_smoother")),

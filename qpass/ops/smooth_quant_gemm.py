@@ -24,9 +24,7 @@ class SmoothQuantGemm(Op):
     attributes = (
         OUTPUT_TYPE,
         Attribute("has_per_token_scaling", int, "1: scale_a is per token; 0: one for all", 1, (0, 1)),
-        Attribute(
-            "has_per_channel_scaling", int, "1: scale_w is per row of weight; 0: one for all", 1, (0, 1)
-        ),
+        Attribute("has_per_channel_scaling", int, "1: scale_w is per row of weight; 0: one for all", 1, (0, 1)),
         flag("has_bias", "a bias is added"),
     )
 

@@ -24,9 +24,7 @@ class WeightOnlyQuantMatmul(Op):
     )
     outputs = (Output("y", "T", "... N"),)
     attributes = (
-        Attribute(
-            "weight_type_id", int, "1: int8; 2: int4", None, (INT8, INT4), {INT8: "int8", INT4: "int4"}
-        ),
+        Attribute("weight_type_id", int, "1: int8; 2: int4", None, (INT8, INT4), {INT8: "int8", INT4: "int4"}),
         flag("has_bias", "a bias is added"),
     )
 
