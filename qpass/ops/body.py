@@ -97,8 +97,13 @@ class Body:
         return self.node("Cast", self[name], to=TensorProto.FLOAT)
 
     def from_int8(self, x: Value) -> Value:
-        """Integers as floats of the same value; by DequantizeLinear, since TensorRT casts no int8."""
-        return self.node("DequantizeLinear", x, 1.0)
+        """Integers as floats of the same value.
+
+        By DequantizeLinear, since TensorRT casts no int8. Round changes no integer: behind it ONNX Runtime leaves
+        the DequantizeLinear alone. It would move one forward through reshapes, by way of uint8, and before a
+        MatMul make them a MatMulNBits, which quantizes the other operand (errors of 6e-3).
+        """
+        return self.node("Round", self.node("DequantizeLinear", x, 1.0))
 
     def to_int8(self, x: Value, scale: Value) -> Value:
         """clip(rint(x / scale), -128, 127), ties to even; 0 where scale is 0."""
@@ -136,12 +141,7 @@ class Body:
         return self.reshape(pairs, 0, -1)
 
     def times_transposed(self, x: Value, w: Value) -> Value:
-        """x [..., K] · wᵀ of w [N, K].
-
-        `w` must not come straight from a DequantizeLinear: from opset 21 on ONNX Runtime moves the Transpose
-        of a constant ahead of it, and then makes DequantizeLinear → MatMul a MatMulNBits, which quantizes x
-        to int8 (errors of 6e-3).
-        """
+        """x [..., K] · wᵀ of w [N, K]."""
         return self.node("MatMul", x, self.node("Transpose", w, perm=[1, 0]))
 
     def function(

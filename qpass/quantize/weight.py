@@ -143,7 +143,7 @@ def amax(w: Array, axis: int | None = None) -> Array:
             other = (0, 2)  # whole rows are [1, K, rows] or [rows, K, 1]
             np.maximum(columns, tile.x.max(axis=other), out=columns)
     if axis is None:
-        return np.max(rows, keepdims=True, initial=0)
+        return np.asarray(np.max(rows, keepdims=True, initial=0))
     return columns if axis == 0 else rows
 
 
