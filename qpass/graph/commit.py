@@ -70,6 +70,12 @@ class Folder:
         self._temporaries.append(temporary)
         return temporary
 
+    def need(self, size: int) -> None:
+        """Raise ENOSPC now where `size` bytes cannot fit, and not after minutes of work."""
+        disk = os.statvfs(self.path)
+        if disk.f_blocks and disk.f_bavail * disk.f_frsize < size:  # some file systems tell nothing
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def commit(self, files: list[tuple[Temporary, Path]], garbage: Iterator[Path]) -> None:
         """Give temporaries their names, in this order, replacing what is there; then remove `garbage`.
 

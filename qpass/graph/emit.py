@@ -11,14 +11,16 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from qpass.graph.dtypes import to_onnx
+from qpass.graph.dtypes import pack, to_onnx
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Lazy
 from qpass.graph.load import is_external, tensors
+from qpass.graph.stored import Stored
 
 if TYPE_CHECKING:
     from qpass.graph.model import Model
 
+_DATA_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 _FUNCTIONS, _OVERLOADS = 8, 10  # the ir_versions that brought functions and several of one name
 
 
@@ -28,6 +30,25 @@ class Tensor:
 
     proto: TensorProto
     array: Lazy | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.proto.ByteSize() if self.array is None else self.array.nbytes
+
+    def take(self) -> Lazy | None:
+        """The values, taken out of the proto if they are in it; None for strings, which have no place elsewhere."""
+        if self.array is None and self.proto.data_type != TensorProto.STRING:
+            self.array = Stored.of(self.proto)
+            for field in _DATA_FIELDS:
+                self.proto.ClearField(field)
+        return self.array
+
+    def fill(self) -> None:
+        """Put the values into the proto."""
+        if self.array is not None:
+            self.proto.ClearField("external_data")
+            self.proto.ClearField("data_location")
+            self.proto.raw_data = bytes(pack(self.array.load()))
 
 
 @dataclass

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx import TensorProto
-
 from qpass.errors import QpassError
 from qpass.graph.commit import Folder, Temporary, explain
-from qpass.graph.dtypes import pack
-from qpass.graph.emit import Emitted, Tensor, emit
+from qpass.graph.emit import Emitted, emit
 from qpass.graph.load import point
 from qpass.graph.promise import Result
-from qpass.graph.stored import Stored
 from qpass.graph.stream import Progress, Target, position, stream, write_all
 from qpass.graph.wire import SMALL, layout_model
 
@@ -55,10 +51,11 @@ def save(
     inputs = model.weights.files()
     _check_place(path, sidecars, inputs)
     before = sum(p.stat().st_size for p in inputs)
-    writer = _Writer(path, progress, max_memory)
+    writer = _Writer(path, emitted, progress, max_memory)
     try:
         with Folder(path.parent) as folder:
-            files = writer.write(folder, emitted, has_outside=len(inputs) > 1)
+            folder.need(writer.needed)
+            files = writer.write(folder, has_outside=len(inputs) > 1)
             names = [final for _, final in files]
             after = sum(os.fstat(temporary.fd).st_size for temporary, _ in files)
             for side, content in sidecars.items():
@@ -98,86 +95,65 @@ def _old_data(path: Path, keep: list[Path]) -> Iterator[Path]:
 
 
 class _Writer:
-    def __init__(self, path: Path, progress: Progress | None, max_memory: int | None) -> None:
+    """Writes the temporaries of one output."""
+
+    def __init__(self, path: Path, emitted: Emitted, progress: Progress | None, max_memory: int | None) -> None:
         self.path = path
+        self.emitted = emitted
+        self.tensors = [*emitted.initializers, *emitted.embedded]
+        self.needed = sum(t.nbytes for t in self.tensors)
         self.progress = progress
         self.max_memory = max_memory
-        self.needed = 0
 
-    def write(self, folder: Folder, emitted: Emitted, has_outside: bool) -> list[tuple[Temporary, Path]]:
+    def write(self, folder: Folder, has_outside: bool) -> list[tuple[Temporary, Path]]:
         """Write the files into temporaries; returns them with their names, the graph last."""
-        everything = [*emitted.initializers, *emitted.embedded]
-        self.needed = sum(_size(t) for t in everything)
-        limit = INSIDE if has_outside else INSIDE_AS_BEFORE
-        if self.needed <= limit:
-            return [(self._write_inside(folder, emitted), self.path)]
-        data, name = self._write_data(folder, everything)
+        if self.needed <= (INSIDE if has_outside else INSIDE_AS_BEFORE):
+            return [(self._write_inside(folder), self.path)]
+        data, name = self._write_data(folder)
         graph = folder.temporary(self.path.name)
-        texts, _, _ = layout_model(emitted.proto, [(t.proto, None) for t in emitted.initializers])
-        for offset, text in texts:
-            write_all(graph.fd, memoryview(text), offset)
+        self._write_graph(graph, [None] * len(self.emitted.initializers))
         return [(data, self.path.with_name(name)), (graph, self.path)]
 
-    def _write_inside(self, folder: Folder, emitted: Emitted) -> Temporary:
-        for tensor in emitted.embedded:
-            assert tensor.array is not None
-            _fill(tensor.proto, tensor)
+    def _write_inside(self, folder: Folder) -> Temporary:
+        """One file; the values of initializers are streamed into gaps of the proto around them."""
+        for tensor in self.emitted.embedded:
+            tensor.fill()
         graph = folder.temporary(self.path.name)
-        texts, gaps, size = layout_model(
-            emitted.proto,
-            [(t.proto, None if t.array is None else t.array.nbytes) for t in emitted.initializers],
-        )
+        tensors = self.emitted.initializers
+        gaps = self._write_graph(graph, [None if t.array is None else t.array.nbytes for t in tensors])
+        pairs = zip(tensors, gaps, strict=True)
+        self._stream(graph, [Target(t.array, g) for t, g in pairs if t.array is not None and g is not None])
+        return graph
+
+    def _write_graph(self, graph: Temporary, lengths: Sequence[int | None]) -> list[int | None]:
+        """Write the proto; returns the offsets of the gaps for initializers that come later."""
+        headers = [t.proto for t in self.emitted.initializers]
+        texts, gaps, size = layout_model(self.emitted.proto, zip(headers, lengths, strict=True))
         os.ftruncate(graph.fd, size)
         for offset, text in texts:
             write_all(graph.fd, memoryview(text), offset)
-        self._stream(graph.fd, [(t, g) for t, g in zip(emitted.initializers, gaps, strict=True) if g is not None])
-        return graph
+        return gaps
 
-    def _write_data(self, folder: Folder, tensors: list[Tensor]) -> tuple[Temporary, str]:
-        """Write large tensors into a data file, in the order in which their sources lie, and fill in the small."""
-        outside: list[tuple[Tensor, int]] = []
-        for tensor in tensors:
-            if tensor.array is None and _size(tensor) >= SMALL and tensor.proto.data_type != TensorProto.STRING:
-                tensor.array = Stored.of(tensor.proto)
-                for field in (
-                    "raw_data",
-                    "float_data",
-                    "int32_data",
-                    "int64_data",
-                    "double_data",
-                    "uint64_data",
-                ):
-                    tensor.proto.ClearField(field)
-        offset = 0
-        for tensor in sorted((t for t in tensors if t.array is not None), key=lambda t: position(t.array)):  # type: ignore[arg-type]
-            assert tensor.array is not None
-            if tensor.array.nbytes < SMALL and not isinstance(tensor.array, Result):
-                _fill(tensor.proto, tensor)
+    def _write_data(self, folder: Folder) -> tuple[Temporary, str]:
+        """The large tensors in a data file, in the order in which their sources lie; its name tells its content."""
+        targets, protos, offset = [], [], 0
+        for tensor in sorted(self.tensors, key=lambda t: position(t.array)):
+            array = tensor.take() if tensor.nbytes >= SMALL else tensor.array
+            if array is None:  # strings, and small ones that are in the proto already
                 continue
-            outside.append((tensor, offset))
-            offset += -(-tensor.array.nbytes // ALIGNMENT) * ALIGNMENT
+            if array.nbytes < SMALL and not isinstance(array, Result):  # results come with those they are made with
+                tensor.fill()
+                continue
+            targets.append(Target(array, offset))
+            protos.append(tensor.proto)
+            offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         data = folder.temporary(f"{self.path.stem}.data")
         os.ftruncate(data.fd, offset)
-        digest = self._stream(data.fd, outside)
-        name = _data_name(self.path, digest.hex()[:16])
-        for tensor, begin in outside:
-            assert tensor.array is not None
-            point(tensor.proto, name, begin, tensor.array.nbytes)
+        name = _data_name(self.path, self._stream(data, targets).hex()[:16])
+        for proto, target in zip(protos, targets, strict=True):
+            point(proto, name, target.offset, target.array.nbytes)
         return data, name
 
-    def _stream(self, fd: int, tensors: list[tuple[Tensor, int]]) -> bytes:
-        targets = [Target(t.array, offset) for t, offset in tensors if t.array is not None]
-        targets.sort(key=lambda t: position(t.array))
-        return stream(fd, targets, self.progress, self.max_memory)
-
-
-def _fill(proto: TensorProto, tensor: Tensor) -> None:
-    """Put a tensor's values into its proto."""
-    assert tensor.array is not None
-    proto.ClearField("external_data")
-    proto.ClearField("data_location")
-    proto.raw_data = bytes(pack(tensor.array.load()))
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.proto.ByteSize() if tensor.array is None else tensor.array.nbytes
+    def _stream(self, file: Temporary, targets: list[Target]) -> bytes:
+        in_file_order = sorted(targets, key=lambda t: position(t.array))
+        return stream(file.fd, in_file_order, self.progress, self.max_memory)

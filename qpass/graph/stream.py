@@ -49,9 +49,10 @@ class _Task:
     opens: tuple[Lazy, ...] = ()  # stored tensors and kept values that this task is the first to need
 
 
-def position(array: Lazy) -> tuple[str, int]:
+def position(array: Lazy | None) -> tuple[str, int]:
     """Where the first tensor lies that a promise reads; those that read nothing come first."""
-    return next((leaf.place for leaf in array.leaves() if isinstance(leaf, Stored)), ("", 0))
+    leaves = () if array is None else array.leaves()
+    return next((leaf.place for leaf in leaves if isinstance(leaf, Stored)), ("", 0))
 
 
 def stream(

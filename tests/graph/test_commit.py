@@ -111,6 +111,16 @@ def test_a_disk_that_fills_up(
     assert contents(tmp_path / "out") == old
 
 
+def test_a_disk_without_room_is_refused_at_once(
+    model: Model, old: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statvfs = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*statvfs[:4], 1, *statvfs[5:]]))
+    with pytest.raises(QpassError, match=r"no space left .* MB"):
+        save_new(model, tmp_path)
+    assert contents(tmp_path / "out") == old
+
+
 def test_a_file_size_limit(model: Model, old: dict[str, bytes], tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
