@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -37,70 +38,72 @@ class Source(Protocol):
 
 
 class FileSource:
-    """A file on disk, `size` bytes long, opened at once: nothing that replaces it later matters.
+    """A file on disk, `size` bytes long. Raises OSError, and QpassError at a read if the file has changed since.
 
-    Whole ranges are read with pread. Many small pieces (a column slab of a [K, N] weight) are copied out of a
-    mapping, several times faster than one system call each; mapped pages count as resident memory and are let
-    go step by step.
+    Opened for each read and no longer: some models have a file for every tensor. Whole ranges are read with pread.
+    Many small pieces (a column slab of a [K, N] weight) are copied out of a mapping, several times faster than one
+    system call each; mapped pages count as resident memory and are let go step by step.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
-        self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
-        self._fd = -1
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._fd).st_size
-
-    def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        stat = os.stat(path)
+        self.size, self._state = stat.st_size, _state(stat)
 
     def read(self, offset: int, length: int) -> memoryview:
         buffer = np.empty(length, np.uint8)
-        self._fill(buffer.data, offset)
-        return buffer.data
+        view, done = buffer.data, 0
+        with self._open() as fd:
+            while done < length:
+                got = os.preadv(fd, [view[done:]], offset + done)
+                if not got:
+                    raise self._changed()
+                done += got
+        return view
 
     def pieces(self, offset: int, length: int, step: int, count: int) -> Array:
-        mapped = self._mapped()
         out = np.empty((count, length), np.uint8)
-        per_turn = max(1, _RESIDENT // step)
-        for i in range(0, count, per_turn):
-            turn = min(per_turn, count - i)
-            begin, end = offset + i * step, offset + (i + turn - 1) * step + length
-            if end > os.fstat(self._fd).st_size:  # reading past it would be a SIGBUS
-                raise self._shorter()
-            flat = np.frombuffer(mapped, np.uint8, end - begin, begin)
-            out[i : i + turn] = np.lib.stride_tricks.as_strided(flat, (turn, length), (step, 1))
-            del flat
-            page = begin - begin % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        span = skip + (count - 1) * step + length
+        with self._open() as fd, mmap.mmap(fd, span, prot=mmap.PROT_READ, offset=offset - skip) as mapped:
+            for i, stop in _turns(count, max(1, _RESIDENT // step)):
+                begin, end = skip + i * step, skip + (stop - 1) * step + length
+                flat = np.frombuffer(mapped, np.uint8, end - begin, begin)
+                out[i:stop] = np.lib.stride_tricks.as_strided(flat, (stop - i, length), (step, 1))
+                del flat  # the mapping cannot close while arrays look into it
+                page = begin - begin % mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_DONTNEED, page, end - page)
         return out
 
-    def _mapped(self) -> mmap.mmap:
-        with self._lock:
-            if self._map is None:
-                self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
-            return self._map
-
-    def _shorter(self) -> QpassError:
-        return QpassError(f"{self.path} became shorter while it was read; run again when nothing writes it")
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise QpassError(f"cannot read {self.path}: {error.strerror}") from error
-            if got == 0:
-                raise self._shorter()
-            done += got
-
     def prefetch(self, offset: int, length: int) -> None:
-        for at in range(offset, offset + length, _READAHEAD):
-            os.posix_fadvise(self._fd, at, _READAHEAD, os.POSIX_FADV_WILLNEED)
+        with self._open() as fd:
+            for at in range(offset, offset + length, _READAHEAD):
+                os.posix_fadvise(fd, at, _READAHEAD, os.POSIX_FADV_WILLNEED)
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if _state(os.fstat(fd)) != self._state:
+                    raise self._changed()
+                yield fd
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise QpassError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def _changed(self) -> QpassError:
+        return QpassError(f"{self.path} has changed since it was opened; run again when nothing writes it")
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _turns(count: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
 class MemorySource:

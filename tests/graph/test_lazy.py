@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 from pathlib import Path
 
@@ -172,18 +174,38 @@ def test_a_wrong_block_is_told() -> None:
         made.results[0].load()
 
 
-def test_a_file_that_shrinks_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["shrink", "replace", "write", "remove"])
+def test_a_file_that_changes_is_told(tmp_path: Path, how: str) -> None:
     lazy = stored(floats(64, 64), tmp_path)
     lazy.load()
-    (tmp_path / "float32.bin").write_bytes(b"short")
-    for read in (lazy.load, lambda: lazy.columns(0, 3)):
-        with pytest.raises(QpassError, match="became shorter"):
+    path = tmp_path / "float32.bin"
+    match how:
+        case "shrink":
+            path.write_bytes(b"short")
+        case "replace":
+            (tmp_path / "new").write_bytes(path.read_bytes())
+            (tmp_path / "new").rename(path)
+        case "write":
+            content = bytearray(path.read_bytes())
+            os.utime(path, (0, 0))
+            path.write_bytes(content)
+        case _:
+            path.unlink()
+    for read in (lazy.load, lambda: lazy.columns(0, 3), lazy.prefetch):
+        with pytest.raises(QpassError, match=r"has changed since it was opened|No such file"):
             read()
 
 
-def test_a_file_that_is_replaced_does_not_matter(tmp_path: Path) -> None:
-    array = floats(64, 64)
-    lazy = stored(array, tmp_path)
-    (tmp_path / "new").write_bytes(b"other")
-    (tmp_path / "new").rename(tmp_path / "float32.bin")
-    same(lazy.columns(0, 3), array[:, :3])
+def test_a_file_for_every_tensor(tmp_path: Path) -> None:
+    """More files than a process may have open."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        arrays = [floats(8, 8, seed=i) for i in range(100)]
+        for i in range(100):
+            (tmp_path / str(i)).mkdir()
+        kept = [stored(array, tmp_path / str(i)) for i, array in enumerate(arrays)]
+        for lazy, array in zip(kept, arrays, strict=True):
+            same(lazy.columns(1, 3), array[:, 1:3])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
