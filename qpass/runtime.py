@@ -148,12 +148,9 @@ class Runner:
         """
         import onnxruntime as ort
 
+        fed = {name: np.asarray(value, order="C") for name, value in feeds.items() if name in self.inputs}
         with _explained(f"{self.path}: cannot run on {sample}"):
-            alive = {
-                name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-                for name, value in feeds.items()
-                if name in self.inputs
-            }
+            alive = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in fed.items()}
         for piece, session, group in zip(self._pieces, self._sessions, self.groups, strict=True):
             if session is not None:
                 wanted = {name: alive[name] for name in piece.inputs if name in alive}
@@ -161,7 +158,8 @@ class Runner:
                     values = session.run_with_ort_values(piece.outputs, wanted)
                 alive.update(zip(piece.outputs, values, strict=True))
                 del values, wanted
-            found = {name: alive[name].numpy() for name in group if alive[name].is_tensor()}
+            # a view of an input's OrtValue would not keep the memory of that input alive
+            found = {n: fed[n] if n in fed else alive[n].numpy() for n in group if alive[n].is_tensor()}
             for name in piece.last:
                 alive.pop(name, None)
             yield found

@@ -84,8 +84,10 @@ class Difference:
         """1 where both are zero throughout, 0 where one is."""
         if self.strays:
             return 0.0
+        if self.dd == 0:
+            return 1.0
         if self.aa == 0 or self.bb == 0:
-            return float(self.aa == self.bb)
+            return 0.0
         return max(-1.0, min(1.0, self.ab / math.sqrt(self.aa) / math.sqrt(self.bb)))
 
     @property

@@ -185,7 +185,7 @@ class Samples:
         if note is not None and ignored:
             note(f"the data's {_quoted(ignored)} are no inputs of the model and not used")
         if note is not None and empty:
-            note(f"the data has no {_quoted(empty)}: they are empty")
+            note(f"the data lacks {_quoted(empty)}, taken as empty")
 
     @property
     def total(self) -> int:

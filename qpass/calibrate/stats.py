@@ -79,7 +79,14 @@ class Stats:
                 "run `qpass calibrate` again"
             )
         key = Key(**header["key"])
-        return cls(key, header["done"], header["total"], _Kept(path, header["tensors"]), path)
+        return cls(key, header["done"], header["total"], _Kept(path, key, header["tensors"]), path)
+
+    @property
+    def tokens(self) -> int:
+        """The largest number of tokens that an activation has seen."""
+        if isinstance(self.tensors, _Kept):  # without reading them
+            return max(self.tensors.counts.values(), default=0)
+        return max((s.count for s in self.tensors.values()), default=0)
 
     def get(self, tensor: str) -> ActivationStats | None:
         """The statistics of an activation, by the name of its tensor in the original model."""
@@ -116,25 +123,21 @@ class Stats:
 
 
 def _write(file: Any, stats: Stats) -> None:
-    names = list(stats.tensors)
     header: dict[str, Any] = {
         "format": _FORMAT,
         "version": VERSION,
         "key": asdict(stats.key),
         "done": stats.done,
         "total": stats.total,
-        "tensors": names,
+        "tensors": {name: s.count for name, s in stats.tensors.items()},
     }
     with zipfile.ZipFile(file, "w") as archive:
         _put(archive, "header", np.array(json.dumps(header)))
-        for number, name in enumerate(names):
-            s = stats.tensors[name]
+        for number, s in enumerate(stats.tensors.values()):
             bins = np.flatnonzero(s.histogram.counts)
-            numbers = (s.count, s.capacity, s.seed)
             arrays: dict[str, NDArray[Any]] = {
                 "amax": s.amax,
                 "square_sum": s.square_sum,
-                "numbers": np.array(numbers, np.int64),
                 "bins": bins.astype(np.int32),
                 "counts": s.histogram.counts[bins],
                 "rows": s.rows,
@@ -168,9 +171,9 @@ def read_header(path: Path) -> dict[str, Any] | None:
 class _Kept(Mapping[str, ActivationStats]):
     """The statistics in a file, each read anew when it is asked for."""
 
-    def __init__(self, path: Path, names: list[str]) -> None:
-        self.path = path
-        self._numbers = {name: number for number, name in enumerate(names)}
+    def __init__(self, path: Path, key: Key, counts: dict[str, int]) -> None:
+        self.path, self.key, self.counts = path, key, counts
+        self._numbers = {name: number for number, name in enumerate(counts)}
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -185,15 +188,14 @@ class _Kept(Mapping[str, ActivationStats]):
         number = self._numbers[name]
         try:
             with np.load(self.path, allow_pickle=False) as archive:
-                amax, square_sum, numbers, bins, counts, rows, tokens = (
-                    archive[f"{number}/{part}"]
-                    for part in ("amax", "square_sum", "numbers", "bins", "counts", "rows", "tokens")
+                amax, square_sum, bins, counts, rows, tokens = (
+                    archive[f"{number}/{part}"] for part in ("amax", "square_sum", "bins", "counts", "rows", "tokens")
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise QpassError(f"{self.path} is damaged ({error}); run `qpass calibrate` again") from error
         histogram = Histogram()
         histogram.counts[bins] = counts
-        count, capacity, seed = numbers.tolist()
+        count, capacity, seed = self.counts[name], self.key.rows, self.key.seed
         return ActivationStats(amax, square_sum, count, histogram, rows, tokens, capacity, seed)
 
 
