@@ -28,4 +28,4 @@ def unpack_int4(packed: NDArray[np.int8]) -> NDArray[np.int8]:
     q = np.empty((*packed.shape, 2), np.int8)
     np.right_shift(np.left_shift(packed, 4), 4, out=q[..., 0])  # arithmetic shifts: the sign comes along
     np.right_shift(packed, 4, out=q[..., 1])
-    return q.reshape(*packed.shape[:-1], -1)
+    return q.reshape(*packed.shape[:-1], 2 * packed.shape[-1])

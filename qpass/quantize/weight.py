@@ -188,19 +188,22 @@ def _search(tile: Tile, low: Any, high: Any, factors: Sequence[float]) -> tuple[
     With codes c and their best scale Σxc / Σc² the squared error is Σx² - (Σxc)² / Σc².
     """
     x, codes = tile.x, tile.spare
-    groups = (x.shape[0], 1, x.shape[2])
-    gain, fit, inverse = np.full(groups, -1, np.float32), np.ones(groups, np.float32), np.ones(groups, np.float32)
 
-    def attempt(trial: Any) -> None:
-        _round(np.multiply(x, trial, out=codes), low, high)
+    def attempt(inverse: Any) -> tuple[Array, Array]:
+        """The gain (Σxc)² / Σc² and the scale of the codes that x · inverse rounds to."""
+        _round(np.multiply(x, inverse, out=codes), low, high)
         xc, cc = _dot(x, codes), np.maximum(_dot(codes, codes), 1)
-        better = xc * xc / cc > gain
-        for best, new in (gain, xc * xc / cc), (fit, xc / cc), (inverse, trial):
-            np.copyto(best, new, where=better)
+        return xc * xc / cc, xc / cc
 
-    for factor in factors:
-        attempt(np.float32(1 / factor))
-    attempt(1 / _unless_zero(fit))  # once more around the best
+    inverses = np.float32(1) / np.array(factors, np.float32)
+    gains, fits = zip(*map(attempt, inverses), strict=True)
+    best = np.argmax(np.stack(gains), axis=0)
+    gain, fit, inverse = np.choose(best, gains), np.choose(best, fits), inverses[best]
+
+    again = 1 / _unless_zero(fit)  # the codes that the best scale itself rounds to
+    new_gain, new_fit = attempt(again)
+    better = new_gain > gain
+    inverse, fit = np.where(better, again, inverse), np.where(better, new_fit, fit)
     return _round(np.multiply(x, inverse, out=codes), low, high), fit
 
 
