@@ -226,9 +226,7 @@ def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _check(graph: GraphProto, initializers: set[str], outer: set[str]) -> None:
-    """What a rewrite may not break: every name is made once, and made at all. ValueError: a bug of a rule,
-    not a user's.
-    """
+    """What a rewrite may not break: every name is made, and made once. ValueError: a rule's fault, not the user's."""
     made = initializers | set(_defined(graph))
     for node in graph.node:
         for name in filter(None, node.output):

@@ -96,10 +96,13 @@ class Model:
     ) -> SaveResult:
         """Write the model: all of it or nothing, weights computed on the way.
 
-        `sidecars` are small files that appear together with it (paths in the same folder). `progress(done,
-        total)` is called in this thread, with bytes of weights. `max_memory` bounds, in
-        bytes, what the writer holds of weights. Raises QpassError where the output cannot be written; the old
-        one is then untouched.
+        `sidecars` are small files that appear together with it (paths in the same folder). `progress(done, total)`
+        is called in this thread, with bytes of weights. `max_memory` bounds, in bytes, what the writer holds of
+        weights, by fewer threads; one takes about 64 MB at most. Weights are inside the file where there are few or
+        the input had them inside, else in `<stem>.<hash>.data` beside it.
+
+        Raises QpassError where the output cannot be written, and what a promise raises; the old output is then
+        untouched, as it is by Ctrl-C and by a kill at any moment.
         """
         return save(self, Path(path), sidecars or {}, progress, max_memory)
 
