@@ -37,9 +37,10 @@ readme (float[B, S, 128] x) => (float[B, S, 128] y)
 
 
 def indented_commands() -> list[str]:
-    """The README's shell lines: indented by four spaces, starting with qpass, comments cut off."""
+    """The README's shell lines: indented by four spaces, starting with qpass, comments cut off. Calibration, which the
+    introduction takes for granted, comes first."""
     lines = re.findall(r"^    (qpass .*)$", README, re.M)
-    return [line.partition("  #")[0].strip() for line in lines]
+    return sorted((line.partition("  #")[0].strip() for line in lines), key=lambda line: "calibrate" not in line)
 
 
 def recipe_in_readme() -> str:
