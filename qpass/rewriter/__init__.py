@@ -1,12 +1,14 @@
 """The rule language and the machine that applies it.
 
-`pattern.py` declares, `view.py` is the graph as patterns see it, `match.py` matches, `rule.py` emits, `apply.py`
-replaces, `ledger.py` accounts.
+`pattern.py` declares, `view.py` is the graph as patterns see it, `match.py` matches, `inputs.py` compares attributes,
+`miss.py` tells why not, `rule.py` emits, `apply.py` runs rules, `edit.py` changes the graph, `ledger.py` accounts.
 """
 
 from qpass.rewriter.apply import Event, Outcome, Rewriter, RuleStats, Stage
+from qpass.rewriter.edit import Pool
 from qpass.rewriter.ledger import Ledger, Site, Weight
-from qpass.rewriter.match import Kind, Miss, match
+from qpass.rewriter.match import match
+from qpass.rewriter.miss import Kind, Miss
 from qpass.rewriter.pattern import (
     FLOAT,
     LAST,
@@ -26,7 +28,20 @@ from qpass.rewriter.pattern import (
     uses,
     val,
 )
-from qpass.rewriter.rule import Decline, Emit, Exclude, Keep, Replacement, Rule, derived, exclude, keep, need, rule
+from qpass.rewriter.rule import (
+    Decline,
+    Emit,
+    Exclude,
+    Keep,
+    Replacement,
+    Rule,
+    derived,
+    exclude,
+    keep,
+    need,
+    rule,
+    transposed,
+)
 from qpass.rewriter.view import View
 
 __all__ = [
@@ -46,6 +61,7 @@ __all__ = [
     "Outcome",
     "Pattern",
     "PatternError",
+    "Pool",
     "Replacement",
     "Rewriter",
     "Rule",
@@ -68,6 +84,7 @@ __all__ = [
     "others",
     "rule",
     "scalar",
+    "transposed",
     "uses",
     "val",
 ]

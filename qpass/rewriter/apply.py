@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+import traceback
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from qpass.graph import Const, Lazy, Model, Node, Value
-from qpass.graph.order import sort_nodes
-from qpass.rewriter.match import Kind, Miss, declined, match, of_rule
-from qpass.rewriter.pattern import LIFTED, Pattern, PatternError
-from qpass.rewriter.rule import Decline, Draft, Emit, Rule
-from qpass.rewriter.view import SHAPE_OPS, View, domain_of, producer
+from qpass.errors import QpassError
+from qpass.graph import Const, Model, Node, Value
+from qpass.rewriter.dtypes import deduce_dtypes
+from qpass.rewriter.edit import Editor, Pool, take_over
+from qpass.rewriter.match import Search
+from qpass.rewriter.miss import Kind, Miss
+from qpass.rewriter.pattern import LIFTED, Location, Pattern, PatternError
+from qpass.rewriter.rule import Decline, Emit, Rule
+from qpass.rewriter.view import View, domain_of, producer
 
 Stage = Sequence[Rule[Any, Any]]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -58,32 +65,35 @@ class Rewriter:
 
     Lifted nodes replace their originals in memory; `unlift` puts the originals of unclaimed ones back, the same
     objects with the same protos, so that they are written as they came.
+
+    Args:
+        graph: the model's graph, or one inside it.
+        outcome: what the graphs of a model share: an account of what happened.
+        pool: and the initializers that rules made.
     """
 
-    def __init__(self, model: Model, graph: Any, outcome: Outcome | None = None) -> None:
-        self.model = model
-        self.graph = graph
+    def __init__(
+        self, model: Model, graph: Any, outcome: Outcome | None = None, pool: Pool | None = None
+    ) -> None:
         self.view = View(model, graph)
+        self.edit = Editor(model, graph, self.view)
         self.outcome = outcome if outcome is not None else Outcome()
-        self.before: dict[Node, int] = {n: i for i, n in enumerate(graph.nodes)}
-        self.labels = _labels(graph.nodes)
-        self.position: dict[Node, tuple[int, ...]] = {n: (i,) for n, i in self.before.items()}
+        self.pool = pool if pool is not None else Pool(model)
+        self.position = self.edit.position
+        self.labels = self.edit.labels
         self.view.inside = self.position
+        self.before: dict[Node, int] = {n: i for i, n in enumerate(graph.nodes)}
         self.originals: dict[Node, Node] = {}  # lifted node → the node whose output it took over
         self.consts: dict[Node, tuple[Const, ...]] = {}  # lifted node → the constants its match captured
         self.stands_for: dict[Node, tuple[Node, ...]] = {}  # lifted node → the nodes its match held
-        self._snapshots: dict[Node, tuple[list[Value], list[Value], tuple[int, ...]]] = {}  # of nodes taken out
-        self._buried: dict[Value, Node] = {}  # value nobody needed → the node that computed it
-        self._made: dict[int, tuple[Lazy, Const]] = {}
-        self._serial = 0
-
-    # -- stages
+        deduce_dtypes(graph.nodes, self.view)
 
     def run(self, rules: Stage, config: Any) -> None:
         """One stage: every node once, last to first, larger patterns before smaller ones.
 
         Raises:
-            PatternError: a rule emits an op that roots a rule of this stage without declaring it.
+            PatternError: a rule is wrong in itself, such as one that returns nothing, or that emits an op which
+                roots a rule of this stage without declaring it. The message has file and line.
         """
         index: dict[tuple[str, str], list[Rule[Any, Any]]] = defaultdict(list)
         for r in sorted(rules, key=lambda r: -r.benefit):
@@ -94,36 +104,38 @@ class Rewriter:
                 if node not in self.position:
                     break
                 self._try(r, node, config, index)
-        self._settle()
+        self.edit.settle()
 
     def unlift(self) -> None:
         """Put back the originals of every lifted node that no rule claimed."""
         while lifted := [n for n in self.position if n.domain == LIFTED]:
             for node in lifted:
-                self._detach(node)
-                self._restore(self.originals[node])
-        self._settle()
+                self.edit.detach(node)
+                self.edit.restore(self.originals[node])
+        self.edit.settle()
 
     def _try(self, r: Rule[Any, Any], node: Node, config: Any, index: Mapping[tuple[str, str], Any]) -> None:
         stats = self.outcome.stats[r.name]
         stats.tries += 1
         start = time.perf_counter()
         try:
-            m, miss = match(r.pattern, node, self.view)
+            search = Search(r.pattern, node, self.view)
+            m = search.run()
             if m is None:
-                if miss is not None and (miss.matched > 1 or miss.kind > Kind.OP):
-                    self.outcome.misses.append(of_rule(miss, r.name))
+                if search.near and (miss := search.miss(r.name)) is not None:
+                    self.outcome.misses.append(miss)
                 return
-            emit = Emit(self._constant, node, self.label)
+            emit = Emit(self.pool.constant, node, self.edit.label)
             try:
-                result = r.fn(m, emit, config)
-                self._check(r, emit, index)
+                result = _call(r, m, emit, config)
+                self._check_roots(r, emit, index)
                 event = self._replace(r, m, emit, result)
             except Decline as no:
                 stats.declines += 1
                 self.outcome.events.append(Event(r, m, no.status, no.why))
                 if no.status == "declined":
-                    self.outcome.misses.append(declined(node, r.pattern, len(m.nodes), str(no.at), no.why, r.name))
+                    name = r.pattern.__name__
+                    self.outcome.misses.append(Miss(node, name, m.nodes, str(no.at), no.why, Kind.GUARD, r.name))
                 return
             stats.hits += 1
             self.outcome.events.append(event)
@@ -131,145 +143,107 @@ class Rewriter:
             stats.seconds += time.perf_counter() - start
 
     @staticmethod
-    def _check(r: Rule[Any, Any], emit: Emit, index: Mapping[tuple[str, str], Any]) -> None:
+    def _check_roots(r: Rule[Any, Any], emit: Emit, index: Mapping[tuple[str, str], Any]) -> None:
         for d in emit.drafts:
             if (d.domain, d.op) in index and d.op not in r.emits:
                 raise PatternError(
-                    f"{r.location}: {r.name} emits {d.op}, which roots {index[d.domain, d.op][0].name} of the same stage; "
-                    "put one of them in another stage"
+                    f"{r.location}: {r.name} emits {d.op}, which roots {index[d.domain, d.op][0].name} of the same "
+                    "stage; put one of them in another stage"
                 )
 
-    # -- replacing
-
     def _replace(self, r: Rule[Any, Any], m: Pattern, emit: Emit, result: Any) -> Event:
-        mapping: dict[Value, Value] = dict(result) if isinstance(result, Mapping) else {m.y: result}
-        replaced: dict[Value, Node] = {}
-        for old in mapping:
-            node = producer(old)
-            if node is None or node not in self.position:
-                raise PatternError(f"{r.location}: {r.name} replaces '{old.name}', which no node of this graph computes")
-            replaced[old] = node
-        drafts = _take_over(emit.drafts, mapping, m.root)
+        mapping = _mapping(r, m, result)
+        replaced = {old: self._computes(r, old) for old in mapping}
+        self._check_orphans(r, replaced)
+        drafts = take_over(emit.drafts, mapping, m.root)
         first = min(self.position[n] for n in replaced.values())
-        self._refuse_cycle(r, drafts, first)
+        self.edit.refuse_cycle(drafts, first, r.location)
 
         anchor = {id(d): n for d in drafts for v in d.outputs if (n := replaced.get(v)) is not None}
         places = {n: self.position[n] for n in replaced.values()}
-        feeding = [v for n in replaced.values() for v in n.inputs]
+        feeding = [v for n in places for v in n.inputs]
         for n in places:
-            self._detach(n)
-        for old, like in emit.shape_of.items():
-            for user in [u for u in old.outputs if u.op in SHAPE_OPS]:
-                user.inputs[0] = like
+            self.edit.detach(n)
         new = []
         for d in drafts:
             root = anchor.get(id(d))
-            node = self._add(d, places[root] if root is not None else first)
+            node = self.edit.add(d, places[root] if root is not None else first)
             if d.domain == LIFTED and root is not None:
                 self.originals[node] = root
                 self.stands_for[node] = m.nodes
                 self.consts[node] = tuple(c for k in m.captures if isinstance(c := getattr(m, k), Const))
             new.append((node, d.site))
-        self._bury_unused(feeding)
+        self.edit.bury_unused(feeding)
+        for old, like in emit.shape_of.items():
+            self.edit.read_shape_of(like, old)
+            self.edit.bury_unused([old])
         held = [*m.nodes, *(n for f in m.fanouts for sub in _listed(getattr(m, f)) for n in sub.nodes)]
         claimed = tuple(n for n in dict.fromkeys(held) if n not in self.position)
         return Event(r, m, "rewritten", claimed=claimed, new=tuple(new), notes=dict(emit.notes))
 
-    def _refuse_cycle(self, r: Rule[Any, Any], drafts: list[Draft], first: tuple[int, ...]) -> None:
-        """Decline where a new node would feed itself; only nodes after the first replaced one can close a cycle."""
-        made_by = {v: d for d in drafts for v in d.outputs}
-        for start in drafts:
-            seen: set[object] = set()
-            todo = list(start.inputs)
-            while todo:
-                v = todo.pop()
-                source = made_by.get(v) or producer(v)
-                if source is None or source in seen:
-                    continue
-                if source is start:
-                    raise Decline(f"the rewrite would make '{v.name or start.op}' depend on itself", r.location)
-                seen.add(source)
-                if isinstance(source, Draft) or self.position.get(source, first) >= first:
-                    todo += source.inputs
-
-    def label(self, node: Node) -> str:
-        """A name for messages and new nodes: the original's where the node stands for one."""
-        return self.labels.get(node) or node.name
-
-    def _add(self, d: Draft, place: tuple[int, ...]) -> Node:
-        origin = self.label(d.site)
-        name = origin if d.domain == LIFTED else self.model.unique(f"{origin}.{d.op}")
-        for k, v in enumerate(d.outputs):
-            if not v.name:
-                v.name = self.model.unique(f"{name}_output_{k}")
-        node = Node(d.op, name=name, attrs=d.attrs, inputs=d.inputs, outputs=d.outputs, domain=d.domain)
-        self._serial += 1
-        self.position[node] = (*place[:1], self._serial)
+    def _computes(self, r: Rule[Any, Any], old: Value) -> Node:
+        node = producer(old)
+        if node is None or node not in self.position:
+            raise PatternError(f"{r.location}: {r.name} replaces '{old.name}', which no node of this graph computes")
         return node
 
-    def _constant(self, array: Lazy, name: str) -> Const:
-        """The initializer of a lazy array; asked twice for the same array it gives the same one."""
-        key = id(array)
-        if key not in self._made:  # keeps the array too, so that its id stays its own
-            self._made[key] = (array, Const(self.model.unique(name), array))
-        return self._made[key][1]
-
-    # -- what leaves the graph, and what comes back
-
-    def _detach(self, node: Node) -> None:
-        self._snapshots[node] = (list(node.inputs), list(node.outputs), self.position.pop(node))
-        node.inputs.clear()
-        node.outputs.clear()
-
-    def _bury_unused(self, values: Sequence[Value]) -> None:
-        """Take out the producers of values that nothing needs any more, and theirs."""
-        todo = list(values)
-        while todo:
-            node = producer(todo.pop())
-            if node is None or node not in self.position:
-                continue
-            if any(out.outputs or self.view.is_output(out) for out in node.outputs):
-                continue
-            todo += node.inputs
-            self._buried |= dict.fromkeys(node.outputs, node)
-            self._detach(node)
-
-    def _restore(self, node: Node) -> None:
-        todo = [node]
-        while todo:
-            back = todo.pop()
-            inputs, outputs, self.position[back] = self._snapshots.pop(back)
-            back.inputs, back.outputs = inputs, outputs
-            todo += [self._buried.pop(v) for v in dict.fromkeys(inputs) if not v.inputs and v in self._buried]
-
-    def _settle(self) -> None:
-        """Write the node order back: replaced nodes in their place, new ones where their root was, then sorted."""
-        self.graph.nodes[:] = sorted(self.position, key=self.position.__getitem__)
-        sort_nodes(self.graph)
+    def _check_orphans(self, r: Rule[Any, Any], replaced: Mapping[Value, Node]) -> None:
+        """A node goes with all its outputs: none that is needed may be left without a producer."""
+        for node in set(replaced.values()):
+            for out in node.outputs:
+                if out not in replaced and (out.outputs or self.view.is_output(out)):
+                    raise PatternError(
+                        f"{r.location}: {r.name} replaces an output of {node.op} '{self.edit.label(node)}', but not "
+                        f"its output '{out.name}', which is needed; replace both"
+                    )
 
 
-def _take_over(drafts: Sequence[Draft], mapping: Mapping[Value, Value], site: Node) -> list[Draft]:
-    """Drafts rewired so that each drafted value takes the place and the name of the graph value it replaces."""
-    out = list(drafts)
-    made = {v for d in drafts for v in d.outputs}
-    takes_over: dict[Value, Value] = {}
+def _call(r: Rule[Any, Any], m: Pattern, emit: Emit, config: Any) -> Any:
+    """The rule's result; what goes wrong in a rule from outside the package is told with its file and line."""
+    try:
+        return r.fn(m, emit, config)
+    except (Decline, PatternError, QpassError):
+        raise
+    except Exception as error:
+        if Path(r.location.file).resolve().is_relative_to(_PACKAGE):
+            raise
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == r.location.file]
+        at = Location(r.location.file, (frames[-1].lineno if frames else None) or r.location.line)
+        raise PatternError(f"{at}: {r.name} raised {type(error).__name__}: {error}") from error
+
+
+def _mapping(r: Rule[Any, Any], m: Pattern, result: Any) -> dict[Value, Value]:
+    """What a rule returned as old value → new value, each new one of the dtype and shape of the old."""
+    wants = "return the value that replaces `y`, or a dict from old values to new ones"
+    mapping: dict[Any, Any] = dict(result) if isinstance(result, Mapping) else {m.y: result}
+    if not mapping:
+        raise PatternError(f"{r.location}: {r.name} returned an empty dict; {wants}, or decline with need()")
     for old, new in mapping.items():
-        if new not in made or new in takes_over:  # an existing value, or one that takes over twice
-            copy = Value("", dtype=old.dtype, shape=old.shape)
-            out.append(Draft("Identity", "", [new], {}, [copy], site))
-            new = copy
-        takes_over[new] = old
-    for d in out:
-        d.inputs = [takes_over.get(v, v) for v in d.inputs]
-        d.outputs = [takes_over.get(v, v) for v in d.outputs]
-    return out
+        if not isinstance(old, Value):
+            raise PatternError(f"{r.location}: {r.name} returned a dict with the key {old!r}; {wants}")
+        if not isinstance(new, Value | Const):
+            got = f"{new!r} for '{old.name}'" if isinstance(result, Mapping) else f"{new!r}"
+            raise PatternError(f"{r.location}: {r.name} returned {got}; {wants}")
+        if old.dtype is not None and new.dtype is not None and old.dtype != new.dtype:
+            raise PatternError(
+                f"{r.location}: {r.name} replaces '{old.name}', which is {old.dtype}, with a value that is {new.dtype}"
+            )
+        if _clash(old.shape, new.shape):
+            raise PatternError(
+                f"{r.location}: {r.name} replaces '{old.name}' of shape {list(old.shape or ())} with a value of shape "
+                f"{list(new.shape or ())}"
+            )
+    return mapping
+
+
+def _clash(a: Any, b: Any) -> bool:
+    """Whether two shapes cannot be the same."""
+    if a is None or b is None:
+        return False
+    return len(a) != len(b) or any(
+        isinstance(i, int) and isinstance(j, int) and i != j for i, j in zip(a, b, strict=True)
+    )
 
 
 def _listed(value: Any) -> list[Pattern]:
     return value if isinstance(value, list) else []
-
-
-def _labels(nodes: Sequence[Node]) -> dict[Node, str]:
-    """Unique names: a node's own, or `<op>@<first output>` where it has none or shares it."""
-    count = Counter(n.name for n in nodes)
-    return {n: n.name if n.name and count[n.name] == 1 else f"{n.op}@{n.outputs[0].name}" for n in nodes}

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
 from qpass.graph import Const, Node, Value
-from qpass.rewriter.pattern import COMMUTATIVE, FLOAT, LAST, Alt, Literal, Op, Pat, Pattern, PatternError, Uses, Var, size
-from qpass.rewriter.view import FLOATS, MOVES_ONLY, View, describe, domain_of, producer
+from qpass.rewriter.inputs import arguments
+from qpass.rewriter.miss import Kind, Miss
+from qpass.rewriter.pattern import (
+    COMMUTATIVE,
+    MAY_BE_NOOP,
+    Alt,
+    Literal,
+    MaybeCast,
+    Op,
+    Pat,
+    Pattern,
+    PatternError,
+    Uses,
+    Var,
+)
+from qpass.rewriter.view import MOVES_ONLY, View, describe, domain_of, producer
 
 STEP_BUDGET = 20_000
 """Goals one match attempt may try; a pattern that needs more is ambiguous, and an error that names it."""
@@ -21,48 +34,13 @@ Goals = tuple[tuple[Pat, Value], ...]
 Done = Callable[[], bool]
 
 
-class Kind(IntEnum):
-    """What stopped a match, the most telling last: near misses are ranked by it."""
-
-    OP = 1
-    DETAIL = 2  # a constant, a shape, an attribute
-    LEAK = 3
-    FANOUT = 4
-    GUARD = 5
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why a pattern did not match at a node, or why its rule declined."""
-
-    root: Node
-    pattern: str
-    matched: int
-    total: int
-    at: str
-    why: str
-    kind: Kind
-    rule: str = ""
-
-    @property
-    def rank(self) -> tuple[float, int, int]:
-        """Larger is nearer."""
-        return (self.matched / max(self.total, 1), int(self.kind), self.matched)
-
-    def __str__(self) -> str:
-        where = f"{self.root.op} '{self.root.name or self.root.outputs[0].name}'"
-        if self.kind is Kind.GUARD:
-            return f"{where}: {self.rule or self.pattern} declined at {self.at}: {self.why}"
-        return f"{where}: {self.pattern} matched {self.matched} of {self.total} nodes; stopped at {self.at}: {self.why}"
-
-
 def match(pattern: type[P], node: Node, view: View) -> tuple[P | None, Miss | None]:
     """The match of `pattern` whose root is `node`, or the nearest miss.
 
     Raises:
         PatternError: the search exceeded STEP_BUDGET; the pattern's alternatives are ambiguous.
     """
-    search = _Search(pattern, node, view)
+    search = Search(pattern, node, view)
     found = search.run()
     return (found, None) if found is not None else (None, search.miss())
 
@@ -71,47 +49,66 @@ def match(pattern: type[P], node: Node, view: View) -> tuple[P | None, Miss | No
 class _Stop:
     """Where a search got furthest."""
 
-    matched: int
     kind: Kind
     at: Pat
     why: str
     goals: Goals
-    bound: set[Pat]
+    bound: frozenset[Pat]
+    nodes: tuple[Node, ...]
 
 
-class _Search:
+class Search:
+    """One attempt to match a pattern whose root is a given node."""
+
     def __init__(self, pattern: type[Pattern], root: Node, view: View) -> None:
         self.pattern = pattern
         self.root = root
         self.view = view
+        self.free_casts = pattern.free_casts
         self.bound: dict[Pat, Any] = {}  # expression → the graph value it stands for (attributes: their value)
         self.captured: dict[Pat, Any] = {}  # capture → what the rule sees, where that is not the graph value
-        self.used: dict[Node, Pat] = {}
-        self.dims: dict[str, Any] = {}
+        self.used: dict[Node, Pat] = {}  # graph node → the pattern node it is
+        self.aside: dict[Node, Pat] = {}  # twins of used nodes, and Casts between them
+        self.dims: dict[str, int] = {}
         self.fanout: dict[str, Any] = {}
         self.trail: list[tuple[dict[Any, Any], Any, Any]] = []
         self.steps = 0
         self.stop: _Stop | None = None
 
     def run(self) -> Any:
+        """The match, or None."""
         root, found = self.root.outputs[0], []
 
         def done() -> bool:
-            if self.leaks(root) or not self.fan_out():
+            if self._adds_dims() or self._leaks(root) or not self._fan_out():
                 return False
-            found.append(self.instance())
+            found.append(self._instance())
             return True
 
-        self.solve(((self.pattern.captures["y"], root),), done)
+        self._solve(((self.pattern.captures["y"], root),), done)
         return found[0] if found else None
+
+    @property
+    def near(self) -> bool:
+        """Whether more was found than a root of the right type."""
+        return self.stop is not None and (len(self.stop.nodes) > 1 or self.stop.kind > Kind.OP)
+
+    def miss(self, rule: str = "") -> Miss | None:
+        """The nearest miss of a search that found nothing."""
+        if (s := self.stop) is None:
+            return None
+        unmet = (s.at, *(p for p, _ in s.goals if p is not s.at))
+        op = s.at.type if isinstance(s.at, Op) else ""
+        name = self.pattern.__name__
+        return Miss(self.root, name, s.nodes, s.at.label(), s.why, s.kind, rule, op, unmet, s.bound)
 
     # -- the trail
 
-    def put(self, table: dict[Any, Any], key: Any, value: Any) -> None:
+    def _put(self, table: dict[Any, Any], key: Any, value: Any) -> None:
         self.trail.append((table, key, table.get(key, _ABSENT)))
         table[key] = value
 
-    def undo(self, mark: int) -> None:
+    def _undo(self, mark: int) -> None:
         while len(self.trail) > mark:
             table, key, old = self.trail.pop()
             if old is _ABSENT:
@@ -119,23 +116,15 @@ class _Search:
             else:
                 table[key] = old
 
-    def fail(self, p: Pat, why: Callable[[], str], goals: Goals, kind: Kind = Kind.OP) -> bool:
-        """Keep the failure that got furthest; what the rest of the pattern would need is counted once, at the end."""
-        if self.stop is None or (len(self.used), kind) > (self.stop.matched, self.stop.kind):
-            self.stop = _Stop(len(self.used), kind, p, why(), goals, set(self.bound))
+    def _fail(self, p: Pat, why: Callable[[], str], goals: Goals = (), kind: Kind = Kind.DETAIL) -> bool:
+        """Keep the failure that got furthest; what the rest of the pattern would need is counted at the end."""
+        if self.stop is None or (len(self.used), kind) > (len(self.stop.nodes), self.stop.kind):
+            self.stop = _Stop(kind, p, why(), goals, frozenset(self.bound), tuple(self.used))
         return False
-
-    def miss(self) -> Miss | None:
-        """The nearest miss, in the words of the user."""
-        if (s := self.stop) is None:
-            return None
-        todo = size(s.at, s.bound) + sum(size(q, s.bound | {s.at}) for q, _ in s.goals if q is not s.at)
-        total = s.matched + max(1 if s.kind is Kind.OP else 0, todo)
-        return Miss(self.root, self.pattern.__name__, s.matched, total, s.at.label(), s.why, s.kind)
 
     # -- goals
 
-    def solve(self, goals: Goals, done: Done) -> bool:
+    def _solve(self, goals: Goals, done: Done) -> bool:
         self.steps += 1
         if self.steps > STEP_BUDGET:
             raise PatternError(
@@ -144,252 +133,272 @@ class _Search:
             )
         if not goals:
             return done()
-        (p, v), rest = goals[0], goals[1:]
-        mark = len(self.trail)
+        p, v = goals[0]
         if p in self.bound:
-            twins = self.view.same(self.bound[p], v)
+            twins = self.view.same(self.bound[p], v, self.free_casts)
             if twins is not None:
-                for node in twins:
-                    if node not in self.used:
-                        self.put(self.used, node, p)
-                if self.solve(rest, done):
-                    return True
-                self.undo(mark)
-                return False
-            if not isinstance(p, Alt):
-                return self.fail(p, lambda: f"must be '{self.bound[p].name}' again, got {describe(v, self.view)}", goals)
+                return self._go_on(goals, done, aside=twins)
+            if not isinstance(p, MaybeCast):
+                return self._fail(
+                    p, lambda: f"must be '{self.bound[p].name}' again, got {describe(v, self.view)}", goals, Kind.OP
+                )
         if isinstance(p, Alt):
-            for option in p.options:
-                self.put(self.bound, p, v)
-                if self.solve(((option, v), *rest), done):
-                    return True
-                self.undo(mark)
-            return False
+            return self._solve_alternatives(p, v, goals, done)
         if isinstance(p, Op):
-            return self.solve_op(p, v, goals, done)
+            return self._solve_op(p, v, goals, done)
         if isinstance(p, Literal):
-            return self.solve_number(p, v, goals, done, p.value, p.value)
+            return self._solve_number(p, v, goals, done, p.value, p.value)
         assert isinstance(p, Var)
         if p.kind == "scalar":
             assert p.bounds is not None
-            return self.solve_number(p, v, goals, done, *p.bounds)
+            return self._solve_number(p, v, goals, done, *p.bounds)
+        return self._solve_capture(p, v, goals, done)
+
+    def _solve_alternatives(self, p: Alt, v: Value, goals: Goals, done: Done) -> bool:
+        mark, start, tried = len(self.trail), self._start(v), False
+        for option in p.options:
+            if option.starts is None or start in option.starts:
+                tried = True
+                self._put(self.bound, p, v)
+                if self._solve(((option, v), *goals[1:]), done):
+                    return True
+                self._undo(mark)
+        if not tried:
+            self._fail(p, lambda: self._wants(p, v), goals, Kind.OP)
+        return False
+
+    def _go_on(self, goals: Goals, done: Done, aside: list[Node]) -> bool:
+        """The first goal is met by a value known already; `aside` are the nodes that compute it once more."""
+        mark = len(self.trail)
+        for node in aside:
+            if node not in self.used and node not in self.aside:
+                self._put(self.aside, node, goals[0][0])
+        if self._solve(goals[1:], done):
+            return True
+        self._undo(mark)
+        return False
+
+    def _solve_capture(self, p: Var, v: Value, goals: Goals, done: Done) -> bool:
         captured: Value | Const = v
         if p.kind == "const":
             c = self.view.constant(v)
             if c is None:
-                return self.fail(p, lambda: f"wants a constant, got {describe(v, self.view)}", goals, Kind.DETAIL)
-            captured = self.fit(p, c)
-        why = self.unify(p.dims, captured) if p.dims is not None else None
+                return self._fail(p, lambda: f"wants a constant, got {describe(v, self.view)}", goals)
+            captured = _without_leading_ones(p, c)
+        mark = len(self.trail)
+        why = self._unify(p.dims, captured) if p.dims is not None else None
         if why is None:
-            self.put(self.bound, p, v)
-            self.put(self.captured, p, captured)
-            if self.solve(rest, done):
+            self._put(self.bound, p, v)
+            self._put(self.captured, p, captured)
+            if self._solve(goals[1:], done):
                 return True
         else:
-            self.fail(p, lambda: why, goals, Kind.DETAIL)
-        self.undo(mark)
+            self._fail(p, lambda: why, goals)
+        self._undo(mark)
         return False
 
-    def solve_number(self, p: Pat, v: Value, goals: Goals, done: Done, low: float, high: float) -> bool:
+    def _solve_number(self, p: Pat, v: Value, goals: Goals, done: Done, low: float, high: float) -> bool:
         c = self.view.constant(v)
         wants = f"{low:g}" if low == high else f"a number in [{low:g}, {high:g}]"
         if c is None:
-            return self.fail(p, lambda: f"wants {wants}, got {describe(v, self.view)}", goals, Kind.DETAIL)
-        if c.array.nbytes > 16 or int(np.prod(c.shape)) != 1:
-            return self.fail(p, lambda: f"wants {wants}, got constant '{c.origin}' of shape {list(c.shape)}", goals, Kind.DETAIL)
+            return self._fail(p, lambda: f"wants {wants}, got {describe(v, self.view)}", goals)
+        if c.array.size != 1 or c.dtype.kind in "OSU":
+            shape = list(c.shape)
+            return self._fail(p, lambda: f"wants {wants}, got constant '{c.origin}' of shape {shape}", goals)
         got = float(c.load().reshape(()))
-        if not (np.isclose(got, low, rtol=1e-3, atol=0) if low == high else low <= got <= high):
-            return self.fail(p, lambda: f"wants {wants}, got {got:g}", goals, Kind.DETAIL)
+        if not (np.isclose(got, low, rtol=_precision(c), atol=0) if low == high else low <= got <= high):
+            return self._fail(p, lambda: f"wants {wants}, got {got:g}", goals)
         mark = len(self.trail)
-        self.put(self.bound, p, v)
-        self.put(self.captured, p, got)
-        if self.solve(goals[1:], done):
+        self._put(self.bound, p, v)
+        self._put(self.captured, p, got)
+        if self._solve(goals[1:], done):
             return True
-        self.undo(mark)
+        self._undo(mark)
         return False
 
-    def solve_op(self, p: Op, v: Value, goals: Goals, done: Done) -> bool:
-        source = v if p.type in ("Cast", "Identity") else self.view.through(v)
+    def _solve_op(self, p: Op, v: Value, goals: Goals, done: Done) -> bool:
+        source, casts = self._seen_through(p, v)
         node = producer(source)
         if node is None or node.op != p.type or domain_of(node) != p.domain:
-            return self.fail(p, lambda: f"wants {p.type}, got {describe(v, self.view)}", goals)
+            return self._fail(p, lambda: self._wants(p, v), goals, Kind.OP)
         if node not in self.view.inside:
-            return self.fail(p, lambda: f"{node.op} '{node.name}' belongs to another graph", goals, Kind.LEAK)
+            return self._fail(p, lambda: f"{node.op} '{node.name}' belongs to another graph", goals, Kind.LEAK)
         if node in self.used:
-            return self.fail(p, lambda: f"{node.op} '{node.name}' is already matched as {self.used[node].label()}", goals)
-        args, attributes, why = self.arguments(p, node)
-        if why is not None:
-            return self.fail(p, lambda: why, goals, Kind.DETAIL)
+            return self._fail(
+                p, lambda: f"{node.op} '{node.name}' is already matched as {self.used[node].label()}", goals, Kind.OP
+            )
+        found = arguments(p, node, self.view, self.bound)
+        if isinstance(found, str):
+            return self._fail(p, lambda: found, goals)
         mark = len(self.trail)
-        self.put(self.bound, p, source)
-        self.put(self.used, node, p)
-        for var, got in attributes:
-            self.put(self.bound, var, got)
-        swap = len(args) == 2 and p.type in COMMUTATIVE and not p.domain
-        for order in (args, args[::-1]) if swap else (args,):
+        for c in casts:
+            if c not in self.aside:
+                self._put(self.aside, c, p)
+        self._put(self.bound, p, source)
+        self._put(self.used, node, p)
+        for var, got in found.attributes:
+            self._put(self.bound, var, got)
+        swap = len(found.inputs) == 2 and p.type in COMMUTATIVE and not p.domain
+        starts = [self._start(i) for i in found.inputs]
+        for turn in (1, -1) if swap else (1,):
+            args = tuple(zip(p.args, found.inputs[::turn], strict=True))
+            pairs = zip(args, starts[::turn], strict=True)
+            odd = next((a for a, s in pairs if a[0].starts is not None and s not in a[0].starts), None)
+            if odd is not None:  # refused at once, not when it is its turn
+                self._fail(odd[0], lambda odd=odd: self._wants(*odd), goals, Kind.OP)  # type: ignore[misc]
+                continue
             inner = len(self.trail)
-            if self.solve((*zip(p.args, order, strict=True), *goals[1:]), done):
+            if self._solve((*args, *goals[1:]), done):
                 return True
-            self.undo(inner)
-        self.undo(mark)
+            self._undo(inner)
+        self._undo(mark)
         return False
 
-    # -- inputs, attributes, shapes
+    def _start(self, v: Value) -> tuple[str, str] | None:
+        """The domain and op of a value's producer, as patterns see it."""
+        node = producer(self.view.uncast(v)[0] if self.free_casts else self.view.through(v))
+        return None if node is None else (domain_of(node), node.op)
 
-    def arguments(self, p: Op, node: Node) -> tuple[list[Value], list[tuple[Var, Any]], str | None]:
-        """Inputs by position and attributes by keyword; the schema tells which keyword is which at this opset."""
-        schema = self.view.signature(node)
-        inputs: list[Value | None] = list(node.inputs)
-        while inputs and inputs[-1] is not None and not inputs[-1].name:
-            inputs.pop()  # omitted optional inputs at the end
-        captured: list[tuple[Var, Any]] = []
-        for name, want in p.keywords.items():
-            if name in node.attrs:
-                got = node.attrs[name]
-            elif schema is not None and name in schema.inputs:
-                at = schema.inputs.index(name)
-                given = inputs[at] if at < len(inputs) else None
-                if at < len(inputs):
-                    inputs[at] = None
-                if isinstance(want, Pat) and not (isinstance(want, Var) and want.kind == "attr"):
-                    return [], [], f"{name} is an input; pass it by position"
-                c = self.view.constant(given) if given is not None else None
-                if given is not None and c is None:
-                    return [], [], f"{name} is computed, wants a constant"
-                got = c.load().ravel().tolist() if c is not None else None
-            elif schema is not None and name in schema.defaults:
-                got = schema.defaults[name]
-            else:
-                return [], [], f"{node.op} has no attribute '{name}'"
-            if isinstance(want, Var):
-                if want in self.bound and self.bound[want] != got:
-                    return [], [], f"{name} is {got}, and {self.bound[want]} elsewhere in the match"
-                captured.append((want, got))
-            elif why := self.compare(name, want, got, node):
-                return [], [], why
-        for name, got in node.attrs.items():
-            if name not in p.keywords and schema is not None and got != schema.defaults.get(name):
-                return [], [], f"attribute {name}={got} is not in the pattern"
-        left = [i for i in inputs if i is not None]
-        if len(left) != len(p.args):
-            return [], [], f"{node.op} has {len(left)} inputs, the pattern {len(p.args)}"
-        return left, captured, None
+    def _wants(self, p: Pat, v: Value) -> str:
+        ops = " or ".join(sorted({op for _, op in p.starts or ()}))
+        seen = self.view.uncast(v)[0] if self.free_casts else self.view.through(v)
+        return f"wants {ops}, got {describe(seen, self.view)}"
 
-    @staticmethod
-    def compare(name: str, want: Any, got: Any, node: Node) -> str | None:
-        if want is FLOAT:
-            return None if got in FLOATS else f"{name} is {got}, wants a floating-point type"
-        if want is LAST:
-            axes = [got] if isinstance(got, int) else got
-            shape = node.inputs[0].shape
-            if axes == [-1] or (shape is not None and axes == [len(shape) - 1]):
-                return None
-            return f"{name} is {got}, wants the last axis"
-        if isinstance(want, float):
-            same = isinstance(got, int | float) and bool(np.isclose(got, want, rtol=1e-6))
-        else:
-            same = got == want
-        return None if same else f"{name} is {got}, wants {want}"
+    def _seen_through(self, p: Op, v: Value) -> tuple[Value, list[Node]]:
+        """The value whose producer a pattern node is compared with, and the Casts between."""
+        if p.type in MAY_BE_NOOP:
+            while (node := producer(v)) is not None and node.op != p.type and self.view.is_noop(node):
+                v = node.inputs[0]
+            return v, []
+        return self.view.uncast(v) if self.free_casts else (self.view.through(v), [])
 
-    @staticmethod
-    def fit(p: Var, c: Const) -> Const:
-        """`c` without the leading dims of 1 that the wanted shape does not have."""
-        if p.dims is None or p.dims[:1] == ("...",) or len(c.shape) <= len(p.dims):
-            return c
-        extra = len(c.shape) - len(p.dims)
-        if any(d != 1 for d in c.shape[:extra]):
-            return c
-        return Const(c.name, c.array.reshape(*c.shape[extra:]), root=c.root, via=c.via)
-
-    def unify(self, want: tuple[str, ...], v: Value | Const) -> str | None:
+    def _unify(self, want: tuple[str, ...], v: Value | Const) -> str | None:
         """None where the dims agree with what is known; symbolic and unknown dims agree with anything."""
         shape = v.shape
         if shape is None:
             return None
-        full = " ".join(want)
+        full, all_dims = " ".join(want), list(shape)
         if want[:1] == ("...",):
             want = want[1:]
             shape = shape[len(shape) - len(want) :] if len(shape) >= len(want) else shape
         if len(shape) != len(want):
-            return f"wants [{full}], got {list(v.shape)}"
+            return f"wants [{full}], got {all_dims}"
         for name, got in zip(want, shape, strict=True):
             if name == "_" or not isinstance(got, int):
                 continue
             known = int(name) if name.isdigit() else self.dims.get(name)
             if known is None:
-                self.put(self.dims, name, got)
+                self._put(self.dims, name, got)
             elif known != got:
-                return f"wants {name}={known}, got {got} in {list(v.shape)}"
+                return f"wants {name}={known}, got {got} in {all_dims}"
         return None
 
     # -- after every goal is met
 
-    def leaks(self, root: Value) -> bool:
+    def _adds_dims(self) -> bool:
+        """Whether a constant that the rule sees with fewer dims gives the result dims that no other operand has."""
+        wide = next((p for p, c in self._constants() if len(c.shape) > max(1, self._seen_dims(p))), None)
+        if wide is None:
+            return False
+        for node in self.used:
+            fixed = [c for v in node.inputs if v.name and (c := self.view.constant(v)) is not None]
+            other = [v for v in node.inputs if v.name and self.view.constant(v) is None]
+            most = max((len(c.shape) for c in fixed), default=0)
+            if other and most > 1 and not any(v.shape is not None and len(v.shape) >= most for v in other):
+                where = f"{node.op} '{node.name or node.outputs[0].name}'"
+                why = f"a constant of {where} has {most} dims, which may be more than its input has"
+                return not self._fail(wide, lambda why=why: why)  # type: ignore[misc]
+        return False
+
+    def _constants(self) -> Iterator[tuple[Pat, Const]]:
+        for p, v in self.bound.items():
+            if isinstance(p, Literal) or (isinstance(p, Var) and p.kind in ("const", "scalar")):
+                c = self.view.constant(v)
+                assert c is not None
+                yield p, c
+
+    def _seen_dims(self, p: Pat) -> int:
+        """Dims of what the rule sees of a constant: none of a number."""
+        seen = self.captured[p]
+        return len(seen.shape) if isinstance(seen, Const) else 0
+
+    def _leaks(self, root: Value) -> bool:
         """Whether an interior value is needed outside the match; views are kept for others and leak nothing."""
-        for node, p in self.used.items():
+        for node, p in (*self.used.items(), *self.aside.items()):
+            if node.op in MOVES_ONLY and not domain_of(node):
+                continue
             for out in node.outputs:
-                if out is root or (node.op in MOVES_ONLY and not domain_of(node)):
+                if out is root:
                     continue
-                users = [u for u in out.outputs if u not in self.used and not self._only_view(u)]
-                if users or self.view.is_output(out):
-                    by = f"{users[0].op} '{users[0].name}'" if users else "a graph output"
-                    self.fail(p, lambda out=out, by=by: f"'{out.name}' is also used by {by}", (), Kind.LEAK)  # type: ignore[misc]
+                user = next((u for u in out.outputs if not self._holds(u)), None)
+                if user is not None or self.view.is_output(out):
+                    by = f"{user.op} '{user.name or user.outputs[0].name}'" if user is not None else "a graph output"
+                    self._fail(p, lambda out=out, by=by: f"'{out.name}' is also used by {by}", (), Kind.LEAK)  # type: ignore[misc]
                     return True
         return False
 
-    def _only_view(self, node: Node) -> bool:
-        """A no-op between two matched nodes."""
-        return node.op in ("Identity", "Cast") and bool(node.outputs[0].outputs) and all(
-            u in self.used for u in node.outputs[0].outputs
+    def _holds(self, node: Node) -> bool:
+        """Whether a node is of the match, or a no-op within it."""
+        if node in self.used or node in self.aside:
+            return True
+        out = node.outputs[0]
+        return self.view.is_noop(node) and not self.view.is_output(out) and bool(out.outputs) and all(
+            map(self._holds, out.outputs)
         )
 
-    def fan_out(self) -> bool:
-        """Fill the `uses`, `every` and `others` fields."""
+    def _fan_out(self) -> bool:
+        """Fill the `uses`, `every` and `others` fields; those of an absent part are empty."""
         self.fanout.clear()
-        lists = {k: u for k, u in self.pattern.fanouts.items() if u.kind != "others"}
-        for field, u in lists.items():
+        claimed: dict[Pat, set[Node]] = {}
+        for field, u in self.pattern.fanouts.items():
+            if u.kind == "others":
+                continue
             element = self.pattern.elements[field]
             found, rest = self._matched_uses(u, element)
             if rest is not None and u.kind == "every":
-                by = f"{rest.op} '{rest.name}'" if isinstance(rest, Node) else str(rest)
-                return self.fail(u.of, lambda e=element, by=by: f"every use must be a {e.__name__}, but {by} is not", (), Kind.FANOUT)  # type: ignore[misc]
+                what = f"every use must be a {element.__name__}, but {rest} is not"
+                return self._fail(u.of, lambda what=what: what, (), Kind.FANOUT)  # type: ignore[misc]
             self.fanout[field] = found
+            claimed.setdefault(u.of, set()).update(n for m in found for n in m.nodes)
         for field, u in self.pattern.fanouts.items():
             if u.kind == "others":
-                claimed = {n for name, l in lists.items() if l.of is u.of for m in self.fanout[name] for n in m.nodes}
-                value = self.bound[u.of]
-                self.fanout[field] = self.view.is_output(value) or any(n not in claimed for n, _ in self.view.uses(value))
+                mine, value = claimed.get(u.of, set()), self.bound.get(u.of)
+                self.fanout[field] = value is not None and (
+                    self.view.is_output(value) or any(n not in mine for n, _ in self.view.uses(value))
+                )
         return True
 
-    def _matched_uses(self, u: Uses, element: type[Pattern]) -> tuple[list[Pattern], Node | str | None]:
-        value = self.bound[u.of]
-        rest: Node | str | None = "a graph output" if self.view.is_output(value) else None
+    def _matched_uses(self, u: Uses, element: type[Pattern]) -> tuple[list[Pattern], str | None]:
+        """The uses of a value that match, and the first that does not, in words."""
+        value = self.bound.get(u.of)
+        if value is None:
+            return [], None
+        rest = "a graph output" if self.view.is_output(value) else None
         found: list[Pattern] = []
         for user, taken in self.view.uses(value):
             if any(user in f.nodes for f in found):
                 continue
             m = self._match_around(user, taken, element)
-            if m is None:
-                rest = rest or user
-            else:
+            if m is not None:
                 found.append(m)
+            elif rest is None:
+                rest = f"{user.op} '{user.name or user.outputs[0].name}'"
         return found, rest
 
     def _match_around(self, user: Node, taken: Value, element: type[Pattern]) -> Pattern | None:
         """The largest match of `element` that holds `user` and captures `taken`; its root may lie further down."""
         best, at = None, user
-        for _ in range(size(element.captures["y"], largest=True)):
-            m, _miss = match(element, at, self.view)
-            if m is not None and user in m.nodes and any(
-                getattr(m, k) is taken for k, p in element.captures.items() if isinstance(p, Var) and p.kind == "value"
-            ):
+        values = [k for k, p in element.captures.items() if isinstance(p, Var) and p.kind == "value"]
+        for _ in range(element.largest):
+            m = Search(element, at, self.view).run()
+            if m is not None and user in m.nodes and any(getattr(m, k) is taken for k in values):
                 best = m
             if len(at.outputs[0].outputs) != 1:
                 break
             at = at.outputs[0].outputs[0]
         return best
 
-    def instance(self) -> Pattern:
+    def _instance(self) -> Pattern:
         m = self.pattern.__new__(self.pattern)
         for name, p in self.pattern.captures.items():
             setattr(m, name, self.captured.get(p, self.bound.get(p)))
@@ -397,18 +406,23 @@ class _Search:
             setattr(m, name, value)
         m.y = self.root.outputs[0]
         m.root = self.root
-        m.nodes = tuple(self.used)
+        m.nodes = tuple(dict.fromkeys((self.root, *self.used, *self.aside)))
         return m
 
 
 _ABSENT = object()
 
 
-def declined(miss_root: Node, pattern: type[Pattern], nodes: int, at: str, why: str, rule: str) -> Miss:
-    """The miss of a rule that matched and then said no."""
-    return Miss(miss_root, pattern.__name__, nodes, nodes, at, why, Kind.GUARD, rule)
+def _without_leading_ones(p: Var, c: Const) -> Const:
+    """`c` without the leading dims of 1 that the wanted shape does not have."""
+    if p.dims is None or p.dims[:1] == ("...",) or len(c.shape) <= len(p.dims):
+        return c
+    extra = len(c.shape) - len(p.dims)
+    if any(d != 1 for d in c.shape[:extra]):
+        return c
+    return Const(c.name, c.array.reshape(*c.shape[extra:]), root=c.root, via=c.via)
 
 
-def of_rule(miss: Miss, rule: str) -> Miss:
-    """The same miss, with the rule it belongs to."""
-    return replace(miss, rule=rule)
+def _precision(c: Const) -> float:
+    """How close a constant of a dtype can be to the number meant: half a unit in the last place, rounded up."""
+    return {2: 1e-3, 4: 1e-6, 8: 1e-9}.get(c.dtype.itemsize, 1e-6) if c.dtype.name != "bfloat16" else 4e-3

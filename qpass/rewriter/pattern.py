@@ -13,15 +13,19 @@ different nodes. Matching itself is in `match.py`; this module only declares.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import onnx
 
 if TYPE_CHECKING:
     from qpass.graph import Node, Value
@@ -30,6 +34,9 @@ LIFTED = "qpass.ir"
 """Domain of the in-memory nodes that stand for a whole norm, Linear or MLP; never written to a file."""
 
 COMMUTATIVE = frozenset({"Add", "Mul", "Max", "Min", "And", "Or", "Xor", "Equal", "Sum"})
+
+MAY_BE_NOOP = frozenset({"Cast", "Identity", "Dropout"})
+"""Ops that the matcher looks through where they change nothing, unless a pattern asks for them."""
 
 _HERE = Path(__file__).parent
 
@@ -60,11 +67,13 @@ class PatternError(Exception):
 class Pat:
     """One expression of a pattern. Python's operators build larger ones."""
 
-    __slots__ = ("at", "name")
+    __slots__ = ("at", "name", "starts")
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.at = caller()
+        self.starts: frozenset[tuple[str, str]] | None = None
+        """The (domain, op type) pairs that a value's producer may have; None where it may be anything."""
 
     def __or__(self, other: object) -> Alt:
         return Alt(self, _lift(other))
@@ -132,13 +141,21 @@ class Var(Pat):
 
 
 class Alt(Pat):
-    """Alternatives, tried in order."""
+    """Alternatives, tried in order. Used twice it is one value, spelt in one way."""
 
     __slots__ = ("options",)
 
     def __init__(self, *options: Pat) -> None:
         super().__init__()
         self.options = options
+        starts = [o.starts for o in options if o.starts is not None]
+        self.starts = frozenset().union(*starts) if len(starts) == len(options) else None
+
+
+class MaybeCast(Alt):
+    """A value or a Cast of it. Used twice it is one value too, but one use may have the Cast and the other not."""
+
+    __slots__ = ()
 
 
 class Op(Pat):
@@ -146,12 +163,22 @@ class Op(Pat):
 
     __slots__ = ("args", "domain", "keywords", "type")
 
-    def __init__(self, type_: str, args: tuple[object, ...], keywords: dict[str, object] | None = None, domain: str = "") -> None:
+    def __init__(
+        self, type_: str, args: tuple[object, ...], keywords: dict[str, object] | None = None, domain: str = ""
+    ) -> None:
         super().__init__()
         self.type = type_
         self.domain = domain
         self.args = tuple(_lift(a) for a in args)
+        self.starts = None if type_ in MAY_BE_NOOP else frozenset({(domain, type_)})
         self.keywords = dict(keywords or {})
+        if any(isinstance(a, Var) and a.kind == "attr" for a in self.args):
+            raise PatternError(f"{self.at}: attr() captures an attribute; pass it to {type_} by keyword")
+        for name, want in self.keywords.items():
+            if isinstance(want, Pat) and not (isinstance(want, Var) and want.kind == "attr"):
+                raise PatternError(
+                    f"{self.at}: {type_}'s {name} wants attr() or the value it must have; inputs go by position"
+                )
 
     def label(self) -> str:
         return f"{self.name or self.type} ({self.at})"
@@ -218,7 +245,7 @@ def attr() -> Any:
 def cast(p: Any) -> Any:
     """`p`, or `p` behind a Cast to a floating-point type."""
     inner = _lift(p)
-    return Alt(Op("Cast", (inner,), {"to": FLOAT}), inner)
+    return MaybeCast(Op("Cast", (inner,), {"to": FLOAT}), inner)
 
 
 def uses(value: Any) -> Any:
@@ -237,7 +264,7 @@ def others(value: Any) -> Any:
 
 
 class Domain:
-    """`domain("com.microsoft").SkipLayerNormalization(x, skip, g)` builds patterns over another operator domain."""
+    """`Domain("com.microsoft").SkipLayerNormalization(x, skip, g)` builds patterns over another operator domain."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -245,14 +272,30 @@ class Domain:
     def __getattr__(self, type_: str) -> Callable[..., Any]:
         if type_.startswith("_"):
             raise AttributeError(type_)
+        self._check(type_)
 
         def build(*args: object, **keywords: object) -> Any:
             return Op(type_, args, keywords, self._name)
 
         return build
 
+    def _check(self, type_: str) -> None:
+        """PatternError where the domain cannot have this operator; a domain nobody declared can have any."""
 
-op = Domain("")
+
+class Standard(Domain):
+    """The ONNX domain, whose operators are known."""
+
+    def _check(self, type_: str) -> None:
+        if not onnx.defs.has(type_):
+            near = difflib.get_close_matches(type_, {s.name for s in onnx.defs.get_all_schemas()}, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise PatternError(
+                f"{caller()}: ONNX has no operator '{type_}'{hint} (Domain(\"\").{type_} takes any name)"
+            )
+
+
+op = Standard("")
 """Nodes of the standard ONNX domain: `op.MatMul(x, w)`."""
 
 ir = Domain(LIFTED)
@@ -278,10 +321,16 @@ class Pattern:
     fanouts: ClassVar[dict[str, Uses]] = {}
     elements: ClassVar[dict[str, type[Pattern]]] = {}
     """What each `uses` and `every` field is a list of."""
+    free_casts: ClassVar[bool] = False
+    largest: ClassVar[int]
+    """Nodes of the largest match."""
     location: ClassVar[Location]
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, free_casts: bool | None = None) -> None:
+        """`class P(Pattern, free_casts=True)`: Casts between floating-point types may stand anywhere in a match."""
         cls.location = caller()
+        if free_casts is not None:
+            cls.free_casts = free_casts
         members = {k: v for base in reversed(cls.__mro__) for k, v in vars(base).items()}
         cls.captures = {k: v for k, v in members.items() if isinstance(v, Pat)}
         cls.fanouts = {k: v for k, v in members.items() if isinstance(v, Uses)}
@@ -289,14 +338,47 @@ class Pattern:
             pat.name = pat.name or name
         if "y" not in cls.captures:
             raise PatternError(f"{cls.location}: pattern {cls.__name__} has no `y`, the expression of its result")
-        parts = reached(cls.captures["y"])
-        for name, pat in cls.captures.items():
-            if isinstance(pat, Var) and pat not in parts:
-                raise PatternError(f"{pat.at}: capture '{name}' of {cls.__name__} is not part of `y`")
+        _check(cls)
+        cls.largest = size(cls.captures["y"], largest=True)
         scope = sys._getframe(1)
         cls.elements = dict(cls.elements) | {
             k: _element(cls, k, u, scope) for k, u in vars(cls).items() if isinstance(u, Uses) and u.kind != "others"
         }
+
+
+def _check(cls: type[Pattern]) -> None:
+    """Refuse what cannot be meant: a field that no match fills, an alternative that is never tried."""
+    parts = reached(cls.captures["y"])
+    for name, pat in cls.captures.items():
+        if pat not in parts:
+            what = "capture" if isinstance(pat, Var) else "expression"
+            raise PatternError(f"{pat.at}: {what} '{name}' of {cls.__name__} is not part of `y`")
+    for name, fan in cls.fanouts.items():
+        if fan.of not in parts:
+            raise PatternError(f"{fan.at}: '{name}' of {cls.__name__} is of a value that is not part of `y`")
+    readers = Counter(q for p in parts for q in _parts(p))
+    for p in parts:
+        for i, option in enumerate(p.options[:-1] if isinstance(p, Alt) else ()):
+            if _is_anything(option, readers):
+                raise PatternError(
+                    f"{p.at}: alternative {i + 1} of {p.label()} is any value, so those behind it are never tried; "
+                    "put it last"
+                )
+
+
+def _parts(p: Pat) -> tuple[Pat, ...]:
+    if isinstance(p, Op):
+        return p.args
+    return p.options if isinstance(p, Alt) else ()
+
+
+def _is_anything(p: Pat, readers: Counter[Pat]) -> bool:
+    """Whether nothing can refuse `p`. What is used elsewhere too may be refused there."""
+    if readers[p] != 1:
+        return False
+    if isinstance(p, Alt):
+        return any(_is_anything(o, readers) for o in p.options)
+    return isinstance(p, Var) and p.kind == "value" and p.dims in (None, ("...",))
 
 
 def _element(cls: type[Pattern], field: str, fan: Uses, scope: FrameType) -> type[Pattern]:
@@ -321,10 +403,9 @@ def reached(root: Pat) -> set[Pat]:
         p = todo.pop()
         if p not in seen:
             seen.add(p)
+            todo += _parts(p)
             if isinstance(p, Op):
-                todo += [*p.args, *(k for k in p.keywords.values() if isinstance(k, Pat))]
-            elif isinstance(p, Alt):
-                todo += p.options
+                todo += [k for k in p.keywords.values() if isinstance(k, Pat)]
     return seen
 
 
@@ -337,12 +418,21 @@ def roots(p: Pat) -> set[tuple[str, str]]:
     raise PatternError(f"{p.at}: the root of a pattern must be an op")
 
 
-def size(p: Pat, bound: frozenset[Pat] | set[Pat] = frozenset(), largest: bool = False) -> int:
+def size(p: Pat, bound: Iterable[Pat] = (), largest: bool = False) -> int:
     """How many nodes a match of `p` needs at least (or has at most), not counting what `bound` already covers."""
-    if p in bound:
-        return 0
-    if isinstance(p, Op):
-        return 1 + sum(size(a, bound, largest) for a in p.args)
+    return _count(p, frozenset(bound), max if largest else min)[0]
+
+
+def _count(p: Pat, seen: frozenset[Pat], pick: Callable[..., tuple[int, frozenset[Pat]]]) -> tuple[int, frozenset[Pat]]:
+    """Nodes of `p` that are not `seen`, and all that has been seen then: a shared expression is one node."""
+    if p in seen:
+        return 0, seen
     if isinstance(p, Alt):
-        return (max if largest else min)(size(o, bound, largest) for o in p.options)
-    return 0
+        return pick((_count(o, seen, pick) for o in p.options), key=lambda found: found[0])
+    if not isinstance(p, Op):
+        return 0, seen
+    total, seen = 1, seen | {p}
+    for a in p.args:
+        nodes, seen = _count(a, seen, pick)
+        total += nodes
+    return total, seen

@@ -6,13 +6,14 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 import numpy as np
 
 from qpass.graph import Const, Given, Lazy, Node, Value
 from qpass.ops import DOMAIN, REGISTRY
-from qpass.rewriter.pattern import LIFTED, Location, Pattern, PatternError, caller, roots, size
+from qpass.rewriter.pattern import LIFTED, Location, Pattern, PatternError, caller, roots
 
 M = TypeVar("M", bound=Pattern)
 C = TypeVar("C")
@@ -87,12 +88,14 @@ class Rule(Generic[M, C]):
 
     @property
     def benefit(self) -> int:
-        """Nodes of the largest match: within a stage larger patterns win."""
-        return size(self.pattern.captures["y"], largest=True)
+        """Within a stage larger patterns win."""
+        return self.pattern.largest
 
     @property
     def roots(self) -> set[tuple[str, str]]:
-        return roots(self.pattern.captures["y"])
+        """The (domain, op type) pairs of the nodes that a match can have as its root."""
+        casts = {("", "Cast")} if self.pattern.free_casts else set()
+        return roots(self.pattern.captures["y"]) | casts
 
     @property
     def summary(self) -> str:
@@ -187,17 +190,28 @@ class Emit:
         op = REGISTRY[op_type]
         names = [i.name for i in op.inputs]
         if len(args) > len(names):
-            raise TypeError(f"{op_type} takes {len(names)} inputs, got {len(args)}")
-        given = dict(zip(names, args, strict=False)) | {n: keywords.pop(n) for n in names if n in keywords}
+            raise PatternError(f"{caller()}: {op_type} takes {len(names)} inputs, got {len(args)}")
+        given = dict(zip(names, args, strict=False))
+        for n in names:
+            if n in keywords and n in given:
+                raise PatternError(f"{caller()}: {op_type} got '{n}' by position and by name")
+        given |= {n: keywords.pop(n) for n in names if n in keywords}
         tensors = {n: self._input(given[n], f"{op_type}.{n}") for n in names if given.get(n) is not None}
         wanted = outputs.split() if outputs is not None else [o.name for o in op.outputs if not o.optional]
-        attrs = op.attributes_for(set(tensors), set(wanted), keywords)
-        if outputs is None and "dyn_act_scaling" in attrs and attrs["dyn_act_scaling"] and "scale" not in wanted:
-            wanted.append("scale")
-        kinds = [(v.dtype, v.shape) if (v := tensors.get(n)) is not None else None for n in names]
-        made = [Value("", dtype=d, shape=s) for d, s in op.infer(kinds, attrs)]
+        try:
+            attrs = op.attributes_for(set(tensors), set(wanted), keywords)
+            kinds = [self._kind(op_type, n, tensors[n]) if n in tensors else None for n in names]
+            made = [Value("", dtype=d, shape=s) for d, s in op.infer(kinds, attrs)]
+        except ValueError as error:
+            raise PatternError(f"{caller()}: {error}") from error
         self.drafts.append(Draft(op_type, DOMAIN, list(tensors.values()), attrs, made, self.site))
         return made[0] if len(made) == 1 else tuple(made)
+
+    @staticmethod
+    def _kind(op_type: str, name: str, v: Value | Const) -> tuple[Any, Any]:
+        if v.dtype is None:
+            raise ValueError(f"{op_type}: {name} is '{v.name}', whose dtype is not known; decline such a match")
+        return v.dtype, v.shape
 
     def _input(self, x: Any, hint: str) -> Value | Const:
         if isinstance(x, Const):
@@ -210,4 +224,15 @@ class Emit:
 
 def derived(c: Const, array: Lazy) -> Const:
     """A constant computed from `c`, which stays known as its origin (for names, the ledger and shared weights)."""
-    return Const(c.name, array, root=c.root, via=c.via)
+    # `via` tells views of one tensor apart; what is computed anew is like none of the others
+    step = Node("Derived", attrs={"serial": next(_SERIAL)})
+    return Const(c.name, array, root=c.root, via=(*c.via, step))
+
+
+def transposed(c: Const) -> Const:
+    """A matrix seen the other way round, as through a Transpose node."""
+    step = Node("Transpose", attrs={"perm": [1, 0]})
+    return Const(c.name, c.array.T, root=c.root, via=(*c.via, step))
+
+
+_SERIAL = count()

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from qpass.graph import Const, Model, Node, Value
+from qpass.graph.dtypes import to_numpy
 
-FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
+FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 """What Cast's `to` may be for a cast that keeps a tensor floating-point."""
+
+FLOAT_DTYPES = frozenset(to_numpy(t) for t in FLOATS)
 
 SHAPE_OPS = frozenset({"Shape", "Size"})
 """Ops that read the shape of their input and none of its values."""
@@ -26,6 +30,14 @@ KEEPS_LAST = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 MOVES_ONLY = KEEPS_LAST | {"Identity", "Cast", "Transpose"}
 """Ops whose result may stay for others when a match claims them: keeping one more costs nothing worth a decline."""
+
+RANDOM = frozenset({"Bernoulli", "Dropout", "Multinomial"}) | {
+    f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")
+}
+"""Ops of which two with equal inputs do not give equal values."""
+
+SMALL = 4096
+"""Bytes up to which two constants are compared by value."""
 
 
 @dataclass(frozen=True)
@@ -58,55 +70,98 @@ class View:
         self.graph = graph
         self.inside: Container[Node] = set(graph.nodes)
         """The nodes a match may hold: a match never reaches into an enclosing graph or a subgraph."""
-        self.outputs: set[Value] = set(graph.outputs)
+        self.outputs: set[Value] = set(graph.outputs).union(*(g.outputs for _, _, g in subgraphs(graph)))
         self._opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
+
+    def opset(self, domain: str) -> int:
+        """The model's version of a domain."""
+        version: int = self._opsets.get(domain, 1)
+        return version
 
     def signature(self, node: Node) -> Signature | None:
         """The node's schema at the model's opset of its domain."""
         domain = domain_of(node)
-        return signature(node.op, self._opsets.get(domain, 1), domain)
+        return signature(node.op, self.opset(domain), domain)
 
     def constant(self, v: Value) -> Const | None:
         """The constant behind a value, seen through Identity, Transpose, Cast and Reshape."""
         return self.model.constant(v)
 
     def is_output(self, v: Value) -> bool:
-        """Whether `v` is an output of this graph, and so must keep its name and value."""
+        """Whether `v` is an output of this graph or of one inside it, and so must keep its name and value."""
         return v in self.outputs
 
+    # -- values that are the same
+
+    def is_noop(self, node: Node) -> bool:
+        """Whether a node gives what it takes: Identity, a Cast to the dtype it has, Dropout outside of training."""
+        if domain_of(node):
+            return False
+        if node.op == "Cast":
+            return node.inputs[0].dtype is not None and node.inputs[0].dtype == node.outputs[0].dtype
+        if node.op == "Dropout":
+            mask_is_used = any(v.outputs or self.is_output(v) for v in node.outputs[1:])
+            return not mask_is_used and (len(node.inputs) < 3 or self._is_false(node.inputs[2]))
+        return bool(node.op == "Identity")
+
+    def _is_false(self, v: Value) -> bool:
+        c = self.constant(v) if v.name else None
+        return not v.name or (c is not None and c.array.size == 1 and not c.load().any())
+
     def through(self, v: Value) -> Value:
-        """`v` with Identity nodes and Casts to its own dtype looked through."""
-        while (node := producer(v)) is not None and is_noop(node):
+        """`v` with no-ops looked through."""
+        while (node := producer(v)) is not None and self.is_noop(node):
             v = node.inputs[0]
         return v
 
-    def same(self, a: Value, b: Value, depth: int = 3) -> list[Node] | None:
+    def uncast(self, v: Value) -> tuple[Value, list[Node]]:
+        """`v` with no-ops and Casts between floating-point types looked through, and those Casts."""
+        casts: list[Node] = []
+        while (node := producer(v)) is not None:
+            if is_float_cast(node) and node in self.inside:
+                casts.append(node)
+            elif not self.is_noop(node):
+                break
+            v = node.inputs[0]
+        return v, casts
+
+    def same(self, a: Value, b: Value, free_casts: bool = False, depth: int = 5) -> list[Node] | None:
         """Whether two values are equal by construction; the duplicate nodes behind `b` if so, else None.
 
         Exporters without common-subexpression elimination compute `x − mean` twice; such twins are one value.
+        With `free_casts` values that differ by Casts between floating-point types are the same.
         """
-        a, b = self.through(a), self.through(b)
-        if a is b:
-            return []
-        if (ca := self.constant(a)) is not None and (cb := self.constant(b)) is not None:
-            same_bytes = ca.shape == cb.shape and ca.dtype == cb.dtype and ca.array.nbytes <= 4096
-            return [] if same_bytes and np.array_equal(ca.load(), cb.load()) else None
+        twins: list[Node] = []
+        if free_casts:
+            (a, _), (b, twins) = self.uncast(a), self.uncast(b)
+        else:
+            a, b = self.through(a), self.through(b)
+        if a is b or (not a.name and not b.name):
+            return twins
+        ca, cb = self.constant(a), self.constant(b)
+        if ca is not None and cb is not None:
+            alike = ca.shape == cb.shape and ca.dtype == cb.dtype and ca.array.nbytes <= SMALL
+            return twins if alike and np.array_equal(ca.load(), cb.load()) else None
         na, nb = producer(a), producer(b)
         if depth == 0 or na is None or nb is None or na.op != nb.op or domain_of(na) != domain_of(nb):
             return None
-        if len(na.inputs) != len(nb.inputs) or na.attrs != nb.attrs or na.outputs.index(a) != nb.outputs.index(b):
+        if na.op in RANDOM or na.attrs != nb.attrs or na.outputs.index(a) != nb.outputs.index(b):
             return None
-        twins = [nb]
+        if len(na.inputs) != len(nb.inputs) or any(type(g) is type(self.graph) for g in na.attrs.values()):
+            return None
+        twins.append(nb)
         for x, y in zip(na.inputs, nb.inputs, strict=True):
-            found = self.same(x, y, depth - 1)
+            found = self.same(x, y, free_casts, depth - 1)
             if found is None:
                 return None
             twins += found
         return twins
 
+    # -- uses
+
     def keeps_rows(self, node: Node) -> bool:
-        """Whether the node only regroups the leading dims: Identity, a Cast to the same dtype, [B, S, K] → [B·S, K]."""
-        if is_noop(node):
+        """Whether the node only regroups the leading dims, such as [B, S, K] → [B·S, K], or casts between floats."""
+        if self.is_noop(node) or is_float_cast(node):
             return True
         if node.op not in KEEPS_LAST or domain_of(node):
             return False
@@ -116,9 +171,9 @@ class View:
     def uses(self, v: Value) -> Iterator[tuple[Node, Value]]:
         """(user, the value it takes) for every use of `v`, looking through views that keep rows; Shape is no use."""
         for node in v.outputs:
-            if node.op in SHAPE_OPS and not domain_of(node):
+            if reads_shape(node):
                 continue
-            if self.keeps_rows(node) and not self.is_output(node.outputs[0]):
+            if self.keeps_rows(node) and node.inputs[0] is v and not self.is_output(node.outputs[0]):
                 yield from self.uses(node.outputs[0])
             else:
                 yield node, v
@@ -134,13 +189,26 @@ def domain_of(node: Node) -> str:
     return node.domain if node.domain not in (None, "ai.onnx") else ""
 
 
-def is_noop(node: Node) -> bool:
-    """Identity, or a Cast to the dtype its input already has."""
-    if domain_of(node):
+def reads_shape(node: Node) -> bool:
+    """Whether the node reads the shape of its input and none of its values."""
+    return node.op in SHAPE_OPS and not domain_of(node)
+
+
+def is_float_cast(node: Node) -> bool:
+    """Whether the node casts from one floating-point type to another."""
+    if node.op != "Cast" or domain_of(node):
         return False
-    if node.op == "Identity":
-        return True
-    return node.op == "Cast" and node.inputs[0].dtype is not None and node.inputs[0].dtype == node.outputs[0].dtype
+    return node.attrs.get("to") in FLOATS and node.inputs[0].dtype in FLOAT_DTYPES
+
+
+def subgraphs(graph: Any) -> Iterator[tuple[Node, str, Any]]:
+    """(node, attribute, graph) of every graph inside this one, at any depth."""
+    node: Node
+    for node in graph.nodes:
+        for name, value in node.attrs.items():
+            if type(value) is type(graph):
+                yield node, name, value
+                yield from subgraphs(value)
 
 
 def describe(v: Value, view: View) -> str:

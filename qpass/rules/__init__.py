@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qpass.graph import Model, Node
-from qpass.rewriter import Outcome, Rewriter, Rule, Stage
+from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.norms import LIFT_NORMS
 from qpass.rules.sites import Found, Survey
@@ -26,7 +26,7 @@ class Lifted:
     def __init__(self, model: Model, early: Sequence[Rule[Any, Any]] = (), config: object = None) -> None:
         self.model = model
         self.outcome = Outcome()
-        self.graphs = [(prefix, Rewriter(model, graph, self.outcome)) for prefix, graph in _graphs(model.graph, "")]
+        self.graphs = list(_rewriters(model, model.graph, "", self.outcome, Pool(model)))
         for stage in ((early,) if early else ()) + LIFT:
             self.run(stage, config)
         self.survey = Survey(self.graphs, self.outcome)
@@ -42,14 +42,18 @@ class Lifted:
             rewriter.unlift()
 
 
-def _graphs(graph: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The graph and every subgraph in it, each with the path that names its nodes in the ledger."""
-    yield prefix, graph
+def _rewriters(
+    model: Model, graph: Any, prefix: str, outcome: Outcome, pool: Pool
+) -> Iterator[tuple[str, Rewriter]]:
+    """One for the graph and for every subgraph in it, each with the path that names its nodes in the ledger."""
+    rewriter = Rewriter(model, graph, outcome, pool)
+    yield prefix, rewriter
     node: Node
     for node in graph.nodes:
         for name, value in node.attrs.items():
             if type(value) is type(graph):
-                yield from _graphs(value, f"{prefix}{node.name or node.op}/{name}/")
+                inner = f"{prefix}{rewriter.edit.label(node)}/{name}/"
+                yield from _rewriters(model, value, inner, outcome, pool)
 
 
 __all__ = ["LIFT", "RULES", "Found", "Lifted", "Survey"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from qpass.graph import Const, Value
-from qpass.rewriter import Emit, Pattern, attr, const, derived, ir, need, op, rule, val
-from qpass.rewriter.rule import Replacement
+from qpass.ops.body import FLOATS
+from qpass.rewriter import Emit, Pattern, Replacement, attr, const, derived, ir, need, op, rule, transposed, val
 
 
 class Linear(Pattern):
@@ -27,11 +29,11 @@ class MatMulLinear(Pattern):
 class GemmLinear(Pattern):
     x: Value = val("M K")
     w: Const = const("_ _")
-    b: Const | None = const("_")
+    c: Const | None = const()
     alpha: float = attr()
     beta: float = attr()
     transposed: int = attr()
-    y = op.Gemm(x, w, b, alpha=alpha, beta=beta, transA=0, transB=transposed) | op.Gemm(
+    y = op.Gemm(x, w, c, alpha=alpha, beta=beta, transA=0, transB=transposed) | op.Gemm(
         x, w, alpha=alpha, beta=beta, transA=0, transB=transposed
     )
 
@@ -44,56 +46,68 @@ class FlatLinear(Pattern):
     to_full: Value = val()
     w: Const = const("K N")
     b: Const | None = const("N")
-    flat = op.Reshape(x, to_flat)
+    flat = op.Reshape(x, to_flat, allowzero=attr())
     inner = ir.Linear(flat, w, b) | ir.Linear(flat, w)
-    y = op.Reshape(inner, to_full)
+    y = op.Reshape(inner, to_full, allowzero=attr())
 
 
 @rule
 def lift_matmul(m: MatMulLinear, new: Emit, cfg: object) -> Replacement:
     """MatMul with a constant right operand, and the Add of a bias in either order."""
-    for c in (m.w, m.b):  # a constant of higher rank than x would add dims to the result
-        need(c is None or m.x.shape is None or len(c.shape) <= len(m.x.shape), "the constant has more dims than the input")
+    need(
+        m.w.shape[0] != 1 or len(m.w.root.shape or ()) == 2,
+        f"'{m.w.origin}' is a vector: this is an outer product, such as of positions and frequencies",
+    )
     return new.lifted("Linear", m.x, m.w, m.b, like=m.y)
 
 
 @rule
 def lift_gemm(m: GemmLinear, new: Emit, cfg: object) -> Replacement:
     """Gemm with a constant second operand, either transB; alpha and beta fold into weight and bias."""
-    w = m.w.array.T if m.transposed else m.w.array
-    k = m.x.shape[-1] if m.x.shape is not None else None
-    need(not isinstance(k, int) or k == w.shape[0], f"the weight has K={w.shape[0]}, the input K={k}")
-    b = m.b
-    if b is not None and b.shape != (w.shape[1],):
-        need(b.array.size == 1, f"the bias has shape {list(b.shape)}, wants [{w.shape[1]}]")
-        b = derived(b, b.array.reshape(1) + _zeros(w.shape[1], b))
+    w = transposed(m.w) if m.transposed else m.w
+    k, n = w.shape
+    known = m.x.shape[-1] if m.x.shape is not None else None
+    need(not isinstance(known, int) or known == k, f"the weight has K={k}, the input K={known}")
     if m.alpha != 1:
-        w = w * m.alpha
-    if b is not None and m.beta != 1:
-        b = derived(b, b.array * m.beta)
-    return new.lifted("Linear", m.x, m.w if w is m.w.array else derived(m.w, w), b, like=m.y)
+        w = derived(w, w.array.astype(np.float32) * m.alpha)
+    return new.lifted("Linear", m.x, w, _bias(m.c, n, m.beta), like=m.y)
 
 
 @rule
 def lift_flat(m: FlatLinear, new: Emit, cfg: object) -> Replacement:
     """A Linear between Reshapes that fold and unfold the leading dims."""
-    need(_unfolds(m.x, m.y), "the Reshape behind the Linear is not known to bring the leading dims back")
+    need(_unfolds(m.x, m.y, m.w.shape[1]), "the Reshape behind the Linear is not known to undo the one before it")
     return new.lifted("Linear", m.x, m.w, m.b, like=m.y)
 
 
-def _zeros(n: int, like: Const) -> object:
-    import numpy as np
+def unfit(m: Linear) -> str | None:
+    """Why no op of qpass takes a Linear: its dtypes."""
+    for what, dtype in (("weight", m.w.dtype), ("input", m.x.dtype), ("result", m.y.dtype)):
+        if dtype not in FLOATS:
+            return f"its {what} is {dtype or 'of unknown dtype'}, wants float32, float16 or bfloat16"
+    return None
 
-    return np.zeros(n, like.dtype)
+
+def _bias(c: Const | None, n: int, beta: float) -> Const | None:
+    """Gemm's third input as a bias [N]; it broadcasts to [M, N]."""
+    if c is None or beta == 0:
+        return None
+    rows = c.shape[0] if len(c.shape) == 2 else 1
+    need(rows == 1, f"the third input differs from row to row: its shape is {list(c.shape)}, a bias has [{n}]")
+    need(c.array.size in (1, n), f"the third input has shape {list(c.shape)}, a bias has [{n}]")
+    if c.shape != (n,):
+        c = derived(c, c.array.reshape(-1) + np.zeros(n, c.dtype))
+    return c if beta == 1 else derived(c, c.array.astype(np.float32) * beta)
 
 
-def _unfolds(x: Value, y: Value) -> bool:
-    """Whether y's leading dims are x's: all known equal but at most one, which the element count then settles."""
-    if x.shape is None or y.shape is None or len(x.shape) != len(y.shape):
+def _unfolds(x: Value, y: Value, n: int) -> bool:
+    """Whether y [..., N] has x's leading dims: all known equal, or all but one, which the element count settles."""
+    if x.shape is None or y.shape is None or len(x.shape) != len(y.shape) or y.shape[-1] != n:
         return False
-    unproven = sum(a is None or a != b for a, b in zip(x.shape[:-1], y.shape[:-1], strict=True))
-    clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(x.shape[:-1], y.shape[:-1], strict=True))
-    return unproven <= 1 and not clash
+    dims = list(zip(x.shape[:-1], y.shape[:-1], strict=True))
+    clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in dims)
+    unproven = sum(a is None or a != b for a, b in dims)
+    return not clash and unproven <= isinstance(x.shape[-1], int)
 
 
 LIFT_LINEARS = (lift_matmul, lift_gemm)

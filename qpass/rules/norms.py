@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from qpass.graph import Const, Given, Value
-from qpass.rewriter import LAST, Emit, Pattern, attr, cast, const, derived, need, op, rule, scalar, val
-from qpass.rewriter.rule import Replacement
+from qpass.ops.body import FLOATS
+from qpass.rewriter import LAST, Emit, Pattern, Replacement, attr, const, derived, need, op, rule, scalar, val
 
 
-def mean_square(v: Any) -> Any:
+def mean(v: Any, count: Any) -> Any:
+    """mean(v) over the last axis; `count` captures the K that JAX's exporters divide a sum by."""
+    return op.ReduceMean(v, axes=LAST, keepdims=1) | op.ReduceSum(v, axes=LAST, keepdims=1) / count
+
+
+def mean_square(v: Any, count: Any) -> Any:
     """mean(v²) over the last axis."""
-    return op.ReduceMean(v * v | v**2, axes=LAST, keepdims=1)
+    return mean(v * v | v**2, count) | op.ReduceSumSquare(v, axes=LAST, keepdims=1) / count
 
 
-def over_root(v: Any, variance: Any) -> Any:
-    """v / sqrt(variance) as exporters write it."""
-    deviation = op.Sqrt(variance)
-    return v / deviation | v * (op.Reciprocal(deviation) | 1 / deviation | variance**-0.5)
+def scaled_over_root(v: Any, variance: Any, gamma: Any) -> Any:
+    """v / sqrt(variance) · gamma as exporters write it, or without the gamma."""
+    deviation = op.Sqrt(variance) | variance**0.5
+    inverse = op.Reciprocal(deviation) | 1 / deviation | variance**-0.5
+    n = v / deviation | v * inverse
+    weighted = v * gamma
+    return n * gamma | v * (inverse * gamma) | weighted * inverse | weighted / deviation | n
 
 
-class LayerNormNode(Pattern):
+def plus_one(w: Any, one: Any) -> Any:
+    """The weight, or 1 + w as Gemma has it."""
+    return w + one | w
+
+
+class LayerNormNode(Pattern, free_casts=True):
     x: Value = val("... K")
     gamma: Const = const("K")
     beta: Const | None = const("K")
@@ -30,68 +45,121 @@ class LayerNormNode(Pattern):
     )
 
 
-class RMSNormNode(Pattern):
+class RMSNormNode(Pattern, free_casts=True):
     x: Value = val("... K")
     gamma: Const = const("K")
     eps: float = attr()
     y = op.RMSNormalization(x, gamma, axis=LAST, epsilon=eps)
 
 
-class LayerNormSpelt(Pattern):
+class LayerNormSpelt(Pattern, free_casts=True):
     x: Value = val("... K")
     gamma: Const | None = const("K")
     beta: Const | None = const("K")
     eps: float = scalar(0, 1e-1)
-    xf = cast(x)
-    d = xf - op.ReduceMean(xf, axes=LAST, keepdims=1)
-    n = cast(over_root(d, mean_square(d) + eps))
-    scaled = n * cast(gamma) | n
-    y = cast(cast(scaled) + cast(beta)) | cast(n * cast(gamma))
+    count: float | None = scalar(1)
+    mu = mean(x, count)
+    d = x - mu
+    spread = mean_square(x, count) - mu * mu  # E[x²] − E[x]², as Flax has it
+    variance = (mean_square(d, count) | spread | op.Max(spread, 0)) + eps
+    n = scaled_over_root(d, variance, gamma)
+    y = n + beta | n
 
 
-class RMSNormSpelt(Pattern):
+class LayerNormFolded(Pattern, free_casts=True):
+    """x · s + (β − μ · s) with s = γ / sqrt(variance), as TensorFlow's batch_normalization has it."""
+
     x: Value = val("... K")
-    w: Const = const("K")
+    gamma: Const | None = const("K")
+    beta: Const | None = const("K")
+    eps: float = scalar(0, 1e-1)
+    mu = op.ReduceMean(x, axes=LAST, keepdims=1)
+    d = x - mu
+    root = op.Sqrt(op.ReduceMean(d * d | d**2, axes=LAST, keepdims=1) + eps)
+    inverse = op.Reciprocal(root) | 1 / root
+    s = inverse * gamma | inverse
+    y = x * s + (beta - mu * s)
+
+
+class RMSNormSpelt(Pattern, free_casts=True):
+    x: Value = val("... K")
+    w: Const | None = const("K")
     one: float | None = scalar(1, 1)
     eps: float = scalar(0, 1e-1)
-    xf = cast(x)
-    n = cast(over_root(xf, mean_square(xf) + eps))
-    g = cast(w)
-    y = cast(n * (g | g + one))
+    count: float | None = scalar(1)
+    y = scaled_over_root(x, mean_square(x, count) + eps, plus_one(w, one))
 
 
 @rule
 def lift_layer_norm(m: LayerNormNode, new: Emit, cfg: object) -> Replacement:
     """LayerNormalization nodes over the last axis."""
-    return new.lifted("Norm", m.x, m.gamma, m.beta, like=m.y, kind="layernorm", epsilon=m.eps)
+    return _lifted(new, m, m.x, m.gamma, m.beta, "layernorm", m.eps)
 
 
 @rule
 def lift_rms_norm(m: RMSNormNode, new: Emit, cfg: object) -> Replacement:
     """RMSNormalization nodes (opset 23) over the last axis."""
-    return new.lifted("Norm", m.x, m.gamma, like=m.y, kind="rmsnorm", epsilon=m.eps)
+    return _lifted(new, m, m.x, m.gamma, None, "rmsnorm", m.eps)
 
 
 @rule
 def lift_spelt_layer_norm(m: LayerNormSpelt, new: Emit, cfg: object) -> Replacement:
-    """LayerNorm written out as mean, difference, variance, root."""
-    gamma = m.gamma if m.gamma is not None else _ones(m.beta)
-    return new.lifted("Norm", m.x, gamma, m.beta, like=m.y, kind="layernorm", epsilon=m.eps)
+    """LayerNorm written out as mean, difference, variance, root, with or without weight and bias."""
+    _need_count(m.count, m.x, m.gamma or m.beta)
+    return _lifted(new, m, m.x, m.gamma, m.beta, "layernorm", m.eps)
+
+
+@rule
+def lift_folded_layer_norm(m: LayerNormFolded, new: Emit, cfg: object) -> Replacement:
+    """LayerNorm written out with the mean folded into the bias."""
+    return _lifted(new, m, m.x, m.gamma, m.beta, "layernorm", m.eps)
 
 
 @rule
 def lift_spelt_rms_norm(m: RMSNormSpelt, new: Emit, cfg: object) -> Replacement:
-    """RMSNorm written out as mean square, root, scale; the scale w or 1 + w."""
-    gamma = m.w if m.one is None else derived(m.w, m.w.array.astype("float32") + m.one)
-    return new.lifted("Norm", m.x, gamma, like=m.y, kind="rmsnorm", epsilon=m.eps)
+    """RMSNorm written out as mean square, root, scale; the scale w, 1 + w or none."""
+    _need_count(m.count, m.x, m.w)
+    gamma = m.w if m.one is None or m.w is None else derived(m.w, m.w.array.astype(np.float32) + m.one)
+    return _lifted(new, m, m.x, gamma, None, "rmsnorm", m.eps)
 
 
-def _ones(like: Const | None) -> Const:
-    need(like is not None, "a norm without weight and bias has no known width")
-    assert like is not None
-    import numpy as np
+def _lifted(
+    new: Emit, m: Pattern, x: Value, gamma: Const | None, beta: Const | None, kind: str, epsilon: float
+) -> Value:
+    """The norm, its x in the dtype of its result where a Cast between them allows that."""
+    k = _width(x, gamma or beta)
+    need(k is not None, "the width of the norm is not known: its input's last dim is not, and it has no weight")
+    if gamma is None:
+        gamma = Const(f"{new.label(m.root)}.gamma", Given(np.ones(k or 0, np.float32)))
+    return new.lifted("Norm", _in_dtype(x, m.y), gamma, beta, like=m.y, kind=kind, epsilon=epsilon)
 
-    return Const(f"{like.name}.ones", Given(np.ones(like.shape, like.dtype)))
+
+def _width(x: Value, c: Const | None) -> int | None:
+    """The size of the last axis. A constant of one element may be broadcast: it does not tell."""
+    known = x.shape[-1] if x.shape else None
+    if isinstance(known, int):
+        return known
+    return c.shape[-1] if c is not None and c.shape[-1] != 1 else None
 
 
-LIFT_NORMS = (lift_layer_norm, lift_rms_norm, lift_spelt_layer_norm, lift_spelt_rms_norm)
+def _need_count(count: float | None, x: Value, c: Const | None) -> None:
+    k = _width(x, c)
+    need(count is None or count == k, f"the sum is divided by {count}, a mean over the last axis by {k}")
+
+
+def _in_dtype(x: Value, y: Value) -> Value:
+    """`x`, or what it is cast from where that has y's dtype: exporters compute norms of float16 in float32."""
+    v: Value | None = x
+    while v is not None and v.dtype in FLOATS and v.dtype != y.dtype:
+        maker = v.producer
+        v = maker.inputs[0] if maker is not None and maker.op in ("Cast", "Identity") else None
+    return v if v is not None and v.dtype in FLOATS else x
+
+
+LIFT_NORMS = (
+    lift_layer_norm,
+    lift_rms_norm,
+    lift_spelt_layer_norm,
+    lift_folded_layer_norm,
+    lift_spelt_rms_norm,
+)

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 
 from qpass.graph import Const, Node
 from qpass.ops import DOMAIN
-from qpass.rewriter import LIFTED, Event, Outcome, Rewriter, Site, View, Weight
-from qpass.rewriter.view import domain_of, producer
+from qpass.rewriter import LIFTED, Kind, Miss, Outcome, Rewriter, Site, Weight
+from qpass.rewriter.view import producer
+from qpass.rules.functions import Functions
+from qpass.rules.tied import Embeddings
+from qpass.rules.unlifted import Reasons, kind_of
 from qpass.spec import SiteNames
 
-WEIGHTED = frozenset({"MatMul", "Gemm"})
+_MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
-NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 
 
 @dataclass(eq=False)
@@ -44,12 +46,18 @@ class Survey:
 
     def __init__(self, graphs: Sequence[tuple[str, Rewriter]], outcome: Outcome) -> None:
         self.found: list[Found] = []
-        early = {n: e for e in outcome.events if e.status == "rewritten" for n in e.claimed if n.proto is not None}
-        embeddings = {id(c.root) for _, r in graphs for c in _gathered(r)}
+        rewriters = [r for _, r in graphs]
+        self._embeddings = Embeddings(rewriters)
+        self._reasons = Reasons(rewriters, outcome)
+        self._functions = Functions(rewriters[0].edit.model.proto)
+        self._claimed = {n: e for e in outcome.events if e.status == "rewritten" for n in e.claimed}
         for prefix, r in graphs:
-            here = [self._lifted(prefix, r, n, embeddings) for n in r.position if n.domain == LIFTED]
+            here = [self._lifted(prefix, r, n) for n in r.position if n.domain == LIFTED]
             held = {n for f in here for n in f.originals}
-            here += [f for n in r.before if n not in held and (f := self._rest(prefix, r, n, early)) is not None]
+            for n in r.before:
+                if n not in held:
+                    here += self._rest(prefix, r, n)
+            here += self._spelt_norms(prefix, r, outcome, {n for f in here for n in f.originals})
             here.sort(key=lambda f: max(r.before[n] for n in f.originals))
             self.found += here
         self.by_lifted = {f.lifted: f for f in self.found if f.lifted is not None}
@@ -59,45 +67,50 @@ class Survey:
             if f.weight is not None and f.lifted is not None:
                 self.sharers[id(f.weight.root)].append(f.lifted)
 
-    def _lifted(self, prefix: str, r: Rewriter, node: Node, embeddings: set[int]) -> Found:
+    def _lifted(self, prefix: str, r: Rewriter, node: Node) -> Found:
         originals = sorted(set(_originals(r, node)), key=r.before.__getitem__)
-        site = Site(node.op.lower(), [prefix + r.labels[n] for n in originals])
-        weight, tied = None, False
-        if node.op == "Linear":
-            weight = next(v for v in node.inputs if isinstance(v, Const))
-            tied = id(weight.root) in embeddings
-            root = weight.root if isinstance(weight.root, Const) else weight
-            site.weight = Weight(
-                weight.origin, list(root.shape), str(root.dtype), root.array.nbytes, root.array.nbytes
-            )
+        linear = node.op == "Linear"
+        weight = r.view.constant(node.inputs[1]) if linear else None
         names = SiteNames(
-            nodes=tuple(site.nodes),
+            nodes=tuple(prefix + r.labels[n] for n in originals),
             weight=weight.origin if weight is not None else None,
             scopes=tuple(dict.fromkeys(s for n in originals for s in _scopes(n))),
-            tied=tied,
+            tied=weight is not None and self._embeddings.tied(weight),
         )
-        tensor = node.inputs[0] if node.op == "Linear" else node.outputs[0]
+        site = Site(node.op.lower(), list(names.nodes), weight=_weight(weight))
+        tensor = node.inputs[0] if linear else node.outputs[0]
         return Found(site, names, tuple(originals), node, weight, tensor=prefix + tensor.name)
 
-    @staticmethod
-    def _rest(prefix: str, r: Rewriter, node: Node, early: dict[Node, Event]) -> Found | None:
-        """A weighted MatMul or a norm that was not lifted: claimed by a rule of the user's, or a near miss."""
-        if domain_of(node) or node.op not in WEIGHTED | NORMS:
-            return None
-        kind = "norm" if node.op in NORMS else "linear"
-        site = Site(kind, [prefix + r.labels[node]])
-        names = SiteNames(nodes=tuple(site.nodes), weight=None, scopes=tuple(_scopes(node)), tied=False)
-        if (event := early.get(node)) is not None:
-            site.nodes = [prefix + r.labels[n] for n in event.claimed if n in r.labels]
-            site.status, site.rule = "rewritten", event.rule.name
-            site.new_nodes = [n.name for n, _ in event.new]
-            site.op = event.new[0][0].op if event.new else None
-            return Found(site, names, (node,), made=[n for n, _ in event.new])
-        why = unsuited(node, r.view) if kind == "linear" else "it does not normalize over the last axis with constant weights"
-        if why is None:
-            return None
-        site.status, site.reason = "near_miss", why
-        return Found(site, names, (node,))
+    def _rest(self, prefix: str, r: Rewriter, node: Node) -> Iterator[Found]:
+        """Sites that were not lifted: claimed by a rule of the user's, in a function's body, or of no known form."""
+        label = prefix + r.labels[node]
+        for inside in self._functions.inside(node, label, r.view):
+            yield _unlifted(Site(inside.kind, [inside.path], "declined", reason=inside.reason), node)
+        if (kind := kind_of(node)) is None:
+            return
+        if (event := self._claimed.get(node)) is not None:
+            helpers = [r.labels[n] for n in event.claimed if n in r.labels and (n is node or kind_of(n) is None)]
+            site = Site(kind, [prefix + name for name in helpers], "rewritten", event.rule.name)
+            made = [n for n, _ in event.new]
+            site.new_nodes, site.op = [n.name for n in made], _last_op(made)
+            yield _unlifted(site, node, made)
+        elif (found := self._reasons.of(node, r.view)) is not None:
+            status, reason = found
+            constants = (r.view.constant(v) for v in node.inputs[:2] if v.name) if kind == "linear" else ()
+            weight = next((c for c in constants if c is not None), None)
+            yield _unlifted(Site(kind, [label], status, reason=reason, weight=_weight(weight)), node)
+
+    def _spelt_norms(self, prefix: str, r: Rewriter, outcome: Outcome, held: set[Node]) -> Iterator[Found]:
+        """Norms written out in a form that nearly is one that qpass knows: the nearest miss of each."""
+        near = [m for m in outcome.misses if m.rule.startswith("lift_spelt") and m.root in r.before and _telling(m)]
+        for m in sorted(near, key=lambda m: (-len(m.nodes), r.before[m.root])):
+            nodes = [n for n in m.nodes if n in r.before]
+            if held.isdisjoint(nodes):
+                held.update(nodes)
+                nodes.sort(key=r.before.__getitem__)
+                site = Site("norm", [prefix + r.labels[n] for n in nodes], "near_miss", reason=m.why)
+                names = SiteNames(nodes=tuple(site.nodes), weight=None, scopes=(), tied=False)
+                yield Found(site, names, tuple(nodes))
 
     def settle(self, outcome: Outcome) -> None:
         """Write into every site what the rules did with it."""
@@ -112,7 +125,7 @@ class Survey:
                     f.site.status, f.site.reason, f.site.rule = "rewritten", event.notes.get(node), event.rule.name
                     f.made = [n for n, at in event.new if at is node]
                     f.site.new_nodes = [n.name for n in f.made]
-                    f.site.op = next((n.op for n in f.made if n.domain == DOMAIN), None)
+                    f.site.op = _last_op(f.made)
                     if f.site.weight is not None:
                         f.site.weight.bytes_after = _new_bytes(f.made)
         norm_of = {n: i for i, f in enumerate(self.found) if f.site.kind == "norm" for n in f.made}
@@ -124,34 +137,23 @@ class Survey:
                 f.site.reason = "no Linear that the spec quantizes with its activations reads it"
 
 
-def unsuited(node: Node, view: View) -> str | None:
-    """Why a MatMul or Gemm that was not lifted is no Linear; None for a product of two activations."""
-    left, right = node.inputs[0], node.inputs[1]
-    a, b = view.constant(left), view.constant(right)
-    if a is not None and b is not None:
-        return "both operands are constant"
-    if a is not None:
-        return f"the constant '{a.origin}' is the left operand"
-    if b is not None:
-        if len(b.shape) != 2:
-            return f"the constant '{b.origin}' has {len(b.shape)} dims, {list(b.shape)}; a Linear's weight has two"
-        if node.op == "Gemm" and node.attrs.get("transA"):
-            return "transA is set: the rows of the input are its columns"
-        return f"the input's last dim does not agree with the weight's {list(b.shape)}"
-    shape = right.shape
-    if shape is None or len(shape) != 2 or not all(isinstance(d, int) for d in shape):
+def _unlifted(site: Site, node: Node, made: Sequence[Node] = ()) -> Found:
+    names = SiteNames(nodes=tuple(site.nodes), weight=None, scopes=tuple(_scopes(node)), tied=False)
+    return Found(site, names, (node,), made=list(made))
+
+
+def _weight(c: Const | None) -> Weight | None:
+    """The tensor behind a weight as the original has it."""
+    if c is None:
         return None
-    maker = producer(right)
-    if maker is None:
-        return f"the weight '{right.name}' is a graph input that callers may change"
-    return f"the weight is computed by {maker.op} '{maker.name}' while the model runs"
+    root = c.root if isinstance(c.root, Const) else c
+    return Weight(c.origin, list(root.shape), str(root.dtype), root.array.nbytes, root.array.nbytes)
 
 
-def _gathered(r: Rewriter) -> Iterator[Const]:
-    """Constants that a Gather looks rows up in: embeddings."""
-    for n in r.position:
-        if n.op == "Gather" and not domain_of(n) and (c := r.view.constant(n.inputs[0])) is not None:
-            yield c
+def _telling(m: Miss) -> bool:
+    """Whether a miss is of a norm: it stopped at a detail, a root and a mean in sight."""
+    seen = {*(n.op for n in m.nodes), m.op}
+    return m.kind in (Kind.DETAIL, Kind.LEAK) and not _MEANS.isdisjoint(seen) and not _ROOTS.isdisjoint(seen)
 
 
 def _originals(r: Rewriter, node: Node) -> Iterator[Node]:
@@ -178,8 +180,12 @@ def _scopes(node: Node) -> Iterator[str]:
             yield from (s for s in scopes if isinstance(s, str) and s)
 
 
+def _last_op(made: Sequence[Node]) -> str | None:
+    """The type of the plugin node that gives a site's result: the last, quantizing its input comes before."""
+    return next((n.op for n in reversed(made) if n.domain == DOMAIN), None)
+
+
 def _new_bytes(nodes: Sequence[Node]) -> int:
     """Bytes of the constants that were made for a site: packed weight, scales, zero points."""
     new = {id(v): v for n in nodes for v in n.inputs if isinstance(v, Const) and v.proto is None}
     return sum(c.array.nbytes for c in new.values())
-

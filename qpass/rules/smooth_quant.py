@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from qpass.graph import Const, Value
-from qpass.rewriter import Emit, Pattern, Replacement, attr, const, ir, keep, others, rule, uses, val
-from qpass.rules.linears import Linear
+from qpass.graph.dtypes import to_onnx
+from qpass.ops.body import FLOATS
+from qpass.rewriter import Emit, Pattern, Replacement, attr, const, ir, keep, need, others, rule, uses, val
+from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Activation, Quantizer
 
 
@@ -27,39 +29,42 @@ class NormFanout(Pattern):
     rest: bool = others(y)
 
 
-class InputFanout(Pattern):
+class InputFanout(Linear):
     """A Linear, and its siblings on the same input."""
 
-    x: Value = val("... K")
-    w: Const = const("K N")
-    b: Const | None = const("N")
-    y = ir.Linear(x, w, b) | ir.Linear(x, w)
-    heads: list[Linear] = uses(x)
+    heads: list[Linear] = uses(Linear.x)
 
 
 @rule
 def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     """A norm that feeds Linears becomes a quantizing norm with SmoothQuantGemms behind it."""
-    heads = cfg.quantized_alike([h for h in m.heads if readable(m.y, h)])
+    heads = cfg.quantized_alike([h for h in m.heads if readable(m.y, h) and unfit(h) is None])
     if not heads:
         keep("no Linear that the spec quantizes with its activations reads it")
+    need(m.x.dtype in FLOATS, f"its input is {m.x.dtype}, wants float32, float16 or bfloat16")
     needed = m.rest or len(heads) < len(m.heads)
     act = cfg.activation(m.y, heads)
     wide = act.smoother is not None and needed
     gamma, beta = (m.gamma, m.beta) if wide else (act.folded(m.gamma), act.folded(m.beta))
-    inputs = {"gamma": cfg.like(gamma, m.x), "beta": cfg.like(beta, m.x) if beta is not None else None}
+    inputs = {"gamma": cfg.like(gamma, m.x), "beta": cfg.like(beta, m.x)}
+    norm = new.LayernormQuantization
     if m.kind == "rmsnorm":
+        norm = new.RmsnormQuantization
         inputs.pop("beta")
     outputs = ["q", *(["scale"] if act.scale is None else []), *(["y"] if needed else [])]
-    norm = new.RmsnormQuantization if m.kind == "rmsnorm" else new.LayernormQuantization
     made = norm(
-        m.x, **inputs, smoother=act.smoother if wide else None, scale=act.scale, epsilon=m.epsilon, outputs=" ".join(outputs)
+        m.x,
+        **inputs,
+        smoother=act.smoother if wide else None,
+        scale=act.scale,
+        epsilon=m.epsilon,
+        outputs=" ".join(outputs),
     )
     got = dict(zip(outputs, made if len(outputs) > 1 else (made,), strict=True))
     new.note(act.note)
-    replaced = {h.y: gemm(h, new, cfg, act, got["q"], got.get("scale", act.scale)) for h in heads}
+    replaced = {h.y: gemm(h, m.y, new, cfg, act, got["q"], got.get("scale", act.scale)) for h in heads}
     if needed:
-        replaced[m.y] = got["y"]
+        replaced[m.y] = _in_dtype_of(m.y, got["y"], new)
     else:
         new.same_shape(m.y, m.x)
     return replaced
@@ -67,23 +72,25 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
 
 @rule
 def quantize_input(m: InputFanout, new: Emit, cfg: Quantizer) -> Replacement:
-    """Linears with another input than a norm get one QuantizePerToken or QuantizeTensor, then their SmoothQuantGemms."""
+    """Linears that no norm feeds get one QuantizePerToken or QuantizeTensor, and SmoothQuantGemms behind it."""
     spec = cfg.spec(m)
     if not spec.mode.has_act_and_weight_quant():
         keep("the spec quantizes its weights alone")
-    heads = [h for h in cfg.quantized_alike(m.heads) if h.x is m.x]
+    need((why := unfit(m)) is None, why or "")
+    heads = [h for h in cfg.quantized_alike(m.heads) if h.x is m.x and unfit(h) is None]
     if all(h.root is not m.root for h in heads):  # its siblings' spec is another: it goes alone
         heads = [h for h in m.heads if h.root is m.root]
     act = cfg.activation(m.x, heads)
-    if act.scale is None:
+    scale: object = act.scale
+    if scale is None:
         q, scale = new.QuantizePerToken(m.x, smoother=act.smoother)
     else:
-        q, scale = new.QuantizeTensor(m.x, smoother=act.smoother, scale=act.scale), act.scale
-    return {h.y: gemm(h, new, cfg, act, q, scale) for h in heads}
+        q = new.QuantizeTensor(m.x, smoother=act.smoother, scale=scale)
+    return {h.y: gemm(h, m.x, new, cfg, act, q, scale) for h in heads}
 
 
-def gemm(h: Linear, new: Emit, cfg: Quantizer, act: Activation, q: Value, scale: object) -> Value:
-    """The SmoothQuantGemm of one Linear, reshaped where the Linear read a flattened view of `q`."""
+def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Value, scale: object) -> Value:
+    """One Linear's SmoothQuantGemm over `q`, the quantized `x`; reshaped where it read x's rows regrouped."""
     at = new.at(h)
     at.note(act.note)
     w = cfg.int8(h.w, act.smoother)
@@ -96,20 +103,39 @@ def gemm(h: Linear, new: Emit, cfg: Quantizer, act: Activation, q: Value, scale:
         output_type=cfg.onnx_dtype(h.y),
         has_per_token_scaling=int(act.scale is None),
     )
-    if not same_rank(q, h.x):
-        rows_by_columns = np.array([-1, h.w.shape[1]], np.int64)
-        return at.onnx("Reshape", y, rows_by_columns, dtype=y.dtype, shape=h.y.shape)
-    return y
-
-
-def same_rank(a: Value, b: Value) -> bool:
-    """Whether two values that hold the same rows have the same leading dims too."""
-    return a.shape is None or b.shape is None or len(a.shape) == len(b.shape)
+    if same_rows(x, h.x):
+        return y
+    target = np.array(regrouped(h.x, h.w.shape[1]), np.int64)
+    return at.onnx("Reshape", y, target, dtype=y.dtype, shape=h.y.shape)
 
 
 def readable(x: Value, h: Linear) -> bool:
-    """Whether a Linear can take `x` itself in place of the view of it that it reads: as it is, or flattened to rows."""
-    return h.x is x or (h.x.shape is not None and x.shape is not None and (same_rank(x, h.x) or len(h.x.shape) == 2))
+    """Whether a Linear that reads a view of x's rows can take `x` itself, its result reshaped where that is needed."""
+    return same_rows(x, h.x) or regrouped(h.x, h.w.shape[1]) is not None
+
+
+def same_rows(x: Value, view: Value) -> bool:
+    """Whether a view of x's rows has x's leading dims: nothing between them regroups, or all dims are known."""
+    v: Value | None = view
+    while v is not None and v is not x:
+        maker = v.producer
+        v = maker.inputs[0] if maker is not None and maker.op in ("Identity", "Cast", "Dropout") else None
+    return v is x or (x.shape is not None and x.shape == view.shape and None not in x.shape)
+
+
+def regrouped(view: Value, n: int) -> list[int] | None:
+    """The shape [..., n] with the leading dims of `view` as a Reshape's target; None where two of them are unknown."""
+    if view.shape is None:
+        return None
+    lead = [d if isinstance(d, int) else -1 for d in view.shape[:-1]]
+    return [*lead, n] if lead.count(-1) <= 1 else None
+
+
+def _in_dtype_of(old: Value, y: Value, new: Emit) -> Value:
+    """`y` in the dtype of the value that it replaces: a norm may have had a Cast in it."""
+    if old.dtype is None or old.dtype == y.dtype:
+        return y
+    return new.onnx("Cast", y, dtype=old.dtype, shape=y.shape, to=to_onnx(old.dtype))
 
 
 SMOOTH_QUANT = (quantize_norm,), (quantize_input,)

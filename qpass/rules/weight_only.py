@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qpass.rewriter import Emit, Replacement, keep, need, rule
-from qpass.rules.linears import Linear
+from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Quantizer
 
 INT8, INT4 = 1, 2  # weight_type_id
@@ -15,6 +15,7 @@ def weight_only(m: Linear, new: Emit, cfg: Quantizer) -> Replacement:
     spec = cfg.spec(m)
     if not spec.mode.is_weight_only():
         keep("the spec quantizes its activations too")
+    need((why := unfit(m)) is None, why or "")
     k = m.w.shape[0]
     if spec.mode.is_int8_weight_only():
         q = cfg.int8(m.w)

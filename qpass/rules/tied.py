@@ -1,0 +1,56 @@
+"""Tied heads: Linears whose weight is the embedding's, be it by the same initializer or by an equal copy of it.
+
+TorchScript's exporter folds the transposed embedding into a second initializer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from qpass.graph import Const, Lazy
+from qpass.rewriter import Rewriter
+from qpass.rewriter.view import domain_of
+
+_TABLES = {("", "Gather"): (0,), ("com.microsoft", "EmbedLayerNormalization"): (2, 3, 4)}
+"""Where operators take the tables that they look rows up in."""
+
+_FIRST, _BLOCK = 1 << 14, 1 << 20
+"""Elements compared at a time: a few at first, since most weights differ at once."""
+
+
+class Embeddings:
+    """The tables of a model that rows are looked up in."""
+
+    def __init__(self, graphs: Iterable[Rewriter]) -> None:
+        tables = [c for r in graphs for c in _tables(r)]
+        self._roots = {id(c.root) for c in tables}
+        self._matrices = list({id(c.root): c for c in tables if len(c.shape) == 2}.values())
+
+    def tied(self, w: Const) -> bool:
+        """Whether the weight [K, N] of a Linear is an embedding [N, K]."""
+        if id(w.root) in self._roots:
+            return True
+        return any(c.shape == w.shape[::-1] and equal(c.array, w.array.T) for c in self._matrices)
+
+
+def _tables(r: Rewriter) -> Iterator[Const]:
+    for n in r.position:
+        for i in _TABLES.get((domain_of(n), n.op), ()):
+            if i < len(n.inputs) and (c := r.view.constant(n.inputs[i])) is not None and c.dtype.kind in "fV":
+                yield c
+
+
+def equal(a: Lazy, b: Lazy) -> bool:
+    """Whether two matrices of one shape hold the same values; reads them in blocks, and stops where they differ."""
+    return all(np.array_equal(a.rows(i, j), b.rows(i, j)) for i, j in _blocks(a.shape))
+
+
+def _blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Row ranges, the first a small one."""
+    rows, width = shape
+    start, step = 0, max(1, _FIRST // max(1, width))
+    while start < rows:
+        yield start, min(start + step, rows)
+        start, step = start + step, max(1, _BLOCK // max(1, width))

@@ -1,0 +1,102 @@
+"""What no lifting rule took: MatMuls and norms that are none of qpass's Linears and norms, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from qpass.graph import Node, Value
+from qpass.rewriter import Miss, Outcome, Rewriter
+from qpass.rewriter.edit import first_output
+from qpass.rewriter.view import View, domain_of, producer
+
+WEIGHTED = frozenset({"MatMul", "Gemm"})
+NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
+FUSED = {
+    "FusedMatMul": "linear",
+    "FusedGemm": "linear",
+    "GemmFastGelu": "linear",
+    "SkipLayerNormalization": "norm",
+    "SkipSimplifiedLayerNormalization": "norm",
+    "EmbedLayerNormalization": "norm",
+}
+"""What ONNX Runtime's optimizers merge norms and Linears into, in domain com.microsoft."""
+
+
+def kind_of(node: Node) -> str | None:
+    """ "linear" or "norm" for an operator that may be one, else None."""
+    domain = domain_of(node)
+    if domain == "com.microsoft":
+        return FUSED.get(node.op)
+    if domain:
+        return None
+    return "linear" if node.op in WEIGHTED else "norm" if node.op in NORMS else None
+
+
+class Reasons:
+    """Why nodes were not lifted.
+
+    Args:
+        graphs: of one model, outer ones before inner ones.
+        outcome: of the lifting.
+    """
+
+    def __init__(self, graphs: Sequence[Rewriter], outcome: Outcome) -> None:
+        self._declined = {n: e.why for e in outcome.events if e.status == "declined" for n in e.match.nodes}
+        self._nearest: dict[Node, Miss] = {}
+        for miss in outcome.misses:
+            for n in {miss.root, *miss.nodes}:
+                if kind_of(n) is None:
+                    continue
+                if n not in self._nearest or miss.rank > self._nearest[n].rank:
+                    self._nearest[n] = miss
+        self._activations = _activations(graphs)
+
+    def of(self, node: Node, view: View) -> tuple[str, str] | None:
+        """(status, reason) of an unlifted node; None for a product of two activations, which is no site."""
+        if domain_of(node):
+            if kind_of(node) == "linear" and not any(view.constant(v) for v in node.inputs if v.name):
+                return None
+            what = f"{node.domain}.{node.op}"
+            return "declined", f"qpass has no rule for {what}; give it the model from before ONNX Runtime's optimizer"
+        if node in self._declined:
+            return "declined", self._declined[node]
+        if node.op in WEIGHTED:
+            why = self._no_linear(node, view)
+            return None if why is None else ("declined", why)
+        miss = self._nearest.get(node)
+        return "near_miss", miss.why if miss is not None else f"qpass has no rule for {node.op}"
+
+    def _no_linear(self, node: Node, view: View) -> str | None:
+        left, right = node.inputs[0], node.inputs[1]
+        a, b = view.constant(left), view.constant(right)
+        if b is not None:
+            miss = self._nearest.get(node)
+            if len(b.shape) != 2 and not (len(b.shape) > 2 and b.array.size == b.shape[-1] * b.shape[-2]):
+                dims = "1 dim" if len(b.shape) == 1 else f"{len(b.shape)} dims"
+                return f"the constant '{b.origin}' has {dims}, {list(b.shape)}; a Linear's weight has two"
+            if node.op == "Gemm" and node.attrs.get("transA"):
+                return "transA is set: the rows of the input are its columns"
+            return miss.why if miss is not None else f"no pattern takes its weight, {list(b.shape)}"
+        if a is not None:
+            return f"the constant '{a.origin}' is the left operand"
+        shape = right.shape
+        if shape is None or len(shape) != 2 or not all(isinstance(d, int) for d in shape):
+            return None
+        maker = producer(right)
+        if maker is None:
+            return f"the weight '{right.name}' is a graph input that callers may change"
+        if right in self._activations:
+            return None
+        return f"the weight is computed by {maker.op} '{maker.name or first_output(maker)}' while the model runs"
+
+
+def _activations(graphs: Iterable[Rewriter]) -> set[Value]:
+    """The values that depend on what callers feed. A node with a graph inside counts as one that does."""
+    fed: set[Value] = set()
+    for r in graphs:
+        fed.update(v for v in r.edit.graph.inputs if v.default is None)
+        for node in r.edit.graph.nodes:
+            inner = any(type(a) is type(r.edit.graph) for a in node.attrs.values())
+            if inner or any(v in fed for v in node.inputs):
+                fed.update(node.outputs)
+    return fed
