@@ -173,10 +173,10 @@ class Runner:
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(home))
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work in between
         if len(self.groups) > 1:
             # An arena keeps what it once needed; those of many sessions together would hold every activation.
             options.enable_cpu_mem_arena = False
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
         with _explained(f"ONNX Runtime {ort.__version__} cannot load {self.path}"):
