@@ -27,12 +27,9 @@ and does not fit just anything. So this is a preset with the tied head too:
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -48,16 +45,15 @@ from pydantic import (
     model_validator,
 )
 
-from qpass.errors import QpassError
+from qpass.filters import Resolver, check_filter
 from qpass.quant_mode import QuantMode
-from qpass.spec_yaml import At, RecipeSchema, Source, SpecError, SpecModel, read_yaml, write_yaml
+from qpass.spec_yaml import RecipeSchema, Source, SpecError, SpecModel, read_yaml, write_yaml
 
 GroupSize = Literal[32, 64, 128]
 Rounding = Literal["amax", "signed_max", "mse"]
 ActivationRange = Literal["auto", "amax", "percentile"]
 
-DEFAULT_ROUNDING: Rounding = "signed_max"  # of symmetric int4
-DEFAULT_ROUNDING_ZERO_POINT: Rounding = "amax"  # of int4 with zero points: the whole range, min to max
+DEFAULT_ROUNDING: Rounding = "mse"  # of int4; the best of the three on real weights, with and without zero points
 DEFAULT_SMOOTHING = 0.5  # what the SmoothQuant paper uses for most models (arXiv 2211.10438)
 DEFAULT_PERCENTILE = 99.99
 
@@ -124,33 +120,10 @@ def _parse_smoothing(value: object) -> object:
     raise ValueError(f"should be a strength from 0 to 1, search or none, not {value!r}")
 
 
-def _compile(pattern: str) -> Callable[[str], object]:
-    """A function that tells whether a name matches. Raises ValueError for a pattern that can't be one."""
-    if not pattern.removeprefix("re:").strip():
-        raise ValueError("the filter is empty; for all Linears write '*'")
-    if not pattern.startswith("re:"):
-        return re.compile(fnmatch.translate(pattern)).match
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of syntax that may change meaning one day
-            return re.compile(pattern.removeprefix("re:")).search
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{_quote(pattern)} is not a regular expression: {error}") from None
-
-
 def _check_name(name: str) -> str:
     if not name.strip() or not name.isprintable():
         raise ValueError(f"should be one line of text, not {name!r}")
     return name
-
-
-def _quote(pattern: str) -> str:
-    # as the user wrote it: repr would double a regex's backslashes
-    return f"'{pattern}'" if pattern.isprintable() else repr(pattern)
-
-
-def _check_filter(pattern: str) -> str:
-    _compile(pattern)
-    return pattern
 
 
 Mode = Annotated[
@@ -165,7 +138,7 @@ Smoothing = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"enum": ["search", "none"]}]}),
 ]
 Percentile = Annotated[float, Field(gt=50, le=100)]
-Filter = Annotated[str, AfterValidator(_check_filter)]
+Filter = Annotated[str, AfterValidator(check_filter)]
 Filters = Annotated[tuple[Filter, ...], Field(strict=False)]  # not strict: a list will do
 
 
@@ -205,9 +178,7 @@ class LinearSpec(BaseModel):
 class _Settings(SpecModel):
     """How a Linear is quantized, as far as it is said. The descriptions are the recipe's comments."""
 
-    mode: Mode | None = Field(
-        default=None, description="what is quantized and how finely: QuantMode's flags, or none"
-    )
+    mode: Mode | None = Field(default=None, description="what is quantized and how finely: QuantMode's flags, or none")
     group_size: GroupSize | None = Field(
         default=None, description="input channels that share a weight scale: 32, 64 or 128"
     )
@@ -242,9 +213,7 @@ class Override(_Settings):
     """
 
     match: Filter = Field(description="a glob or re:regex on node names, weight name or module scopes")
-    preset: str | None = Field(
-        default=None, description="start from this preset and not from the spec's own settings"
-    )
+    preset: str | None = Field(default=None, description="start from this preset and not from the spec's own settings")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -265,9 +234,7 @@ class QuantSpec(_Settings):
         default="custom", description="what tables and ledgers call this spec"
     )
     mode: Mode = Field(description=_Settings.model_fields["mode"].description)
-    include: Filters = Field(
-        default=(), description="if not empty, only Linears that match one of these are quantized"
-    )
+    include: Filters = Field(default=(), description="if not empty, only Linears that match one of these are quantized")
     exclude: Filters = Field(default=(), description="Linears that match one of these are left as they are")
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = Field(
         default=(), description="other settings for some Linears; the first whose match matches wins"
@@ -427,9 +394,8 @@ def _settle(said: Mapping[str, object], base: Mapping[str, object]) -> dict[str,
         if zero_point and said.get("rounding") == "signed_max":
             problem = "signed_max is for symmetric scales; with zero_point use amax or mse"
             raise SpecError(problem, ("rounding",))
-        inherits = "rounding" in base and base.get("zero_point", False) == zero_point
-        if "rounding" not in said and not inherits:  # what suits symmetric scales needn't suit zero points
-            settled["rounding"] = DEFAULT_ROUNDING_ZERO_POINT if zero_point else DEFAULT_ROUNDING
+        if zero_point and settled["rounding"] == "signed_max":  # inherited from symmetric scales
+            settled["rounding"] = DEFAULT_ROUNDING
     if settled.get("activation_range") == "amax":
         if "percentile" in said:
             raise SpecError("has no use, as activation_range is amax", ("percentile",))
@@ -440,98 +406,3 @@ def _settle(said: Mapping[str, object], base: Mapping[str, object]) -> dict[str,
 def _linear(settled: Mapping[str, object]) -> LinearSpec:
     said = {key: value for key, value in settled.items() if value != "none"}
     return LinearSpec.model_validate(said)
-
-
-@dataclass(frozen=True)
-class SiteNames:
-    """All that a Linear of a model can be called."""
-
-    nodes: tuple[str, ...]
-    weight: str | None
-    scopes: tuple[str, ...]
-    tied: bool  # a head whose weight is the embedding's own initializer
-
-
-class _Filter:
-    """A glob or re: pattern of a spec, and whether it has had an effect on the model at hand."""
-
-    def __init__(self, key: str, at: At, pattern: str) -> None:
-        self.quoted = _quote(pattern)
-        self.label = f"{key}[{at[1]}] {self.quoted}"
-        self.at = at
-        self.pattern = pattern
-        self.search = _compile(pattern)
-        self.catches_all = all(self.search(name) for name in ("/", "0", "a"))  # these have nothing in common
-        self.effective = False
-        self.obstacle = ""  # why it had no effect on a Linear that it does match
-
-    def matches(self, names: Iterable[str | None]) -> bool:
-        return any(self.search(name) for name in names if name)
-
-    def says_by_name(self, site: SiteNames) -> bool:
-        # a glob that meets the weight's name may well mean the embedding, so that one has to be spelt out
-        return not self.catches_all and (
-            self.matches(site.nodes + site.scopes) or self.pattern == site.weight
-        )
-
-
-class Resolver:
-    """What each Linear of one model gets, and whether every filter of the spec has an effect on it."""
-
-    def __init__(self, spec: QuantSpec) -> None:
-        self._source = spec._source
-        self._base, *overrides = spec._linears()
-        self._exclude = [_Filter("exclude", ("exclude", i), text) for i, text in enumerate(spec.exclude)]
-        self._include = [_Filter("include", ("include", i), text) for i, text in enumerate(spec.include)]
-        matches = enumerate(override.match for override in spec.overrides)
-        filters = [_Filter("overrides", ("overrides", i, "match"), match) for i, match in matches]
-        self._overrides = dict(zip(filters, overrides, strict=True))
-        self._names: dict[str, str] = {}  # a part of a name -> the first name that has it, for suggestions
-
-    def linear(self, site: SiteNames) -> LinearSpec | str:
-        """What the Linear gets, or why it is excluded, such as "excluded by exclude[0] '*.lm_head'"."""
-        names = [name for name in (*site.nodes, *site.scopes, site.weight) if name]
-        for name in names:
-            for part in re.split(r"[./]", name):
-                self._names.setdefault(part, name)
-        excluding, including, overriding = (
-            [one for one in filters if one.matches(names)]
-            for filters in (self._exclude, self._include, self._overrides)
-        )
-        for one in excluding:
-            one.effective = True
-        if excluding:
-            reason = f"excluded by {excluding[0].label}"
-        elif self._include and not including:
-            reason = "not in include"
-        elif site.tied and not any(one.says_by_name(site) for one in including + overriding):
-            reason = f"its weight {site.weight!r} is the embedding's own; include it by name to quantize it"
-        else:
-            for one in including + overriding[:1]:
-                one.effective = True
-            for one in overriding[1:]:
-                one.obstacle = f"{overriding[0].label} comes first"
-            return self._overrides[overriding[0]] if overriding else self._base
-        for one in including + overriding:
-            one.obstacle = f"{names[0]!r}: {reason}"
-        return reason
-
-    def check(self) -> None:
-        """After all Linears: raises QpassError that names each filter without effect, and why."""
-        idle = [one for one in (*self._exclude, *self._include, *self._overrides) if not one.effective]
-        if idle:
-            mistakes = [SpecError(self._complaint(one), one.at, self._source) for one in idle]
-            raise QpassError("; ".join(map(str, mistakes)))
-
-    def _complaint(self, one: _Filter) -> str:
-        if one.obstacle:
-            return f"{one.quoted} has no effect: {one.obstacle}"
-        words = re.findall(r"\w{3,}", one.pattern.removeprefix("re:"))[::-1]  # the last is the most telling
-        close = [near for word in words for near in difflib.get_close_matches(word, self._names, n=1)]
-        if close:
-            mend = f"did you mean {self._names[close[0]]!r}?"
-        elif self._names:
-            mend = f"they have names like {next(iter(self._names.values()))!r}"
-        else:
-            mend = "it has none"
-        return f"{one.quoted} matches no Linear of the model; {mend}"

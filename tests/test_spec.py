@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import qpass.spec
 from qpass.errors import QpassError
+from qpass.filters import SiteNames
 from qpass.quant_mode import QuantMode
 from qpass.spec import (
     DEFAULT_ROUNDING,
@@ -22,7 +23,6 @@ from qpass.spec import (
     LinearSpec,
     Override,
     QuantSpec,
-    SiteNames,
 )
 from qpass.spec_yaml import Source, SpecError
 
@@ -48,7 +48,7 @@ def recipe(folder: Path, text: str) -> Path:
         ("w8a16", LinearSpec(mode=QuantMode(2))),
         ("w4a16", LinearSpec(mode=QuantMode(1), rounding=DEFAULT_ROUNDING)),
         ("w4a16-g128", LinearSpec(mode=QuantMode(33), group_size=128, rounding=DEFAULT_ROUNDING)),
-        ("w4a16-g128-zp", LinearSpec(mode=QuantMode(33), group_size=128, zero_point=True)),
+        ("w4a16-g128-zp", LinearSpec(mode=QuantMode(33), zero_point=True, rounding=DEFAULT_ROUNDING)),
         ("w8a8", LinearSpec(mode=QuantMode(30), smoothing=0.5)),
         ("w8a8-static", LinearSpec(mode=QuantMode(14), smoothing=0.5, percentile=99.99)),
     ],
@@ -116,11 +116,11 @@ def test_rounding_is_not_inherited_across_zero_point() -> None:
     overrides: list[dict[str, Any]] = [
         {"match": "a", "zero_point": True},
         {"match": "b", "group_size": 32},
-        {"match": "c", "zero_point": True, "rounding": "mse"},
+        {"match": "c", "zero_point": True, "rounding": "amax"},
     ]
     resolver = QuantSpec.preset("w4a16-g128", rounding="signed_max", overrides=overrides).resolver()
     got = [resolver.linear(site(name)) for name in "abc"]
-    assert [one.rounding for one in got if isinstance(one, LinearSpec)] == ["amax", "signed_max", "mse"]
+    assert [one.rounding for one in got if isinstance(one, LinearSpec)] == ["mse", "signed_max", "amax"]
     assert QuantSpec.preset("w4a16-g128-zp", zero_point=False).rounding == DEFAULT_ROUNDING
 
 
@@ -191,9 +191,7 @@ def test_filters_see_nodes_weight_and_scopes_and_are_case_sensitive() -> None:
             f"excluded by exclude[0] '{pattern}'"
         )
     for pattern in misses:
-        assert isinstance(
-            QuantSpec.preset("w8a16", exclude=[pattern]).resolver().linear(names), LinearSpec
-        ), pattern
+        assert isinstance(QuantSpec.preset("w8a16", exclude=[pattern]).resolver().linear(names), LinearSpec), pattern
 
 
 def test_include_and_exclude() -> None:
@@ -219,9 +217,7 @@ TIED = SiteNames(("/lm_head/MatMul",), "model.embed.weight", ("lm_head",), True)
 )
 def test_a_tied_head_is_excluded(changes: dict[str, Any]) -> None:
     reason = QuantSpec.preset("w8a16", **changes).resolver().linear(TIED)
-    assert (
-        reason == "its weight 'model.embed.weight' is the embedding's own; include it by name to quantize it"
-    )
+    assert reason == "its weight 'model.embed.weight' is the embedding's own; include it by name to quantize it"
 
 
 @pytest.mark.parametrize(
@@ -284,9 +280,7 @@ overrides:
 
 def test_check_without_a_file_or_without_linears() -> None:
     resolver = QuantSpec.preset("w8a16", exclude=["head"]).resolver()
-    with pytest.raises(
-        QpassError, match=r"^exclude\[0\]: 'head' matches no Linear of the model; it has none$"
-    ):
+    with pytest.raises(QpassError, match=r"^exclude\[0\]: 'head' matches no Linear of the model; it has none$"):
         resolver.check()
     QuantSpec.preset("w8a16").resolver().check()
 
@@ -295,9 +289,7 @@ def test_naming_a_tied_head_by_a_glob_on_its_embedding_is_no_silent_no_op() -> N
     resolver = QuantSpec.preset("w8a16", include=["fc", "model.embed*"]).resolver()
     resolver.linear(TIED)
     resolver.linear(site("fc"))
-    with pytest.raises(
-        QpassError, match=r"^include\[1\]: 'model.embed\*' has no effect: '/lm_head/MatMul': its w"
-    ):
+    with pytest.raises(QpassError, match=r"^include\[1\]: 'model.embed\*' has no effect: '/lm_head/MatMul': its w"):
         resolver.check()
 
 
@@ -493,9 +485,7 @@ def test_yaml_text_explains_every_key_that_applies() -> None:
 
 
 FILTERS = st.one_of(
-    st.sampled_from(
-        ["*", "*.lm_head", r"re:layers\.(0|1)\.", "'", '"', "# no comment", "a: b", "- a", "on", "1"]
-    ),
+    st.sampled_from(["*", "*.lm_head", r"re:layers\.(0|1)\.", "'", '"', "# no comment", "a: b", "- a", "on", "1"]),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
         lambda text: bool(text.strip()) and not text.startswith("re:")
     ),

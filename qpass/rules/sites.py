@@ -14,7 +14,7 @@ from qpass.rewriter.view import producer
 from qpass.rules.functions import Functions
 from qpass.rules.tied import Embeddings
 from qpass.rules.unlifted import Reasons, kind_of
-from qpass.spec import SiteNames
+from qpass.filters import SiteNames
 
 _MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
@@ -108,7 +108,8 @@ class Survey:
             if held.isdisjoint(nodes):
                 held.update(nodes)
                 nodes.sort(key=r.before.__getitem__)
-                site = Site("norm", [prefix + r.labels[n] for n in nodes], "near_miss", reason=m.why)
+                status = "declined" if m.kind is Kind.GUARD else "near_miss"
+                site = Site("norm", [prefix + r.labels[n] for n in nodes], status, reason=m.why)
                 names = SiteNames(nodes=tuple(site.nodes), weight=None, scopes=(), tied=False)
                 yield Found(site, names, tuple(nodes))
 
@@ -151,9 +152,9 @@ def _weight(c: Const | None) -> Weight | None:
 
 
 def _telling(m: Miss) -> bool:
-    """Whether a miss is of a norm: it stopped at a detail, a root and a mean in sight."""
+    """Whether a miss is of a norm: a root and a mean were in sight, and the stop is no mere other op."""
     seen = {*(n.op for n in m.nodes), m.op}
-    return m.kind in (Kind.DETAIL, Kind.LEAK) and not _MEANS.isdisjoint(seen) and not _ROOTS.isdisjoint(seen)
+    return m.kind is not Kind.OP and not _MEANS.isdisjoint(seen) and not _ROOTS.isdisjoint(seen)
 
 
 def _originals(r: Rewriter, node: Node) -> Iterator[Node]:
