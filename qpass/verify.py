@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
 
 from qpass.calibrate.plan import Tap, plan
-from qpass.calibrate.sources import Batch, NpzFiles, Samples, Source
+from qpass.calibrate.sources import Batch, Samples, Source, source_of
 from qpass.calibrate.synthetic import Synthetic
 from qpass.calibrate.tokens import Mask, Tokens
 from qpass.errors import QpassError
@@ -28,7 +28,8 @@ Array = NDArray[Any]
 
 MEMORY = 512 << 20
 _BLOCK = 1 << 18  # elements that are compared at a time
-_JUMP, _FLOOR = 4.0, 0.01
+_JUMP = 4.0  # what multiple of the largest error so far counts as a jump
+_FLOOR = 0.01  # below this no error counts as large
 
 
 @dataclass
@@ -146,8 +147,8 @@ class SiteReport:
 class Report:
     """How a rewritten model compares with its original.
 
-    inputs: what both ran on. sites: of `layers`, in the order of the graph. parted: the first of them that is
-    off by more than `threshold`, or by much more than all before it.
+    inputs: what both ran on. sites: of `layers`, in the order of the graph. parted: the first of them where
+    the relative error exceeds `threshold` or jumps.
     """
 
     original: Path
@@ -195,10 +196,10 @@ def verify(
     original: Path,
     rewritten: Path,
     *,
-    data: Sequence[Path] | Source | None = None,
+    data: Path | Sequence[Path] | Source | None = None,
     layers: bool = False,
     minimum: float = 0.99,
-    threshold: float = 0.1,
+    threshold: float = 0.5,
     mask: str | None = None,
     ledger: Path | None = None,
     seed: int = 0,
@@ -216,7 +217,8 @@ def verify(
         data: .npz files keyed by input name, folders of them, or another source; None for made-up inputs.
         layers: compare the outputs of all sites of the ledger too, to find the first where the models part.
         minimum: the least cosine similarity that passes, on every sample and output.
-        threshold: the relative error of a site from which on the models count as parted.
+        threshold: the relative error of a site beyond which the models have parted there, as they have where
+            it jumps to a multiple of what it was before.
         mask: the input that says which tokens count; by default attention_mask, if any.
         ledger: by default the file beside the rewritten model. Without one, the sites are the outputs of
             qpass nodes that the original has too.
@@ -231,17 +233,13 @@ def verify(
     before, after = Model.load(original), load(rewritten)
     _check_interface(before.proto, after, rewritten)
     notes: list[str] = []
-    source: Source
-    if data is None:
-        source = Synthetic(before.proto, seed=seed)
-        inputs = str(source)
-    else:
-        source = NpzFiles([Path(p) for p in data]) if isinstance(data, Sequence) else data
-        inputs = ", ".join(str(p) for p in data) if isinstance(data, Sequence) else f"{len(source)} items"
+    source = Synthetic(before.proto, seed=seed) if data is None else source_of(data)
     samples = Samples(source, inputs_of(before.proto), notes.append)
     tokens = Tokens(before.proto, mask)
     sites = _sites(before.proto, after, rewritten, ledger, notes) if layers else []
-    outputs = [v for v in before.proto.graph.output if v.type.WhichOneof("value") == "tensor_type"]
+    outputs = [v for v in before.proto.graph.output if _numbers(v)]
+    notes += [f"output '{v.name}' is no tensor of numbers and not compared" for v in before.proto.graph.output
+              if not _numbers(v)]  # fmt: skip
     names = dict.fromkeys([*(s.tensor for s in sites), *(o.name for o in outputs)])
     layout = plan(_taps(before, names), samples, memory // 2)
 
@@ -261,15 +259,20 @@ def verify(
         if (d := comparison.whole.get(s.tensor)) is not None
     ]
     return Report(
-        original, rewritten, inputs, samples.total, tokens.name, minimum,
+        original, rewritten, str(source), samples.total, tokens.name, minimum,
         outputs=tuple(comparison.report(o.name) for o in outputs if o.name in comparison.whole),
         sites=tuple(found), parted=_first_parted(found, threshold), threshold=threshold, notes=tuple(notes),
     )  # fmt: skip
 
 
 def _first_parted(sites: Sequence[SiteReport], threshold: float) -> SiteReport | None:
-    """The first site that is off by more than the threshold, or by a multiple of what was seen before it."""
-    highest = _FLOOR
+    """The first site that is off by more than the threshold, or by a multiple of all that came before it.
+
+    Errors add up from layer to layer, so what counts as much is told by the sites before. The first of those
+    is as good as the least error that quantizing a Linear costs anywhere in this model.
+    """
+    linear = [s.relative_error for s in sites if s.op is not None and s.kind != "norm"]
+    highest = max(_FLOOR, min(linear, default=_FLOOR))
     for site in sites:
         if site.relative_error > min(threshold, _JUMP * highest):
             return site
@@ -328,6 +331,11 @@ def _samples(batch: Batch, a: Array, b: Array, counts: Mask | None, apart: bool)
         yield batch.name, *((a, b) if counts is None else (a[counts], b[counts]))
 
 
+def _numbers(value: ValueInfoProto) -> bool:
+    """Whether a value is a tensor, and not of strings."""
+    return value.type.WhichOneof("value") == "tensor_type" and value.type.tensor_type.elem_type != TensorProto.STRING
+
+
 def _token_outputs(outputs: Sequence[ValueInfoProto]) -> set[str]:
     """Outputs [batch, sequence] with a value and not a vector a token: their last dim is open too."""
     dims = {o.name: o.type.tensor_type.shape.dim for o in outputs}
@@ -352,17 +360,20 @@ def _taps(model: Model, names: Sequence[str] | dict[str, None]) -> list[Tap]:
 def _check_interface(before: ModelProto, after: ModelProto, rewritten: Path) -> None:
     """A rewrite keeps all inputs and outputs."""
     for what in ("input", "output"):
-        defaults = {t.name for t in before.graph.initializer} if what == "input" else set()
-        old = {v.name: v for v in getattr(before.graph, what) if v.name not in defaults}
-        new = {v.name: v for v in getattr(after.graph, what)}
+        old, new = _interface(before, what), _interface(after, what)
         if lost := [n for n in old if n not in new]:
             raise QpassError(f"{rewritten} has no {what} '{lost[0]}', the original has: it is no rewrite of it")
-        added = [n for n in new if n not in old and n not in defaults]
-        if added and not (what == "input" and added[0] in {t.name for t in after.graph.initializer}):
+        if added := [n for n in new if n not in old]:
             raise QpassError(f"{rewritten} has the {what} '{added[0]}', the original has not: it is no rewrite of it")
         for name, value in old.items():
             if (a := _described(value)) != (b := _described(new[name])):
                 raise QpassError(f"the {what} '{name}' is {a} in the original but {b} in {rewritten}")
+
+
+def _interface(proto: ModelProto, what: str) -> dict[str, ValueInfoProto]:
+    """Inputs or outputs by name; inputs with a default are none that a caller must know."""
+    defaults = {t.name for t in proto.graph.initializer} if what == "input" else set()
+    return {v.name: v for v in getattr(proto.graph, what) if v.name not in defaults}
 
 
 def _described(value: ValueInfoProto) -> str:

@@ -13,12 +13,13 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from qpass.calibrate import calibrate
 from qpass.calibrate.synthetic import Synthetic
 from qpass.errors import QpassError
 from qpass.pipeline import rewrite
 from qpass.runtime import Runner, load
 from qpass.testing import model
-from qpass.verify import Difference, verify
+from qpass.verify import Difference, SiteReport, _first_parted, verify
 from tests.calibrate.conftest import TEXT, ids, samples, tiny, zoo
 
 __all__ = ["samples", "tiny", "zoo"]  # fixtures
@@ -240,6 +241,24 @@ def test_a_broken_layer_is_found(tmp_path: Path) -> None:
     assert len(report.sites) == layers
 
 
+@pytest.mark.parametrize(
+    ("errors", "parted"),
+    [
+        ([0.01, 0.015, 0.02, 0.05], None),  # int8: errors add up
+        ([0.01, 0.015, 0.15, 0.2], 2),  # a jump, though far from the threshold
+        ([0.09, 0.12, 0.2, 0.4], None),  # int4
+        ([0.09, 0.12, 0.51, 0.6], 2),
+        ([0.9, 1.2, 1.1], 0),
+        ([1e-4, 5e-4, 1e-2], None),  # a large multiple of next to nothing
+        ([], None),
+    ],
+)
+def test_where_models_part(errors: list[float], parted: int | None) -> None:
+    sites = [SiteReport(f"n{i}", f"t{i}", "linear", "SmoothQuantGemm", 1.0, e) for i, e in enumerate(errors)]
+    exact = SiteReport("norm", "t", "norm", "RmsnormQuantization", 1.0, 1e-9)
+    assert _first_parted([exact, *sites], 0.5) == (None if parted is None else sites[parted])
+
+
 def test_without_a_ledger(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.onnx"
     rewrite(tiny, out, spec="w8a16")
@@ -250,6 +269,43 @@ def test_without_a_ledger(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "o.ledger.json").write_text("{}")
     with pytest.raises(QpassError, match="is no ledger"):
         verify(tiny, out, layers=True)
+
+
+def test_bfloat16_models(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 17]>
+    g (bfloat16[batch, s, 64] x) => (bfloat16[batch, s, 32] y)
+    <bfloat16[64] gamma, bfloat16[64] beta, bfloat16[64, 96] w, bfloat16[96] b, bfloat16[96, 32] v>
+    {
+        h = LayerNormalization<axis = -1>(x, gamma, beta)
+        m = MatMul(h, w)
+        a = Add(m, b)
+        r = Relu(a)
+        y = MatMul(r, v)
+    }
+    """
+    path, out = tmp_path / "m.onnx", tmp_path / "o.onnx"
+    onnx.save(model(text), path)
+    np.savez(tmp_path / "a.npz", x=np.random.default_rng(0).standard_normal((4, 9, 64)).astype(np.float32))
+    stats = calibrate(path, tmp_path / "a.npz", tmp_path / "s.npz")
+    for preset in ("w8a16", "w8a8", "w8a8-static"):
+        rewrite(path, out, spec=preset, calibration=stats if preset != "w8a16" else None)
+        report = verify(path, out, data=tmp_path / "a.npz", layers=True)
+        assert report.passed
+        assert 0 < report.outputs[0].relative_error < 0.05
+        assert len(report.sites) >= 2
+
+
+def test_outputs_of_text_are_said(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 17]>
+    g (float[batch, 4] x) => (float[batch, 4] y, string[batch, 4] t) { y = Relu(x)  t = Cast<to = 8>(x) }
+    """
+    path = tmp_path / "m.onnx"
+    onnx.save(model(text), path)
+    report = verify(path, path)
+    assert [o.name for o in report.outputs] == ["y"]
+    assert report.notes == ("output 't' is no tensor of numbers and not compared",)
 
 
 # -- made-up inputs
@@ -273,6 +329,13 @@ def test_made_up_inputs_are_said_and_the_same_every_time(tiny: Path) -> None:
     report = verify(tiny, tiny)
     assert report.inputs == "4 made-up batches of 2 × 16 tokens (seed 0); --data takes real ones"
     assert report.samples == 8
+
+
+def test_made_up_images() -> None:
+    value = onnx.helper.make_tensor_value_info("pixels", 1, ["batch", 3, "height", "width"])
+    source = Synthetic(onnx.helper.make_model(onnx.helper.make_graph([], "g", [value], [])))
+    assert source.read(0)["pixels"].shape == (2, 3, 224, 224)
+    assert str(source).startswith("4 made-up batches of 2 (seed 0)")
 
 
 def test_made_up_inputs_of_a_decoder_with_a_past() -> None:

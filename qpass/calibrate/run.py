@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from qpass.calibrate.plan import Plan, Tap, plan
-from qpass.calibrate.sources import Batch, NpzFiles, Samples, Source
+from qpass.calibrate.sources import Batch, Samples, Source, source_of
 from qpass.calibrate.statistics import ActivationStats, NonFinite
 from qpass.calibrate.stats import VERSION, Key, Stats, model_fingerprint, read_header
 from qpass.calibrate.tokens import Mask, Tokens
@@ -27,7 +27,7 @@ CHECKPOINT = 30.0
 
 def calibrate(
     model: Path,
-    data: Sequence[Path] | Source,
+    data: Path | Sequence[Path] | Source,
     out: Path,
     *,
     mask: str | None = None,
@@ -42,7 +42,8 @@ def calibrate(
     """Run a model over samples and keep statistics of every activation that a Linear reads.
 
     Memory is bounded: samples stream, and when all those activations of a batch exceed `memory` the batch is
-    cut, and then the model, see `plan` and `Runner`. A finished file of the same model and data is used as it
+    cut, and then the model, see `plan` and `Runner`; the statistics of an activation [.., K] take 256 kB and
+    `rows` × K numbers, mostly fp16. A finished file of the same model and data is used as it
     is. Progress is kept in `out` + ".partial"; a run that was interrupted goes on from there, with the result
     that it would have had.
 
@@ -68,7 +69,7 @@ def calibrate(
     """
     say = note if note is not None else lambda _: None
     model, out = Path(model), Path(out)
-    source = NpzFiles([Path(p) for p in data]) if isinstance(data, Sequence) else data
+    source = source_of(data)
     _check_output(out)
     loaded = Model.load(model)
     tokens = Tokens(loaded.proto, mask)

@@ -30,7 +30,7 @@ class Header(NamedTuple):
 class Source(Protocol):
     """Items of calibration data, each one sample or several along the batch axis.
 
-    An item is held in memory while it is run, the others are not.
+    An item is held in memory while it is run, the others are not. `str` of a source says what it is.
     """
 
     def __len__(self) -> int:
@@ -56,6 +56,7 @@ class NpzFiles:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
         self.files: list[Path] = []
         for path in paths:
             if path.is_dir():
@@ -69,6 +70,9 @@ class NpzFiles:
                 raise QpassError(f"no such file: {path}")
         if not self.files:
             raise QpassError("no data; give .npz files keyed by input name, or folders of them")
+
+    def __str__(self) -> str:
+        return ", ".join(str(p) for p in self.paths)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -105,6 +109,13 @@ class NpzFiles:
                 members = sorted((i.filename, i.file_size, i.CRC) for i in archive.infolist())
             digest.update(repr(members).encode())
         return digest.hexdigest()
+
+
+def source_of(data: str | Path | Sequence[str | Path] | Source) -> Source:
+    """The source that a caller means: itself, or files and folders of them."""
+    if isinstance(data, str | Path):
+        return NpzFiles([Path(data)])
+    return NpzFiles([Path(p) for p in data]) if isinstance(data, Sequence) else data
 
 
 class _opened(zipfile.ZipFile):

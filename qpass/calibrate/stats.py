@@ -192,7 +192,7 @@ class _Kept(Mapping[str, ActivationStats]):
                     archive[f"{number}/{part}"] for part in ("amax", "square_sum", "bins", "counts", "rows", "tokens")
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise QpassError(f"{self.path} is damaged ({error}); run `qpass calibrate` again") from error
+            raise QpassError(f"{self.path} is damaged ({error}); remove it and run `qpass calibrate` again") from error
         histogram = Histogram()
         histogram.counts[bins] = counts
         count, capacity, seed = self.counts[name], self.key.rows, self.key.seed

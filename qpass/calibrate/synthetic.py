@@ -35,11 +35,9 @@ class Synthetic:
         self._past = PAST if any("past" in s.lower() for s in symbols) else 0
 
     def __str__(self) -> str:
+        tokens = f" × {SEQUENCE} tokens" if any(len(i.shape or ()) == 2 for i in self.inputs.values()) else ""
         past = f", {self._past} past" if self._past else ""
-        return (
-            f"{self.batches} made-up batches of {BATCH} × {SEQUENCE} tokens{past} (seed {self.seed}); "
-            "--data takes real ones"
-        )
+        return f"{self.batches} made-up batches of {BATCH}{tokens}{past} (seed {self.seed}); --data takes real ones"
 
     def __len__(self) -> int:
         return self.batches

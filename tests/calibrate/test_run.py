@@ -120,7 +120,7 @@ def test_statistics_are_read_when_asked_for(tiny: Path, samples: Path, tmp_path:
     stats = calibrate(tiny, [samples], tmp_path / "s.npz")
     (tmp_path / "s.npz").unlink()
     assert "h" in stats.tensors
-    with pytest.raises(QpassError, match="run `qpass calibrate` again"):
+    with pytest.raises(QpassError, match="remove it and run `qpass calibrate` again"):
         stats.get("h")
 
 
