@@ -45,6 +45,7 @@ class Unifier:
         """
         if shape is None:
             return
+        shape = tuple(shape)
         *others, last = self._choices(declared)
         for choice in others:
             trial = copy.deepcopy(self)

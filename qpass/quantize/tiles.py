@@ -7,7 +7,7 @@ group, and NumPy's inner loops are long in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ TILE = 1 << 18
 RUN = 2048
 """Rows of a tile of a transposed block with short groups: what its inner loops run over."""
 
-MIN_RUN = 64
-"""The same where a group is a whole row; a tile may then be larger."""
+LINE = 32
+"""Least rows of a tile of a transposed block whose groups are whole rows: a cache line of float16."""
 
 _BEYOND_FLOAT16 = 2.0**16
 """What `to_float32` makes of float16 infinities; NaNs become more."""
@@ -36,20 +36,18 @@ class NonFinite(ValueError):
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of a block, of whole groups.
+    """A part of a block.
 
     Args:
         x: its values, float32 [outer, group, inner]; may be overwritten.
         spare: an array of the same shape, to be overwritten.
+        view: sees the part of a [n, columns] array that belongs to the tile as [outer, columns a group, inner].
         limit: every finite value is below it.
     """
 
     x: Array
     spare: Array
-    rows: slice
-    columns: slice
-    group: int
-    transposed: bool
+    view: Callable[[Array], Array]
     limit: float
 
     def extremes(self) -> tuple[Array, Array]:
@@ -63,45 +61,59 @@ class Tile:
             raise NonFinite("NaN or infinite values in a weight")
         return low, high
 
-    def of(self, result: Array, per_group: int) -> Array:
-        """This tile's part of a result with `per_group` columns for each group, as [outer, per_group, inner]."""
-        first, last = (c // self.group * per_group for c in (self.columns.start, self.columns.stop))
-        whole_rows = result.shape[1] == per_group
-        return _grouped(result[self.rows, first:last], per_group, self.transposed, whole_rows)
 
-
-def tiles(w: Array, group: int, smoother: Array | None = None) -> Iterator[Tile]:
-    """The tiles of a block w [n, K], K a multiple of `group`. Each is valid until the next.
+def tiles(w: Array, group: int | None = None, smoother: Array | None = None) -> Iterator[Tile]:
+    """The tiles of a block w [n, K]. Each is valid until the next.
 
     Args:
+        group: of which a tile has whole ones; K is a multiple. None: a tile's columns are one group, rows may be cut.
         smoother: float32 [K], multiplied in.
 
     Raises:
-        NonFinite: some value is not finite, and there is a smoother; else `Tile.extremes` finds it.
+        NonFinite: some value is not finite and there is a smoother; else `Tile.extremes` finds it.
     """
     n, k = w.shape
     transposed = abs(w.strides[0]) < abs(w.strides[1])
-    if not transposed:
-        height, width = max(1, TILE // k), k
-    elif group == k:
-        height, width = max(MIN_RUN, TILE // k), k
-    else:
+    turned = transposed and group == k  # whole rows are read in memory order, then turned
+    transposed = transposed and not turned
+    if transposed:
         height = min(n, RUN)
-        width = group * max(1, TILE // (height * group))
+        width = (group or 1) * max(1, TILE // (height * (group or 1)))
+    else:
+        height, width = max(LINE if turned else 1, TILE // k), k
     buffers = np.empty((2, min(n, height) * min(k, width)), np.float32)
     limit = _BEYOND_FLOAT16 if w.dtype == np.float16 else np.inf
     for top in range(0, n, height):
         for left in range(0, k, width):
-            rows, columns = slice(top, min(top + height, n)), slice(left, min(left + width, k))
-            source = _grouped(w[rows, columns], group, transposed, group == k)
+            stop = min(left + width, k)
+            view = _view(slice(top, top + height), left, stop, group or stop - left, k, transposed)
+            source = view(w)
+            if turned:
+                source = np.ascontiguousarray(source.T).T
             x, spare = (b[: source.size].reshape(source.shape) for b in buffers)
             to_float32(source, x)
-            tile = Tile(x, spare, rows, columns, group, transposed, limit)
+            tile = Tile(x, spare, view, limit)
             if smoother is not None:
                 tile.extremes()
-                block = np.broadcast_to(smoother[columns], w[rows, columns].shape)
-                x *= _grouped(block, group, transposed, group == k)
+                x *= view(np.broadcast_to(smoother, w.shape))
             yield tile
+
+
+def _view(rows: slice, left: int, stop: int, group: int, k: int, transposed: bool) -> Callable[[Array], Array]:
+    """Sees rows and columns left..stop of K, or what corresponds to them in an array of fewer columns."""
+
+    def view(a: Array) -> Array:
+        columns = a.shape[1]
+        one = columns == 1  # for whole rows
+        part = a[rows] if one else a[rows, left * columns // k : stop * columns // k]
+        each = 1 if one else group * columns // k
+        if transposed:
+            return part.T.reshape(-1, each, len(part))
+        if group == k:
+            return part[:, :, None]
+        return part.reshape(-1, each).T[None]  # groups are short: they must not be the inner loop
+
+    return view
 
 
 def to_float32(source: Array, out: Array) -> None:
@@ -122,12 +134,3 @@ def to_float32(source: Array, out: Array) -> None:
         np.left_shift(bits, 16, out=bits)
     else:
         np.copyto(out, source, casting="same_kind")
-
-
-def _grouped(a: Array, per_group: int, transposed: bool, whole_rows: bool) -> Array:
-    """a [rows, columns] as [outer, per_group, inner]; a view, if a's rows lie one after the other."""
-    if transposed:
-        return a.T.reshape(-1, per_group, a.shape[0])
-    if whole_rows:
-        return a[:, :, None]
-    return a.reshape(-1, per_group).T[None]  # groups are short: they must not be the inner loop

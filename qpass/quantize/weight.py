@@ -34,8 +34,8 @@ Rounding = Literal["amax", "signed_max", "mse"]
 - amax: scale = amax / 7. Code -8 is never used.
 - signed_max: the value of largest magnitude becomes code -8: scale = -value / 8, **negative** where that value is
   positive. w = q · scale holds as ever, and all 16 codes are used.
-- mse: of several scales, signed_max and smaller ones that clip, the one of least squared error. Each is tried with
-  its codes' best scale in the least-squares sense, Σ w·q / Σ q², which is also the one returned.
+- mse: the scale of least squared error, searched: signed_max and smaller ones that clip are tried, each with the
+  best scale for the codes it gives, Σ w·q / Σ q²; from the best of them codes and scale are found once more.
 """
 
 _GROUP_FACTORS = (1.0, 0.92, 0.84)
@@ -59,34 +59,23 @@ def int8_per_channel(w: Array, smoother: Array | None = None) -> tuple[Array, Ar
     Raises:
         NonFinite: w is not finite.
     """
-    n, k = w.shape
-    q, scale = np.empty((n, k), np.int8), np.empty((n, 1), np.float32)
-    for tile in tiles(w, k, smoother):
-        low, high = tile.extremes()
-        s = scale_of(np.maximum(high, -low))
-        tile.of(scale, 1)[...] = s
-        _write_int8(tile, s, q)
-    return q, scale[:, 0]
+    scale = scale_of(amax(w, 1, smoother))
+    return _int8(w, scale, smoother), scale
 
 
 def int8_per_tensor(w: Array, scale: Array, smoother: Array | None = None) -> tuple[Array]:
     """Symmetric int8 with one scale for the whole weight, of which w is a block.
 
     Args:
-        scale: float32 [1], the amax of the weight (times its smoother) over 127.
+        scale: float32 [1], the amax of the weight, or of weight · smoother, over 127.
 
     Returns:
         q int8 [n, K].
 
     Raises:
-        NonFinite: w is not finite.
+        NonFinite: the scale is not finite.
     """
-    n, k = w.shape
-    q = np.empty((n, k), np.int8)
-    for tile in tiles(w, k, smoother):
-        tile.extremes()
-        _write_int8(tile, scale, q)
-    return (q,)
+    return (_int8(w, scale, smoother),)
 
 
 def int4_per_channel(w: Array, rounding: Rounding = "mse") -> tuple[Array, Array]:
@@ -124,33 +113,39 @@ def int4_groupwise(
     return _int4(w, group_size, rounding, zero_point, factors)
 
 
-def amax(w: Array, axis: int | None = None) -> Array:
-    """Largest magnitude of w [n, K]: of the block ([1]), per input channel (axis 0: [K]) or output channel (1: [n]).
+def amax(w: Array, axis: int | None = None, smoother: Array | None = None) -> Array:
+    """Largest magnitudes of w [n, K], or of w · smoother.
 
     Returns:
-        float32.
+        float32: of the whole block [1], or with axis 0 of its input channels [K], 1 of its output channels [n].
 
     Raises:
         NonFinite: w is not finite.
     """
     n, k = w.shape
-    rows, columns = np.zeros(n, np.float32), np.zeros(k, np.float32)
-    for tile in tiles(w, k):
+    columns, rows = np.zeros((1, k), np.float32), np.zeros((n, 1), np.float32)
+    for tile in tiles(w, smoother=smoother):
         low, high = tile.extremes()
-        tile.of(rows[:, None], 1)[...] = np.maximum(high, -low)
+        seen = tile.view(rows)
+        np.maximum(seen, np.maximum(high, -low), out=seen)
         if axis == 0:
-            np.abs(tile.x, out=tile.x)
-            other = (0, 2)  # whole rows are [1, K, rows] or [rows, K, 1]
-            np.maximum(columns, tile.x.max(axis=other), out=columns)
+            seen = tile.view(columns)
+            np.maximum(seen, np.abs(tile.x).max(axis=(0, 2), keepdims=True), out=seen)
     if axis is None:
-        return np.asarray(np.max(rows, keepdims=True, initial=0))
-    return columns if axis == 0 else rows
+        return np.asarray(rows.max(axis=0, initial=0))
+    return columns[0] if axis == 0 else rows[:, 0]
 
 
-def _write_int8(tile: Tile, scale: Array, q: Array) -> None:
-    np.divide(tile.x, _unless_zero(scale), out=tile.x)
-    _round(tile.x, np.float32(-128), np.float32(127))
-    tile.of(q, tile.group)[...] = tile.x.astype(np.int8)
+def _int8(w: Array, scale: Array, smoother: Array | None) -> Array:
+    """w by scales [n] or [1]."""
+    if not np.all(np.isfinite(scale)):
+        raise NonFinite("NaN or infinite values in a weight")
+    q = np.empty(w.shape, np.int8)
+    divisor = np.broadcast_to(_unless_zero(scale)[:, None], (len(w), 1))
+    for tile in tiles(w, smoother=smoother):
+        np.divide(tile.x, tile.view(divisor), out=tile.x)
+        tile.view(q)[...] = _round(tile.x, np.float32(-128), np.float32(127), out=tile.x).astype(np.int8)
+    return q
 
 
 def _int4(w: Array, group: int, rounding: Rounding, zero_point: bool, factors: Sequence[float]) -> tuple[Array, ...]:
@@ -166,7 +161,7 @@ def _int4(w: Array, group: int, rounding: Rounding, zero_point: bool, factors: S
             low, high = np.minimum(low, 0), np.maximum(high, 0)
             s = high / 15 - low / 15
             z = np.clip(np.rint(-8 - low / _unless_zero(s)), -8, 7)
-            tile.of(zero, 1)[...] = z
+            tile.view(zero)[...] = z
         elif rounding == "amax":
             s = np.maximum(high, -low) / 7
         else:
@@ -176,8 +171,8 @@ def _int4(w: Array, group: int, rounding: Rounding, zero_point: bool, factors: S
             codes, fit = _search(tile, -8 - z, 7 - z, factors)
             s = s * fit
         else:
-            codes = _round(tile.x, -8 - z, 7 - z)
-        tile.of(scale, 1)[...] = s
+            codes = _round(tile.x, -8 - z, 7 - z, out=tile.x)
+        tile.view(scale)[...] = s
         _write_int4(tile, codes, z, packed)
     return (packed.view(np.int8), scale, zero) if zero_point else (packed.view(np.int8), scale)
 
@@ -189,22 +184,19 @@ def _search(tile: Tile, low: Any, high: Any, factors: Sequence[float]) -> tuple[
     """
     x, codes = tile.x, tile.spare
 
-    def attempt(inverse: Any) -> tuple[Array, Array]:
-        """The gain (Σxc)² / Σc² and the scale of the codes that x · inverse rounds to."""
-        _round(np.multiply(x, inverse, out=codes), low, high)
-        xc, cc = _dot(x, codes), np.maximum(_dot(codes, codes), 1)
-        return xc * xc / cc, xc / cc
+    def attempt(units: Array) -> tuple[Array, Array]:
+        """Σxc and Σc² of the codes that `units` round to."""
+        _round(units, low, high, out=codes)
+        return _dot(x, codes), np.maximum(_dot(codes, codes), 1)
 
-    inverses = np.float32(1) / np.array(factors, np.float32)
-    gains, fits = zip(*map(attempt, inverses), strict=True)
-    best = np.argmax(np.stack(gains), axis=0)
-    gain, fit, inverse = np.choose(best, gains), np.choose(best, fits), inverses[best]
+    def scaled(inverse: Any) -> Array:
+        return np.multiply(x, inverse, out=codes)
 
-    again = 1 / _unless_zero(fit)  # the codes that the best scale itself rounds to
-    new_gain, new_fit = attempt(again)
-    better = new_gain > gain
-    inverse, fit = np.where(better, again, inverse), np.where(better, new_fit, fit)
-    return _round(np.multiply(x, inverse, out=codes), low, high), fit
+    sums = [attempt(scaled(np.float32(1 / f)) if f != 1 else x) for f in factors]
+    best = np.argmax(np.stack([xc * xc / cc for xc, cc in sums]), axis=0)
+    scale = np.choose(best, [xc / cc for xc, cc in sums])
+    xc, cc = attempt(scaled(1 / _unless_zero(scale)))  # the codes nearest to x at that scale: the error only shrinks
+    return codes, np.asarray(xc / cc)
 
 
 def _write_int4(tile: Tile, codes: Array, z: Any, packed: Array) -> None:
@@ -213,7 +205,7 @@ def _write_int4(tile: Tile, codes: Array, z: Any, packed: Array) -> None:
     pairs = nibbles[:, 1::2] << 4
     pairs |= nibbles[:, 0::2]
     pairs ^= 0x88
-    tile.of(packed, tile.group // 2)[...] = pairs
+    tile.view(packed)[...] = pairs
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -223,14 +215,14 @@ def _dot(a: Array, b: Array) -> Array:
     return np.asarray(np.einsum("agb,agb->ab", a, b))[:, None]
 
 
-def _round(x: Array, low: Any, high: Any) -> Array:
-    """clip(rint(x), low, high) in place."""
-    np.rint(x, out=x)
+def _round(x: Array, low: Any, high: Any, out: Array) -> Array:
+    """clip(rint(x), low, high)."""
+    np.rint(x, out=out)
     if np.ndim(low) == 0:
-        np.clip(x, low, high, out=x)
+        np.clip(out, low, high, out=out)
     else:  # of which clip makes slow work
-        np.minimum(np.maximum(x, low, out=x), high, out=x)
-    return x
+        np.minimum(np.maximum(out, low, out=out), high, out=out)
+    return out
 
 
 def _unless_zero(scale: Array) -> Array:

@@ -168,7 +168,7 @@ def test_what_is_not_finite_is_refused(dtype: Any, bad: float) -> None:
         for quantize in (
             int8_per_channel,
             lambda b: int8_per_channel(b, np.full(128, 1e-3, np.float32)),
-            lambda b: int8_per_tensor(b, np.ones(1, np.float32)),
+            lambda b: int8_per_tensor(b, np.array([bad / 127], np.float32)),
             int4_per_channel,
             lambda b: int4_groupwise(b, 32, "mse"),
             lambda b: int4_groupwise(b, 128, "amax", True),
