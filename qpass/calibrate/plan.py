@@ -32,7 +32,7 @@ class Tap:
         elements = prod(d for d in bound if d is not None)
         if None in bound:
             elements = max(elements, tokens * prod(d for d in shape if isinstance(d, int)))
-        return elements * self.dtype.itemsize
+        return elements * (4 if self.dtype.name == "bfloat16" else self.dtype.itemsize)  # it is run in fp32
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,13 @@ def plan(taps: Sequence[Tap], samples: Samples, memory: int) -> Plan:
     sizes = [_sizes(taps, samples.one(item), samples) for item in range(len(samples.sizes))]
     worst = max(sizes, key=sum)
     groups: list[list[int]] = [[]]
+    held = 0
     for i, size in enumerate(worst):
-        if groups[-1] and sum(worst[j] for j in groups[-1]) + size > memory:
+        if groups[-1] and held + size > memory:
             groups.append([])
+            held = 0
         groups[-1].append(i)
+        held += size
     largest = [max(sum(size[i] for i in group) for group in groups) for size in sizes]
     return Plan(
         tuple(tuple(taps[i].name for i in group) for group in groups),
@@ -67,12 +70,12 @@ def _sizes(taps: Sequence[Tap], shapes: Shapes, samples: Samples) -> list[int]:
     for name, shape in shapes.items():
         named = samples.inputs[name].shape or ()
         dims |= {d: n for d, n in zip(named, shape, strict=False) if isinstance(d, str)}
-    tokens = max((_elements(samples.inputs[n], s) for n, s in shapes.items()), default=1)
+    tokens = max((_tokens(samples.inputs[n], s) for n, s in shapes.items()), default=1)
     return [tap.bytes(dims, tokens) for tap in taps]
 
 
-def _elements(wanted: Input, shape: tuple[int, ...]) -> int:
-    """How many tokens an input may hold: each id is one; of embeddings or images each element is, at most."""
-    if wanted.dtype.kind not in "iu" and len(shape) > 2:
-        shape = shape[:2]
-    return prod(shape)
+def _tokens(wanted: Input, shape: tuple[int, ...]) -> int:
+    """How many tokens an input may become: each id, vector or frame is one, and each 8 × 8 pixels of an image."""
+    if wanted.dtype.kind in "iu" or len(shape) < 3:
+        return prod(shape)
+    return prod(shape[:2]) if len(shape) == 3 else shape[0] * prod(shape[2:]) // 64

@@ -43,9 +43,9 @@ def calibrate(
 
     Memory is bounded: samples stream, and when all those activations of a batch exceed `memory` the batch is
     cut, and then the model, see `plan` and `Runner`; the statistics of an activation [.., K] take 256 kB and
-    `rows` × K numbers, mostly fp16. A finished file of the same model and data is used as it
-    is. Progress is kept in `out` + ".partial"; a run that was interrupted goes on from there, with the result
-    that it would have had.
+    `rows` × K numbers, mostly fp16. A finished file of the same model and data is used as it is. Progress is
+    kept in `out` + ".partial"; a run that was interrupted goes on from there, with the result that it would
+    have had.
 
     Args:
         model: the model; only read.
