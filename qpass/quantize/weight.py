@@ -190,13 +190,14 @@ def _search(tile: Tile, low: Any, high: Any, factors: Sequence[float]) -> tuple[
         return _dot(x, codes), np.maximum(_dot(codes, codes), 1)
 
     def scaled(inverse: Any) -> Array:
-        return np.multiply(x, inverse, out=codes)
+        np.multiply(x, inverse, out=codes)
+        return codes
 
     sums = [attempt(scaled(np.float32(1 / f)) if f != 1 else x) for f in factors]
     best = np.argmax(np.stack([xc * xc / cc for xc, cc in sums]), axis=0)
     scale = np.choose(best, [xc / cc for xc, cc in sums])
     xc, cc = attempt(scaled(1 / _unless_zero(scale)))  # the codes nearest to x at that scale: the error only shrinks
-    return codes, np.asarray(xc / cc)
+    return codes, xc / cc
 
 
 def _write_int4(tile: Tile, codes: Array, z: Any, packed: Array) -> None:
