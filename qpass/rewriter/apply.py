@@ -72,9 +72,7 @@ class Rewriter:
         pool: and the initializers that rules made.
     """
 
-    def __init__(
-        self, model: Model, graph: Any, outcome: Outcome | None = None, pool: Pool | None = None
-    ) -> None:
+    def __init__(self, model: Model, graph: Any, outcome: Outcome | None = None, pool: Pool | None = None) -> None:
         self.view = View(model, graph)
         self.edit = Editor(model, graph, self.view)
         self.outcome = outcome if outcome is not None else Outcome()

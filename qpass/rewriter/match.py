@@ -342,8 +342,11 @@ class Search:
         if node in self.used or node in self.aside:
             return True
         out = node.outputs[0]
-        return self.view.is_noop(node) and not self.view.is_output(out) and bool(out.outputs) and all(
-            map(self._holds, out.outputs)
+        return (
+            self.view.is_noop(node)
+            and not self.view.is_output(out)
+            and bool(out.outputs)
+            and all(map(self._holds, out.outputs))
         )
 
     def _fan_out(self) -> bool:

@@ -349,6 +349,7 @@ class Pattern:
 def _check(cls: type[Pattern]) -> None:
     """Refuse what cannot be meant: a field that no match fills, an alternative that is never tried."""
     parts = reached(cls.captures["y"])
+    roots(cls.captures["y"])
     for name, pat in cls.captures.items():
         if pat not in parts:
             what = "capture" if isinstance(pat, Var) else "expression"
@@ -410,7 +411,7 @@ def reached(root: Pat) -> set[Pat]:
 
 
 def roots(p: Pat) -> set[tuple[str, str]]:
-    """The (domain, op type) pairs that the root node of `p` can have."""
+    """The (domain, op type) pairs that the root node of `p` can have. PatternError where it can be anything."""
     if isinstance(p, Op):
         return {(p.domain, p.type)}
     if isinstance(p, Alt):

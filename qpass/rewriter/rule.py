@@ -177,7 +177,8 @@ class Emit:
 
     def lifted(self, op_type: str, *inputs: Value | Const | None, like: Value, **attrs: Any) -> Value:
         """An in-memory node that stands for a whole norm or Linear; its output has dtype and shape of `like`."""
-        values = [i for i in inputs if i is not None]  # views stay views: a lifted node is never written
+        # views stay views: a lifted node is never written
+        values = [_without_identities(i) if isinstance(i, Const) else i for i in inputs if i is not None]
         out = Value("", dtype=like.dtype, shape=like.shape)
         self.drafts.append(Draft(op_type, LIFTED, values, attrs, [out], self.site))
         return out
@@ -233,6 +234,12 @@ def transposed(c: Const) -> Const:
     """A matrix seen the other way round, as through a Transpose node."""
     step = Node("Transpose", attrs={"perm": [1, 0]})
     return Const(c.name, c.array.T, root=c.root, via=(*c.via, step))
+
+
+def _without_identities(c: Const) -> Const:
+    """The same view; whether Identity nodes led to it tells no views apart."""
+    via = tuple(n for n in c.via if n.op != "Identity")
+    return c if len(via) == len(c.via) else Const(c.name, c.array, root=c.root, via=via)
 
 
 _SERIAL = count()

@@ -173,10 +173,11 @@ class View:
         for node in v.outputs:
             if reads_shape(node):
                 continue
-            if self.keeps_rows(node) and node.inputs[0] is v and not self.is_output(node.outputs[0]):
-                yield from self.uses(node.outputs[0])
-            else:
+            view = self.keeps_rows(node) and node.inputs[0] is v
+            if not view or self.is_output(node.outputs[0]):
                 yield node, v
+            if view:
+                yield from self.uses(node.outputs[0])
 
 
 def producer(v: Value) -> Node | None:

@@ -42,9 +42,7 @@ class Lifted:
             rewriter.unlift()
 
 
-def _rewriters(
-    model: Model, graph: Any, prefix: str, outcome: Outcome, pool: Pool
-) -> Iterator[tuple[str, Rewriter]]:
+def _rewriters(model: Model, graph: Any, prefix: str, outcome: Outcome, pool: Pool) -> Iterator[tuple[str, Rewriter]]:
     """One for the graph and for every subgraph in it, each with the path that names its nodes in the ledger."""
     rewriter = Rewriter(model, graph, outcome, pool)
     yield prefix, rewriter

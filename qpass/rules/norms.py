@@ -37,9 +37,11 @@ def plus_one(w: Any, one: Any) -> Any:
 
 class LayerNormNode(Pattern, free_casts=True):
     x: Value = val("... K")
-    gamma: Const = const("K")
+    w: Const = const("K")
+    one: float | None = scalar(1, 1)
     beta: Const | None = const("K")
     eps: float = attr()
+    gamma = plus_one(w, one)
     y = op.LayerNormalization(x, gamma, beta, axis=LAST, epsilon=eps) | op.LayerNormalization(
         x, gamma, axis=LAST, epsilon=eps
     )
@@ -47,14 +49,16 @@ class LayerNormNode(Pattern, free_casts=True):
 
 class RMSNormNode(Pattern, free_casts=True):
     x: Value = val("... K")
-    gamma: Const = const("K")
+    w: Const = const("K")
+    one: float | None = scalar(1, 1)
     eps: float = attr()
-    y = op.RMSNormalization(x, gamma, axis=LAST, epsilon=eps)
+    y = op.RMSNormalization(x, plus_one(w, one), axis=LAST, epsilon=eps)
 
 
 class LayerNormSpelt(Pattern, free_casts=True):
     x: Value = val("... K")
-    gamma: Const | None = const("K")
+    w: Const | None = const("K")
+    one: float | None = scalar(1, 1)
     beta: Const | None = const("K")
     eps: float = scalar(0, 1e-1)
     count: float | None = scalar(1)
@@ -62,7 +66,7 @@ class LayerNormSpelt(Pattern, free_casts=True):
     d = x - mu
     spread = mean_square(x, count) - mu * mu  # E[x²] − E[x]², as Flax has it
     variance = (mean_square(d, count) | spread | op.Max(spread, 0)) + eps
-    n = scaled_over_root(d, variance, gamma)
+    n = scaled_over_root(d, variance, plus_one(w, one))
     y = n + beta | n
 
 
@@ -70,14 +74,15 @@ class LayerNormFolded(Pattern, free_casts=True):
     """x · s + (β − μ · s) with s = γ / sqrt(variance), as TensorFlow's batch_normalization has it."""
 
     x: Value = val("... K")
-    gamma: Const | None = const("K")
+    w: Const | None = const("K")
+    one: float | None = scalar(1, 1)
     beta: Const | None = const("K")
     eps: float = scalar(0, 1e-1)
     mu = op.ReduceMean(x, axes=LAST, keepdims=1)
     d = x - mu
     root = op.Sqrt(op.ReduceMean(d * d | d**2, axes=LAST, keepdims=1) + eps)
     inverse = op.Reciprocal(root) | 1 / root
-    s = inverse * gamma | inverse
+    s = inverse * plus_one(w, one) | inverse
     y = x * s + (beta - mu * s)
 
 
@@ -93,44 +98,52 @@ class RMSNormSpelt(Pattern, free_casts=True):
 @rule
 def lift_layer_norm(m: LayerNormNode, new: Emit, cfg: object) -> Replacement:
     """LayerNormalization nodes over the last axis."""
-    return _lifted(new, m, m.x, m.gamma, m.beta, "layernorm", m.eps)
+    return _lifted(new, m, "layernorm", m.x, m.w, m.one, m.beta, m.eps)
 
 
 @rule
 def lift_rms_norm(m: RMSNormNode, new: Emit, cfg: object) -> Replacement:
     """RMSNormalization nodes (opset 23) over the last axis."""
-    return _lifted(new, m, m.x, m.gamma, None, "rmsnorm", m.eps)
+    return _lifted(new, m, "rmsnorm", m.x, m.w, m.one, None, m.eps)
 
 
 @rule
 def lift_spelt_layer_norm(m: LayerNormSpelt, new: Emit, cfg: object) -> Replacement:
     """LayerNorm written out as mean, difference, variance, root, with or without weight and bias."""
-    _need_count(m.count, m.x, m.gamma or m.beta)
-    return _lifted(new, m, m.x, m.gamma, m.beta, "layernorm", m.eps)
+    _need_count(m.count, m.x, m.w or m.beta)
+    return _lifted(new, m, "layernorm", m.x, m.w, m.one, m.beta, m.eps)
 
 
 @rule
 def lift_folded_layer_norm(m: LayerNormFolded, new: Emit, cfg: object) -> Replacement:
     """LayerNorm written out with the mean folded into the bias."""
-    return _lifted(new, m, m.x, m.gamma, m.beta, "layernorm", m.eps)
+    return _lifted(new, m, "layernorm", m.x, m.w, m.one, m.beta, m.eps)
 
 
 @rule
 def lift_spelt_rms_norm(m: RMSNormSpelt, new: Emit, cfg: object) -> Replacement:
     """RMSNorm written out as mean square, root, scale; the scale w, 1 + w or none."""
     _need_count(m.count, m.x, m.w)
-    gamma = m.w if m.one is None or m.w is None else derived(m.w, m.w.array.astype(np.float32) + m.one)
-    return _lifted(new, m, m.x, gamma, None, "rmsnorm", m.eps)
+    return _lifted(new, m, "rmsnorm", m.x, m.w, m.one, None, m.eps)
 
 
 def _lifted(
-    new: Emit, m: Pattern, x: Value, gamma: Const | None, beta: Const | None, kind: str, epsilon: float
+    new: Emit,
+    m: Pattern,
+    kind: str,
+    x: Value,
+    w: Const | None,
+    one: float | None,
+    beta: Const | None,
+    epsilon: float,
 ) -> Value:
     """The norm, its x in the dtype of its result where a Cast between them allows that."""
-    k = _width(x, gamma or beta)
+    k = _width(x, w or beta)
     need(k is not None, "the width of the norm is not known: its input's last dim is not, and it has no weight")
-    if gamma is None:
+    if w is None:
         gamma = Const(f"{new.label(m.root)}.gamma", Given(np.ones(k or 0, np.float32)))
+    else:
+        gamma = w if one is None else derived(w, w.array.astype(np.float32) + one)
     return new.lifted("Norm", _in_dtype(x, m.y), gamma, beta, like=m.y, kind=kind, epsilon=epsilon)
 
 
@@ -143,8 +156,9 @@ def _width(x: Value, c: Const | None) -> int | None:
 
 
 def _need_count(count: float | None, x: Value, c: Const | None) -> None:
-    k = _width(x, c)
-    need(count is None or count == k, f"the sum is divided by {count}, a mean over the last axis by {k}")
+    if count is not None:
+        k = _width(x, c)
+        need(count == k, f"the sum is divided by {count:g}, a mean over the last axis by {k}")
 
 
 def _in_dtype(x: Value, y: Value) -> Value:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from qpass.filters import SiteNames
 from qpass.graph import Const, Node
 from qpass.ops import DOMAIN
 from qpass.rewriter import LIFTED, Kind, Miss, Outcome, Rewriter, Site, Weight
@@ -14,7 +17,6 @@ from qpass.rewriter.view import producer
 from qpass.rules.functions import Functions
 from qpass.rules.tied import Embeddings
 from qpass.rules.unlifted import Reasons, kind_of
-from qpass.filters import SiteNames
 
 _MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
@@ -50,7 +52,9 @@ class Survey:
         self._embeddings = Embeddings(rewriters)
         self._reasons = Reasons(rewriters, outcome)
         self._functions = Functions(rewriters[0].edit.model.proto)
-        self._claimed = {n: e for e in outcome.events if e.status == "rewritten" for n in e.claimed}
+        rewritten = [e for e in outcome.events if e.status == "rewritten"]
+        self._claimed = {n: e for e in rewritten for n in e.claimed}
+        self._made_from = {n: e.claimed for e in rewritten for n, _ in e.new}  # by rules that ran before lifting
         for prefix, r in graphs:
             here = [self._lifted(prefix, r, n) for n in r.position if n.domain == LIFTED]
             held = {n for f in here for n in f.originals}
@@ -68,7 +72,7 @@ class Survey:
                 self.sharers[id(f.weight.root)].append(f.lifted)
 
     def _lifted(self, prefix: str, r: Rewriter, node: Node) -> Found:
-        originals = sorted(set(_originals(r, node)), key=r.before.__getitem__)
+        originals = sorted(set(_originals(r, node, self._made_from)), key=r.before.__getitem__)
         linear = node.op == "Linear"
         weight = r.view.constant(node.inputs[1]) if linear else None
         names = SiteNames(
@@ -132,7 +136,7 @@ class Survey:
         norm_of = {n: i for i, f in enumerate(self.found) if f.site.kind == "norm" for n in f.made}
         for f in self.found:
             if f.site.kind == "linear":
-                feeding = (producer(v) for n in f.made for v in n.inputs)
+                feeding = (producer(v) for n in f.made for v in n.inputs if v.dtype == np.int8)
                 f.site.fed_by = next((norm_of[p] for p in feeding if p in norm_of), None)
             if f.site.kind == "norm" and f.site.status == "kept" and f.site.reason is None:
                 f.site.reason = "no Linear that the spec quantizes with its activations reads it"
@@ -157,13 +161,13 @@ def _telling(m: Miss) -> bool:
     return m.kind is not Kind.OP and not _MEANS.isdisjoint(seen) and not _ROOTS.isdisjoint(seen)
 
 
-def _originals(r: Rewriter, node: Node) -> Iterator[Node]:
+def _originals(r: Rewriter, node: Node, made_from: Mapping[Node, Sequence[Node]]) -> Iterator[Node]:
     """Nodes of the original graph behind a lifted one, the helpers of its constants included."""
     for n in r.stands_for[node]:
         if n.domain == LIFTED:
-            yield from _originals(r, n)
-        elif n in r.before:
-            yield n
+            yield from _originals(r, n, made_from)
+        else:
+            yield from (o for o in (n, *made_from.get(n, ())) if o in r.before)
     for c in r.consts[node]:
         yield from (n for n in c.via if n in r.before)
 

@@ -58,8 +58,6 @@ class Mean(Pattern):
     y = op.ReduceMean(x, axes=LAST, keepdims=keep)
 
 
-
-
 def load(proto: onnx.ModelProto, tmp_path: Path) -> Model:
     path = tmp_path / "model.onnx"
     onnx.save(proto, path)
@@ -86,7 +84,9 @@ class TestCaptures:
         assert m.b.name == "b"
 
     def test_matmul_does_not_commute(self, tmp_path: Path) -> None:
-        m, miss = find(Linear, "g (float[4, 8] x) => (float[8, 8] y) <float[8, 4] w> { y = MatMul(w, x) }", tmp_path, "y")
+        m, miss = find(
+            Linear, "g (float[4, 8] x) => (float[8, 8] y) <float[8, 4] w> { y = MatMul(w, x) }", tmp_path, "y"
+        )
         assert m is None
         assert "wants a constant, got 'x', a graph input" in str(miss)
 
@@ -271,13 +271,11 @@ class TestSafety:
                 y = op.Relu(x)
 
     def test_root_must_be_an_op(self) -> None:
-        with pytest.raises(PatternError, match="the root of a pattern must be an op"):
+        with pytest.raises(PatternError, match=r"test_language\.py:\d+: the root of a pattern must be an op"):
 
-            @rule
-            def never(m: Bare, new: Emit, cfg: object) -> Value:
-                return m.x
-
-            _ = never.roots
+            class Bare(Pattern):
+                x: Value = val()
+                y = x
 
     def test_step_budget_names_the_pattern(self, tmp_path: Path) -> None:
         # a full tree of Adds whose last leaf is wrong: every order of every Add is tried in vain
@@ -290,11 +288,6 @@ class TestSafety:
     def test_no_truth_value(self) -> None:
         with pytest.raises(PatternError, match="not `or`"):
             _ = op.Relu(val()) or op.Exp(val())
-
-
-class Bare(Pattern):
-    x: Value = val()
-    y = x
 
 
 def _tree(depth: int) -> Any:
