@@ -140,10 +140,10 @@ class Op(ABC):
         declared = {a.name: a for a in self.attributes}
         self._known("input", present_inputs, [i.name for i in self.inputs])
         self._known("output", present_outputs, [o.name for o in self.outputs])
-        self._known("attribute", given, [*declared, *PLUGIN])
-        for missing in (i.name for i in self.inputs if not i.optional and i.name not in present_inputs):
-            raise ValueError(f"{self.name} needs its input '{missing}'")
-
+        self._known("attribute", given, declared)
+        missing = [i.name for i in self.inputs if not i.optional and i.name not in present_inputs]
+        if missing:
+            raise ValueError(f"{self.name} needs its input '{missing[0]}'")
         settled = self._settled(present_inputs, present_outputs)
         attrs: dict[str, Attr] = {}
         for name, attribute in declared.items():
@@ -226,8 +226,9 @@ class Op(ABC):
             return [y.astype(d, copy=False) for y, (d, _) in zip(computed, results, strict=True)]
 
     def _known(self, what: str, names: Collection[str], declared: Collection[str]) -> None:
-        for name in sorted(set(names) - set(declared)):
-            raise ValueError(f"{self.name} has no {what} '{name}'; it has {', '.join(declared)}")
+        unknown = sorted(set(names) - set(declared))
+        if unknown:
+            raise ValueError(f"{self.name} has no {what} '{unknown[0]}'; it has {', '.join(declared)}")
 
     def _settled(self, inputs: Collection[str], outputs: Collection[str]) -> dict[str, int]:
         """The values of attributes that follow from which optional tensors are there."""
