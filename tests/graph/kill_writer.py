@@ -63,7 +63,7 @@ def main(folder: Path, kills: int) -> None:
     left = sorted(p.name for p in (folder / "out").iterdir())
     assert len(left) == 3, left
     assert mixes <= 1, mixes  # ledger and graph are two renames, some 10 µs apart: once is bad luck
-    print(f"{kills} kills, {strays} of them left strays until the next run")
+    print(f"{kills} kills, {strays} of them left strays until the next run, {mixes} a new ledger beside the old graph")
 
 
 if __name__ == "__main__":
