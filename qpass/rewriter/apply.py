@@ -171,6 +171,7 @@ class Rewriter:
                 self.stands_for[node] = m.nodes
                 self.consts[node] = tuple(c for k in m.captures if isinstance(c := getattr(m, k), Const))
             new.append((node, d.site))
+        deduce_dtypes([n for n, _ in new], self.view)
         self.edit.bury_unused(feeding)
         for old, like in emit.shape_of.items():
             self.edit.read_shape_of(like, old)

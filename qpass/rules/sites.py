@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,9 +52,8 @@ class Survey:
         self._embeddings = Embeddings(rewriters)
         self._reasons = Reasons(rewriters, outcome)
         self._functions = Functions(rewriters[0].edit.model.proto)
-        rewritten = [e for e in outcome.events if e.status == "rewritten"]
-        self._claimed = {n: e for e in rewritten for n in e.claimed}
-        self._made_from = {n: e.claimed for e in rewritten for n, _ in e.new}  # by rules that ran before lifting
+        self._claimed = {n: e for e in outcome.events for n in e.claimed}
+        self._heirs = _heirs(rewriters, outcome)
         for prefix, r in graphs:
             here = [self._lifted(prefix, r, n) for n in r.position if n.domain == LIFTED]
             held = {n for f in here for n in f.originals}
@@ -62,7 +61,7 @@ class Survey:
                 if n not in held:
                     here += self._rest(prefix, r, n)
             here += self._spelt_norms(prefix, r, outcome, {n for f in here for n in f.originals})
-            here.sort(key=lambda f: max(r.before[n] for n in f.originals))
+            here.sort(key=lambda f: max((r.before[n] for n in f.originals), default=len(r.before)))
             self.found += here
         self.by_lifted = {f.lifted: f for f in self.found if f.lifted is not None}
         self.sharers: dict[int, list[Node]] = defaultdict(list)
@@ -72,11 +71,11 @@ class Survey:
                 self.sharers[id(f.weight.root)].append(f.lifted)
 
     def _lifted(self, prefix: str, r: Rewriter, node: Node) -> Found:
-        originals = sorted(set(_originals(r, node, self._made_from)), key=r.before.__getitem__)
+        originals = sorted(set(self._originals(r, node)), key=r.before.__getitem__)
         linear = node.op == "Linear"
         weight = r.view.constant(node.inputs[1]) if linear else None
         names = SiteNames(
-            nodes=tuple(prefix + r.labels[n] for n in originals),
+            nodes=tuple(prefix + r.labels[n] for n in originals) or (prefix + r.edit.label(node),),
             weight=weight.origin if weight is not None else None,
             scopes=tuple(dict.fromkeys(s for n in originals for s in _scopes(n))),
             tied=weight is not None and self._embeddings.tied(weight),
@@ -84,6 +83,16 @@ class Survey:
         site = Site(node.op.lower(), list(names.nodes), weight=_weight(weight))
         tensor = node.inputs[0] if linear else node.outputs[0]
         return Found(site, names, tuple(originals), node, weight, tensor=prefix + tensor.name)
+
+    def _originals(self, r: Rewriter, node: Node) -> Iterator[Node]:
+        """Nodes of the original graph behind a lifted one, the helpers of its constants included."""
+        for n in r.stands_for[node]:
+            if n.domain == LIFTED:
+                yield from self._originals(r, n)
+            else:
+                yield from (o for o in (n, *self._heirs.get(n, ())) if o in r.before)
+        for c in r.consts[node]:
+            yield from (n for n in c.via if n in r.before)
 
     def _rest(self, prefix: str, r: Rewriter, node: Node) -> Iterator[Found]:
         """Sites that were not lifted: claimed by a rule of the user's, in a function's body, or of no known form."""
@@ -93,8 +102,9 @@ class Survey:
         if (kind := kind_of(node)) is None:
             return
         if (event := self._claimed.get(node)) is not None:
-            helpers = [r.labels[n] for n in event.claimed if n in r.labels and (n is node or kind_of(n) is None)]
-            site = Site(kind, [prefix + name for name in helpers], "rewritten", event.rule.name)
+            mine = [n for n in event.claimed if n in r.before and (n is node or kind_of(n) is None)]
+            mine.sort(key=r.before.__getitem__)
+            site = Site(kind, [prefix + r.labels[n] for n in mine], "rewritten", event.rule.name)
             made = [n for n, _ in event.new]
             site.new_nodes, site.op = [n.name for n in made], _last_op(made)
             yield _unlifted(site, node, made)
@@ -127,7 +137,8 @@ class Survey:
                 continue
             for node in event.claimed:
                 if (f := self.by_lifted.get(node)) is not None:
-                    f.site.status, f.site.reason, f.site.rule = "rewritten", event.notes.get(node), event.rule.name
+                    f.site.status, f.site.rule = "rewritten", event.rule.name
+                    f.site.reason = event.notes.get(node) or None
                     f.made = [n for n, at in event.new if at is node]
                     f.site.new_nodes = [n.name for n in f.made]
                     f.site.op = _last_op(f.made)
@@ -161,15 +172,20 @@ def _telling(m: Miss) -> bool:
     return m.kind is not Kind.OP and not _MEANS.isdisjoint(seen) and not _ROOTS.isdisjoint(seen)
 
 
-def _originals(r: Rewriter, node: Node, made_from: Mapping[Node, Sequence[Node]]) -> Iterator[Node]:
-    """Nodes of the original graph behind a lifted one, the helpers of its constants included."""
-    for n in r.stands_for[node]:
-        if n.domain == LIFTED:
-            yield from _originals(r, n, made_from)
-        else:
-            yield from (o for o in (n, *made_from.get(n, ())) if o in r.before)
-    for c in r.consts[node]:
-        yield from (n for n in c.via if n in r.before)
+def _heirs(graphs: Iterable[Rewriter], outcome: Outcome) -> dict[Node, list[Node]]:
+    """New nodes that were lifted → the original nodes that they stand for.
+
+    A rule that runs before lifting may put one form of a norm or Linear in another's place: that stays one site.
+    """
+    stood = {n for r in graphs for nodes in r.stands_for.values() for n in nodes}
+    out: dict[Node, list[Node]] = {}
+    for event in outcome.events:
+        sites = [n for n in event.claimed if kind_of(n) is not None]
+        helpers = [n for n in event.claimed if kind_of(n) is None]
+        new = [n for n, _ in event.new if n in stood and kind_of(n) is not None]
+        for heir, original in zip(new, reversed(sites), strict=False):
+            out[heir], helpers = [original, *helpers], []
+    return out
 
 
 def _scopes(node: Node) -> Iterator[str]:
