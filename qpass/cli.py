@@ -139,11 +139,11 @@ def explain(
     left = [s for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded")]
     for s in left if rule is None else ():
         out.print(f"{s.kind} '{s.name}' {s.status}: {s.reason}", markup=False)
-    near = report.misses(done.outcome, rule, limit)
+    near = report.misses(done, rule, limit)
     for m in near:
         out.print(str(m), markup=False)
     if not left and not near:
-        out.print("nothing was declined and no pattern came near without matching")
+        out.print("every site is rewritten, or kept because the spec asks nothing of it")
 
 
 @app.command()
@@ -335,7 +335,7 @@ def main() -> None:
         code = leave.exit_code
     except TyperException as error:
         usage = getattr(error, "format_message", error.__str__)()
-        sys.exit(_complain(f"{usage} See `qpass --help` and `qpass COMMAND --help`.", MISTAKE))
+        sys.exit(_complain(f"{usage.rstrip()} — see `qpass --help` and `qpass COMMAND --help`", MISTAKE))
     except PatternError as error:
         sys.exit(_complain(f"rule error: {error}", MISTAKE))
     except (KeyboardInterrupt, typer.Abort):

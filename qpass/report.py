@@ -14,7 +14,7 @@ from rich.table import Table
 
 from qpass.calibrate import Stats
 from qpass.pipeline import Rewritten
-from qpass.rewriter import Ledger, Miss, Outcome, Rule, RuleStats, Site
+from qpass.rewriter import Ledger, Miss, Rule, RuleStats, Site
 from qpass.spec import PRESETS, QuantSpec
 from qpass.verify import Report
 
@@ -94,14 +94,17 @@ NEAR = 0.4
 """Share of a pattern that must have matched for a miss to be called near."""
 
 
-def misses(outcome: Outcome, rule: str | None, limit: int) -> list[Miss]:
-    """Near misses, the nearest first: one a node and rule, and none where some other rule did match the node."""
-    matched = {n for e in outcome.events if e.status == "rewritten" for n in e.claimed}
+def misses(done: Rewritten, rule: str | None, limit: int) -> list[Miss]:
+    """Near misses, the nearest first, one a node and rule: those at sites that were left as they are or, of a rule that
+    is asked for, all of its own."""
+    left = {n for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded") for n in s.nodes}
     best: dict[tuple[int, str], Miss] = {}
-    for m in outcome.misses:
-        key = (id(m.root), m.rule)
-        if m.root in matched or (rule is not None and m.rule != rule) or m.matched < NEAR * m.total:
+    for m in done.outcome.misses:
+        if rule is None and not any(n.name in left for n in (m.root, *m.nodes)):
             continue
+        if (rule is not None and m.rule != rule) or m.matched < NEAR * m.total:
+            continue
+        key = (id(m.root), m.rule)
         if key not in best or m.rank > best[key].rank:
             best[key] = m
     return sorted(best.values(), key=lambda m: m.rank, reverse=True)[:limit]
