@@ -12,7 +12,7 @@ from typing import Any
 
 from qpass.errors import QpassError
 from qpass.graph import Const, Model, Node, Value
-from qpass.rewriter.dtypes import deduce_dtypes
+from qpass.rewriter.deduce import deduce_dtypes, deduce_shapes
 from qpass.rewriter.edit import Editor, Pool, take_over
 from qpass.rewriter.match import Search
 from qpass.rewriter.miss import Kind, Miss
@@ -85,6 +85,7 @@ class Rewriter:
         self.consts: dict[Node, tuple[Const, ...]] = {}  # lifted node → the constants its match captured
         self.stands_for: dict[Node, tuple[Node, ...]] = {}  # lifted node → the nodes its match held
         deduce_dtypes(graph.nodes, self.view)
+        deduce_shapes(graph.nodes, self.view)
 
     def run(self, rules: Stage, config: Any) -> None:
         """One stage: every node once, last to first, larger patterns before smaller ones.

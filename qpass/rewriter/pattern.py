@@ -35,7 +35,7 @@ LIFTED = "qpass.ir"
 
 COMMUTATIVE = frozenset({"Add", "Mul", "Max", "Min", "And", "Or", "Xor", "Equal", "Sum"})
 
-MAY_BE_NOOP = frozenset({"Cast", "Identity", "Dropout"})
+MAY_BE_NOOP = frozenset({"Cast", "Dropout", "Expand", "Identity", "Slice"})
 """Ops that the matcher looks through where they change nothing, unless a pattern asks for them."""
 
 _HERE = Path(__file__).parent

@@ -5,7 +5,7 @@ A view, not a change: nothing here touches the graph.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from qpass.graph import Const, Model, Node, Value
 from qpass.graph.dtypes import to_numpy
+from qpass.rewriter.pattern import LIFTED, MAY_BE_NOOP
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 """What Cast's `to` may be for a cast that keeps a tensor floating-point."""
@@ -35,6 +36,9 @@ RANDOM = frozenset({"Bernoulli", "Dropout", "Multinomial"}) | {
     f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")
 }
 """Ops of which two with equal inputs do not give equal values."""
+
+EVERYTHING = 2**31 - 1
+"""What exporters write as the end of a Slice that has none, or more."""
 
 SMALL = 4096
 """Bytes up to which two constants are compared by value."""
@@ -94,19 +98,29 @@ class View:
     # -- values that are the same
 
     def is_noop(self, node: Node) -> bool:
-        """Whether a node gives what it takes: Identity, a Cast to the dtype it has, Dropout outside of training."""
-        if domain_of(node):
+        """Whether a node gives what it takes, such as Identity, a Cast to the dtype it has, a Slice of everything."""
+        if node.op not in MAY_BE_NOOP or domain_of(node):
             return False
         if node.op == "Cast":
             return node.inputs[0].dtype is not None and node.inputs[0].dtype == node.outputs[0].dtype
-        if node.op == "Dropout":
+        if node.op == "Dropout":  # outside of training
             mask_is_used = any(v.outputs or self.is_output(v) for v in node.outputs[1:])
-            return not mask_is_used and (len(node.inputs) < 3 or self._is_false(node.inputs[2]))
+            return not mask_is_used and self._all(node, 2, lambda training: not training)
+        if node.op == "Slice":
+            starts = self._all(node, 1, lambda start: start == 0)
+            steps = self._all(node, 4, lambda step: step == 1)
+            return starts and steps and self._all(node, 2, lambda end: end >= EVERYTHING)
+        if node.op == "Expand":
+            before, after = node.inputs[0].shape, node.outputs[0].shape
+            return before is not None and before == after and None not in before
         return bool(node.op == "Identity")
 
-    def _is_false(self, v: Value) -> bool:
-        c = self.constant(v) if v.name else None
-        return not v.name or (c is not None and c.array.size == 1 and not c.load().any())
+    def _all(self, node: Node, index: int, holds: Callable[[Any], bool]) -> bool:
+        """Whether an input is left out, or a small constant whose elements are all as wanted."""
+        if index >= len(node.inputs) or not node.inputs[index].name:
+            return True
+        c = self.constant(node.inputs[index])
+        return c is not None and c.array.nbytes <= SMALL and all(map(holds, c.load().ravel().tolist()))
 
     def through(self, v: Value) -> Value:
         """`v` with no-ops looked through."""
@@ -165,8 +179,8 @@ class View:
             return True
         if node.op not in KEEPS_LAST or domain_of(node):
             return False
-        before, after = node.inputs[0].shape, node.outputs[0].shape
-        return bool(before and after and isinstance(before[-1], int) and before[-1] == after[-1])
+        before, after = width(node.inputs[0]), width(node.outputs[0])
+        return before is not None and before == after
 
     def uses(self, v: Value) -> Iterator[tuple[Node, Value]]:
         """(user, the value it takes) for every use of `v`, looking through views that keep rows; Shape is no use."""
@@ -183,6 +197,14 @@ class View:
 def producer(v: Value) -> Node | None:
     """The node that computes `v`; None for graph inputs and initializers."""
     return v.inputs[0] if v.inputs else None
+
+
+def width(v: Value | Const) -> int | None:
+    """The size of the last dim, where it is known: by the shape, or by the weight of the norm or Linear before."""
+    shape, maker = v.shape, producer(v)
+    if not shape and maker is not None and maker.domain == LIFTED:
+        shape = maker.inputs[1].shape
+    return shape[-1] if shape and isinstance(shape[-1], int) else None
 
 
 def domain_of(node: Node) -> str:

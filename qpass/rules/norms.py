@@ -8,7 +8,7 @@ import numpy as np
 
 from qpass.graph import Const, Given, Value
 from qpass.ops.body import FLOATS
-from qpass.rewriter import LAST, Emit, Pattern, Replacement, attr, const, derived, need, op, rule, scalar, val
+from qpass.rewriter import LAST, Domain, Emit, Pattern, Replacement, attr, const, derived, need, op, rule, scalar, val
 
 
 def mean(v: Any, count: Any) -> Any:
@@ -52,7 +52,10 @@ class RMSNormNode(Pattern, free_casts=True):
     w: Const = const("K")
     one: float | None = scalar(1, 1)
     eps: float = attr()
-    y = op.RMSNormalization(x, plus_one(w, one), axis=LAST, epsilon=eps)
+    gamma = plus_one(w, one)
+    y = op.RMSNormalization(x, gamma, axis=LAST, epsilon=eps) | Domain("").SimplifiedLayerNormalization(
+        x, gamma, axis=LAST, epsilon=eps
+    )
 
 
 class LayerNormSpelt(Pattern, free_casts=True):
@@ -103,7 +106,7 @@ def lift_layer_norm(m: LayerNormNode, new: Emit, cfg: object) -> Replacement:
 
 @rule
 def lift_rms_norm(m: RMSNormNode, new: Emit, cfg: object) -> Replacement:
-    """RMSNormalization nodes (opset 23) over the last axis."""
+    """RMSNormalization nodes (opset 23), and ONNX Runtime's SimplifiedLayerNormalization, over the last axis."""
     return _lifted(new, m, "rmsnorm", m.x, m.w, m.one, None, m.eps)
 
 

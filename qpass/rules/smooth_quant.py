@@ -12,6 +12,7 @@ from qpass.graph import Const, Value
 from qpass.graph.dtypes import to_onnx
 from qpass.ops.body import FLOATS
 from qpass.rewriter import Emit, Pattern, Replacement, attr, const, ir, keep, need, others, rule, uses, val
+from qpass.rewriter.view import KEEPS_LAST
 from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Activation, Quantizer
 
@@ -119,7 +120,7 @@ def same_rows(x: Value, view: Value) -> bool:
     v: Value | None = view
     while v is not None and v is not x:
         maker = v.producer
-        v = maker.inputs[0] if maker is not None and maker.op in ("Identity", "Cast", "Dropout") else None
+        v = maker.inputs[0] if maker is not None and maker.op not in KEEPS_LAST else None
     return v is x or (x.shape is not None and x.shape == view.shape and None not in x.shape)
 
 

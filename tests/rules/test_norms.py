@@ -59,6 +59,19 @@ class TestNodes:
         (norm,) = lifted(model(HEAD.format(17) + text))
         assert norm.attrs["epsilon"] == pytest.approx(1e-5)
 
+    def test_simplified_layer_norm(self) -> None:
+        """What ONNX Runtime makes of an RMSNorm; it is in the standard domain, though ONNX has no such operator."""
+        g = Graph()
+        n = g.op(
+            "SimplifiedLayerNormalization", g.input("x", ["B", 3, 8]), g.gain(8), axis=-1, epsilon=1e-3, stash_type=1
+        )
+        g.op("MatMul", n, g.weight(8, 4), out="y")
+        proto = g.model("y", dims=["B", 3, 4], check=False)
+        done, result = run(proto, "w8a8")
+        assert [x.op_type for x in result.graph.node] == ["RmsnormQuantization", "SmoothQuantGemm"]
+        assert site(done, "linear").fed_by == 0
+        assert error(proto, result) < 0.03
+
     def test_rms_norm(self) -> None:
         text = "g (float[B, 3, 8] x) => (float[B, 3, 8] y) <float[8] w> { y = RMSNormalization<epsilon = 0.01>(x, w) }"
         proto = model(HEAD.format(23) + text)
@@ -232,6 +245,10 @@ FED: dict[str, Callable[[Graph, str], str]] = {
     "directly": lambda g, y: y,
     "through Identity": lambda g, y: g.op("Identity", y),
     "through Dropout": lambda g, y: g.op("Dropout", y),
+    "through a Slice of everything": lambda g, y: g.op(
+        "Slice", y, *(g.const(v, np.int64) for v in ([0, 0], [2**63 - 1] * 2, [0, 1], [1, 1]))
+    ),
+    "through Expand": lambda g, y: g.op("Expand", y, g.const([1], np.int64)),
     "through Reshape": lambda g, y: g.op("Reshape", y, g.const([-1, K], np.int64)),
     "through two views": lambda g, y: g.op(
         "Unsqueeze", g.op("Reshape", y, g.const([-1, K], np.int64)), g.const([0], np.int64)
@@ -251,6 +268,24 @@ class TestFeeding:
         done, result = run(proto, "w8a8")
         assert site(done, "linear").fed_by == done.ledger.sites.index(site(done, "norm"))
         assert error(proto, result) < 0.03
+
+    def test_a_slice_of_less_is_a_barrier(self) -> None:
+        g = Graph()
+        y = write(g, g.input("x", ["B", 3, K]), Spelling())
+        y = g.op("Slice", y, *(g.const(v, np.int64) for v in ([0], [2], [1], [1])))
+        done, _ = run(g.model(g.op("MatMul", y, g.weight(K, 6), out="y")), "w8a8")
+        assert site(done, "linear").fed_by is None
+
+    def test_nothing_known_but_the_weights(self) -> None:
+        """Behind an unknown operator: the norm's width, Gemm's rank and the rows between follow from the weights."""
+        g = Graph()
+        h = g.op("LayerNormalization", g.op("Loose", g.input("x", ["B", 3, K]), domain="other"), g.gain(K))
+        target = g.op(
+            "Concat", g.const([-1], np.int64), g.op("Gather", g.op("Shape", h), g.const([2], np.int64)), axis=0
+        )
+        g.op("Gemm", g.op("Reshape", h, target), g.weight(K, 6), out="y")
+        done, _ = run(g.model("y", dims=["R", 6]), "w8a8")
+        assert site(done, "linear").fed_by == 0
 
     def test_a_cast_to_half_precision_is_no_barrier(self) -> None:
         """Mixed precision: the norm in float32, its Linears in float16, each behind a Cast of its own."""

@@ -1,7 +1,7 @@
-"""Dtypes that ONNX's inference does not find: behind an operator that it does not know it gives up.
+"""Dtypes and shapes that ONNX's inference does not find: behind an operator that it does not know it gives up.
 
 An operator's schema says which of its inputs and outputs are of one type. MatMul's are, so the weight tells the type of
-the activation, and of what comes after it.
+the activation, and of what comes after it. And what Gemm takes and gives has two dims.
 """
 
 from __future__ import annotations
@@ -15,6 +15,24 @@ import onnx
 from qpass.graph import Const, Node, Value
 from qpass.graph.dtypes import DType
 from qpass.rewriter.view import View, domain_of, producer
+
+
+def deduce_shapes(nodes: Iterable[Node], view: View) -> None:
+    """Give what MatMuls and Gemms read and make the last dim that their weights tell; Gemm's have two dims."""
+    for node in nodes:
+        if node.op not in ("Gemm", "MatMul") or domain_of(node):
+            continue
+        w = view.constant(node.inputs[1])
+        if w is None or len(w.shape) != 2 or node.attrs.get("transA"):
+            continue
+        k, n = w.shape[::-1] if node.attrs.get("transB") else w.shape
+        for v, width in ((node.inputs[0], k), (node.outputs[0], n)):
+            if isinstance(v, Const):
+                continue
+            if v.shape is None and node.op == "Gemm":
+                v.shape = (None, width)
+            elif v.shape and not isinstance(v.shape[-1], int):
+                v.shape = (*v.shape[:-1], width)
 
 
 def deduce_dtypes(nodes: Sequence[Node], view: View) -> None:
