@@ -339,7 +339,7 @@ def main() -> None:
     except PatternError as error:
         sys.exit(_complain(f"rule error: {error}", MISTAKE))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_complain("interrupted; nothing was written", 130))
+        sys.exit(_complain("interrupted", 130))
     except BrokenPipeError:
         sys.exit(DONE)
     except Exception as error:
