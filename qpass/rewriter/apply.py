@@ -98,11 +98,13 @@ class Rewriter:
         for r in sorted(rules, key=lambda r: -r.benefit):
             for root in r.roots:
                 index[root].append(r)
+        known = len(self.outcome.misses)
         for node in sorted(self.position, key=self.position.__getitem__, reverse=True):
             for r in index.get((domain_of(node), node.op), ()):
                 if node not in self.position:
                     break
                 self._try(r, node, config, index)
+        self.outcome.misses[known:] = filter(self._is_open, self.outcome.misses[known:])
         self.edit.settle()
 
     def unlift(self) -> None:
@@ -112,6 +114,10 @@ class Rewriter:
                 self.edit.detach(node)
                 self.edit.restore(self.originals[node])
         self.edit.settle()
+
+    def _is_open(self, miss: Miss) -> bool:
+        """Whether a miss leaves something to explain: x · w + r is no Linear with a bias, but x · w is one."""
+        return miss.kind > Kind.COMPUTED or all(n in self.position for n in miss.nodes)
 
     def _try(self, r: Rule[Any, Any], node: Node, config: Any, index: Mapping[tuple[str, str], Any]) -> None:
         stats = self.outcome.stats[r.name]

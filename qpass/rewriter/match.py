@@ -183,7 +183,7 @@ class Search:
         if p.kind == "const":
             c = self.view.constant(v)
             if c is None:
-                return self._fail(p, lambda: f"wants a constant, got {describe(v, self.view)}", goals)
+                return self._fail(p, lambda: f"wants a constant, got {describe(v, self.view)}", goals, Kind.COMPUTED)
             captured = _without_leading_ones(p, c)
         mark = len(self.trail)
         why = self._unify(p.dims, captured) if p.dims is not None else None
@@ -201,7 +201,7 @@ class Search:
         c = self.view.constant(v)
         wants = f"{low:g}" if low == high else f"a number in [{low:g}, {high:g}]"
         if c is None:
-            return self._fail(p, lambda: f"wants {wants}, got {describe(v, self.view)}", goals)
+            return self._fail(p, lambda: f"wants {wants}, got {describe(v, self.view)}", goals, Kind.COMPUTED)
         if c.array.size != 1 or c.dtype.kind in "OSU":
             shape = list(c.shape)
             return self._fail(p, lambda: f"wants {wants}, got constant '{c.origin}' of shape {shape}", goals)

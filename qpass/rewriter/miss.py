@@ -14,10 +14,11 @@ class Kind(IntEnum):
     """What stopped a match, the most telling last: near misses are ranked by it."""
 
     OP = 1
-    DETAIL = 2  # a constant, a shape, an attribute
-    LEAK = 3
-    FANOUT = 4
-    GUARD = 5
+    COMPUTED = 2  # where a constant is wanted
+    DETAIL = 3  # a constant, a shape, an attribute
+    LEAK = 4
+    FANOUT = 5
+    GUARD = 6
 
 
 @dataclass(frozen=True)
