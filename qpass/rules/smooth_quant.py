@@ -94,7 +94,8 @@ def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Val
     """One Linear's SmoothQuantGemm over `q`, the quantized `x`; reshaped where it read x's rows regrouped."""
     at = new.at(h)
     at.note(act.note)
-    w = cfg.int8(h.w, act.smoother)
+    per_channel = cfg.spec(h).mode.has_per_channel_scaling()
+    w = cfg.int8(h.w, act.smoother, per_channel)
     y: Value = at.SmoothQuantGemm(
         q,
         weight=w.weight,
@@ -103,6 +104,7 @@ def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Val
         bias=cfg.bias(h),
         output_type=cfg.onnx_dtype(h.y),
         has_per_token_scaling=int(act.scale is None),
+        has_per_channel_scaling=int(per_channel),
     )
     if same_rows(x, h.x):
         return y
