@@ -11,13 +11,15 @@ import numpy as np
 
 from qpass.calibrate import ActivationStats, Stats
 from qpass.errors import QpassError
-from qpass.graph import Blockwise, Const, Given, Lazy, Node, Value
+from qpass.graph import Blockwise, Const, Given, Kept, Lazy, Node, Value
 from qpass.graph.dtypes import to_onnx
 from qpass.quantize import weight as numbers
+from qpass.quantize.activation import scale_of
 from qpass.rewriter import Pattern, derived, exclude, keep, need
 from qpass.rules.linears import Linear
 from qpass.rules.sites import Survey
 from qpass.rules.smoothing import Choice, choose
+from qpass.rules.weights import blocks, naming
 from qpass.spec import LinearSpec, QuantSpec
 
 INT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
@@ -129,15 +131,26 @@ class Quantizer:
 
     # -- weights: promises of [N, K]
 
-    def int8(self, w: Const, smoother: Lazy | None = None) -> QuantizedWeight:
-        """int8 per output channel of w [K, N], of w · smoother where there is one."""
+    def int8(self, w: Const, smoother: Lazy | None = None, per_channel: bool = True) -> QuantizedWeight:
+        """int8 of w [K, N], of w · smoother where there is one: scale [N], or [1] where not per output channel."""
+        k, n = w.shape
 
         def make() -> QuantizedWeight:
-            k, n = w.shape
             s = None if smoother is None else smoother.load()
-            return self._promise(w, lambda b: numbers.int8_per_channel(b, s), [((n, k), INT8), ((n,), FLOAT32)])
+            if per_channel:
+                results = [((n, k), INT8), ((n,), FLOAT32)]
+                return QuantizedWeight(*self._promise(w, lambda b: numbers.int8_per_channel(b, s), results))
+            scale = Kept((1,), FLOAT32, lambda: self._tensor_scale(w, s))
+            (q,) = self._promise(w, lambda b: numbers.int8_per_tensor(b, scale.load(), s), [((n, k), INT8)], [scale])
+            return QuantizedWeight(q, scale)
 
-        return self._cached((_view_of(w), "int8", id(smoother)), make)
+        return self._cached((_view_of(w), "int8", id(smoother), per_channel), make)
+
+    @staticmethod
+    def _tensor_scale(w: Const, smoother: Any) -> Any:
+        """amax / 127 of a whole weight, float32 [1]; streams it once."""
+        with naming(w):
+            return scale_of(np.max([numbers.amax(b, smoother=smoother) for b in blocks(w)], axis=0, initial=0))
 
     def int4(self, w: Const, spec: LinearSpec) -> QuantizedWeight:
         """Packed int4 per output channel of w [K, N]."""
@@ -145,7 +158,7 @@ class Quantizer:
 
         def make() -> QuantizedWeight:
             results = [((n, k // 2), INT8), ((n,), FLOAT32)]
-            return self._promise(w, lambda b: numbers.int4_per_channel(b, spec.rounding), results)
+            return QuantizedWeight(*self._promise(w, lambda b: numbers.int4_per_channel(b, spec.rounding), results))
 
         return self._cached((_view_of(w), "int4", spec.rounding), make)
 
@@ -157,7 +170,10 @@ class Quantizer:
 
         def make() -> QuantizedWeight:
             results = [((n, k // 2), INT8), (per_group, FLOAT32), *([(per_group, INT8)] if spec.zero_point else [])]
-            return self._promise(w, lambda b: numbers.int4_groupwise(b, group, spec.rounding, spec.zero_point), results)
+            groups = self._promise(
+                w, lambda b: numbers.int4_groupwise(b, group, spec.rounding, spec.zero_point), results
+            )
+            return QuantizedWeight(*groups)
 
         return self._cached((_view_of(w), "groups", group, spec.rounding, spec.zero_point), make)
 
@@ -168,20 +184,19 @@ class Quantizer:
         return self._weights[key]
 
     def _promise(
-        self, w: Const, fn: Callable[[Any], tuple[Any, ...]], results: Sequence[tuple[tuple[int, ...], Any]]
-    ) -> QuantizedWeight:
-        """`fn` over blocks [n, K] of the output channels of w [K, N]."""
+        self,
+        w: Const,
+        fn: Callable[[Any], tuple[Any, ...]],
+        results: Sequence[tuple[tuple[int, ...], Any]],
+        needs: Sequence[Lazy] = (),
+    ) -> tuple[Lazy, ...]:
+        """The results of `fn` over blocks [n, K] of the output channels of w [K, N]."""
 
         def quantize(block: Any) -> tuple[Any, ...]:
-            try:
+            with naming(w):
                 return fn(block)
-            except numbers.NonFinite as error:
-                raise QpassError(
-                    f"weight '{w.origin}' holds NaN or infinite values; repair it, or exclude its Linear in the spec"
-                ) from error
 
-        made = Blockwise(w.array.T, quantize, results, w.origin).results
-        return QuantizedWeight(made[0], made[1], made[2] if len(made) > 2 else None)
+        return Blockwise(w.array.T, quantize, results, w.origin, needs).results
 
     # -- activations
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from qpass.calibrate import ActivationStats
 from qpass.graph import Const
 from qpass.quantize import smoothing
+from qpass.quantize.weight import amax as largest
+from qpass.rules.weights import blocks, naming
 from qpass.spec import LinearSpec
 
 Array = NDArray[Any]
@@ -21,9 +23,6 @@ GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 CHANNELS = 256
 """Output channels of each weight that the error is measured on: enough to rank candidates, cheap for any model."""
-
-BLOCK = 1 << 22
-"""Elements of a weight read at a time."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,9 @@ def _ranges(stats: ActivationStats, smoother: Array | None, spec: LinearSpec) ->
 
 
 def channel_amax(w: Const) -> Array:
-    """max |w| of each input channel of a weight [K, N], float32 [K]; streams the weight once."""
-    k, n = w.shape
-    step = max(1, BLOCK // max(n, 1))
-    parts = [np.abs(w.array.rows(i, min(i + step, k)).astype(np.float32)).max(axis=1) for i in range(0, k, step)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    """max |w| of each input channel of a weight [K, N], float32 [K]."""
+    with naming(w):
+        return np.asarray(np.max([largest(b, axis=0) for b in blocks(w)], axis=0, initial=0))
 
 
 def _some_channels(w: Const) -> Array:
