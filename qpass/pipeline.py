@@ -87,6 +87,7 @@ def rewrite(
         stats.check(path)
 
     bytes_before = loaded.weight_bytes
+    already = sum(n.domain == DOMAIN for n in loaded.nodes())
     early = [r for r in rules if not _over_lifted(r)]
     late = [r for r in rules if _over_lifted(r)]
     lifted = Lifted(loaded, early)
@@ -100,6 +101,8 @@ def rewrite(
     ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
     ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
     done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, quantizer.remarks())
+    if already:
+        done.remarks.append(f"{already} nodes are qpass's already and stay as they are")
     if not dry_run:
         sidecars = {ledger_path: ledger.to_json().encode()}
         done.saved = loaded.save(output, sidecars=sidecars, progress=progress, max_memory=max_memory)

@@ -108,6 +108,13 @@ class TestRewrite:
         for name in ("out.onnx", "out.ledger.json"):
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
+    def test_rewritten_again_it_stays_and_says_so(self, run: Run, tiny: Path, tmp_path: Path) -> None:
+        once, twice = tmp_path / "once.onnx", tmp_path / "twice.onnx"
+        assert run("rewrite", tiny, "-o", once).code == 0
+        r = run("rewrite", once, "-o", twice)
+        assert "2 nodes are qpass's already and stay as they are" in r.out
+        assert onnx.load(once) == onnx.load(twice)
+
     def test_input_is_only_read(self, run: Run, tiny: Path) -> None:
         before = tiny.read_bytes(), tiny.stat().st_mtime_ns
         assert run("rewrite", tiny).code == 0
