@@ -1,28 +1,26 @@
 """The rule language and the machine that applies it.
 
-`pattern.py` declares, `view.py` is the graph as patterns see it, `match.py` matches, `inputs.py` compares attributes,
-`miss.py` tells why not, `rule.py` emits, `apply.py` runs rules, `edit.py` changes the graph, `ledger.py` accounts.
+`pattern.py` and `domains.py` declare, `view.py` is the graph as patterns see it, `match.py`, `fanout.py` and
+`inputs.py` match, `miss.py` tells why not, `rule.py` emits, `apply.py` runs rules, `edit.py` changes the graph,
+`ledger.py` accounts.
 """
 
 from qpass.rewriter.apply import Event, Outcome, Rewriter, RuleStats, Stage
+from qpass.rewriter.domains import Domain, ir, op
 from qpass.rewriter.edit import Pool
 from qpass.rewriter.ledger import Ledger, Site, Weight
+from qpass.rewriter.location import Location, PatternError
 from qpass.rewriter.match import match
 from qpass.rewriter.miss import Kind, Miss
 from qpass.rewriter.pattern import (
     FLOAT,
     LAST,
     LIFTED,
-    Domain,
-    Location,
     Pattern,
-    PatternError,
     attr,
     cast,
     const,
     every,
-    ir,
-    op,
     others,
     scalar,
     uses,

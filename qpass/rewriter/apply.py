@@ -14,9 +14,10 @@ from qpass.errors import QpassError
 from qpass.graph import Const, Model, Node, Value
 from qpass.rewriter.deduce import deduce_dtypes, deduce_shapes
 from qpass.rewriter.edit import Editor, Pool, take_over
+from qpass.rewriter.location import Location, PatternError
 from qpass.rewriter.match import Search
 from qpass.rewriter.miss import Kind, Miss
-from qpass.rewriter.pattern import LIFTED, Location, Pattern, PatternError
+from qpass.rewriter.pattern import LIFTED, Pattern
 from qpass.rewriter.rule import Decline, Emit, Rule
 from qpass.rewriter.view import View, domain_of, producer
 

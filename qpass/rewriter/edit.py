@@ -8,7 +8,8 @@ from typing import Any
 
 from qpass.graph import Const, Lazy, Model, Node, Value
 from qpass.graph.order import sort_nodes
-from qpass.rewriter.pattern import LIFTED, Location
+from qpass.rewriter.location import Location
+from qpass.rewriter.pattern import LIFTED
 from qpass.rewriter.rule import Decline, Draft
 from qpass.rewriter.view import View, producer, reads_shape
 

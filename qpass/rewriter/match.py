@@ -9,21 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qpass.graph import Const, Node, Value
+from qpass.rewriter.fanout import fan_out
 from qpass.rewriter.inputs import arguments
+from qpass.rewriter.location import PatternError
 from qpass.rewriter.miss import Kind, Miss
-from qpass.rewriter.pattern import (
-    COMMUTATIVE,
-    MAY_BE_NOOP,
-    Alt,
-    Literal,
-    MaybeCast,
-    Op,
-    Pat,
-    Pattern,
-    PatternError,
-    Uses,
-    Var,
-)
+from qpass.rewriter.pattern import COMMUTATIVE, MAY_BE_NOOP, Alt, Literal, MaybeCast, Op, Pat, Pattern, Var
 from qpass.rewriter.view import MOVES_ONLY, View, describe, domain_of, producer
 
 STEP_BUDGET = 20_000
@@ -323,9 +313,9 @@ class Search:
         return len(seen.shape) if isinstance(seen, Const) else 0
 
     def _leaks(self, root: Value) -> bool:
-        """Whether an interior value is needed outside the match; views are kept for others and leak nothing."""
+        """Whether an interior value is needed outside the match; a view of what goes in is kept for others."""
         for node, p in (*self.used.items(), *self.aside.items()):
-            if node.op in MOVES_ONLY and not domain_of(node):
+            if not self._computes(node):
                 continue
             for out in node.outputs:
                 if out is root:
@@ -336,6 +326,13 @@ class Search:
                     self._fail(p, lambda out=out, by=by: f"'{out.name}' is also used by {by}", (), Kind.LEAK)  # type: ignore[misc]
                     return True
         return False
+
+    def _computes(self, node: Node) -> bool:
+        """Whether to keep a node would be to keep more than moves of what comes into the match."""
+        if node.op not in MOVES_ONLY or domain_of(node):
+            return True
+        makers = (producer(v) for v in node.inputs)
+        return any(n is not None and (n in self.used or n in self.aside) and self._computes(n) for n in makers)
 
     def _holds(self, node: Node) -> bool:
         """Whether a node is of the match, or a no-op within it."""
@@ -351,55 +348,11 @@ class Search:
 
     def _fan_out(self) -> bool:
         """Fill the `uses`, `every` and `others` fields; those of an absent part are empty."""
-        self.fanout.clear()
-        claimed: dict[Pat, set[Node]] = {}
-        for field, u in self.pattern.fanouts.items():
-            if u.kind == "others":
-                continue
-            element = self.pattern.elements[field]
-            found, rest = self._matched_uses(u, element)
-            if rest is not None and u.kind == "every":
-                what = f"every use must be a {element.__name__}, but {rest} is not"
-                return self._fail(u.of, lambda what=what: what, (), Kind.FANOUT)  # type: ignore[misc]
-            self.fanout[field] = found
-            claimed.setdefault(u.of, set()).update(n for m in found for n in m.nodes)
-        for field, u in self.pattern.fanouts.items():
-            if u.kind == "others":
-                mine, value = claimed.get(u.of, set()), self.bound.get(u.of)
-                self.fanout[field] = value is not None and (
-                    self.view.is_output(value) or any(n not in mine for n, _ in self.view.uses(value))
-                )
+        found = fan_out(self.pattern, self.bound, self.view, lambda p, n: Search(p, n, self.view).run())
+        if isinstance(found, tuple):
+            return self._fail(found[0], lambda: found[1], (), Kind.FANOUT)
+        self.fanout = found
         return True
-
-    def _matched_uses(self, u: Uses, element: type[Pattern]) -> tuple[list[Pattern], str | None]:
-        """The uses of a value that match, and the first that does not, in words."""
-        value = self.bound.get(u.of)
-        if value is None:
-            return [], None
-        rest = "a graph output" if self.view.is_output(value) else None
-        found: list[Pattern] = []
-        for user, taken in self.view.uses(value):
-            if any(user in f.nodes for f in found):
-                continue
-            m = self._match_around(user, taken, element)
-            if m is not None:
-                found.append(m)
-            elif rest is None:
-                rest = f"{user.op} '{user.name or user.outputs[0].name}'"
-        return found, rest
-
-    def _match_around(self, user: Node, taken: Value, element: type[Pattern]) -> Pattern | None:
-        """The largest match of `element` that holds `user` and captures `taken`; its root may lie further down."""
-        best, at = None, user
-        values = [k for k, p in element.captures.items() if isinstance(p, Var) and p.kind == "value"]
-        for _ in range(element.largest):
-            m = Search(element, at, self.view).run()
-            if m is not None and user in m.nodes and any(getattr(m, k) is taken for k in values):
-                best = m
-            if len(at.outputs[0].outputs) != 1:
-                break
-            at = at.outputs[0].outputs[0]
-        return best
 
     def _instance(self) -> Pattern:
         m = self.pattern.__new__(self.pattern)

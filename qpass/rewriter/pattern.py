@@ -13,19 +13,16 @@ different nodes. Matching itself is in `match.py`; this module only declares.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import os
 import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-import onnx
+from qpass.rewriter.location import Location, PatternError, caller
 
 if TYPE_CHECKING:
     from qpass.graph import Node, Value
@@ -37,31 +34,6 @@ COMMUTATIVE = frozenset({"Add", "Mul", "Max", "Min", "And", "Or", "Xor", "Equal"
 
 MAY_BE_NOOP = frozenset({"Cast", "Dropout", "Expand", "Identity", "Slice"})
 """Ops that the matcher looks through where they change nothing, unless a pattern asks for them."""
-
-_HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where in a rule file something was declared."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{os.path.basename(self.file)}:{self.line}"
-
-
-def caller() -> Location:
-    """The first frame outside this package: the line of the rule file that is being executed."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and Path(frame.f_code.co_filename).parent == _HERE:
-        frame = frame.f_back
-    return Location(frame.f_code.co_filename, frame.f_lineno)
-
-
-class PatternError(Exception):
-    """A pattern or rule that is wrong in itself; the message carries file and line."""
 
 
 class Pat:
@@ -261,45 +233,6 @@ def every(value: Any) -> Any:
 def others(value: Any) -> Any:
     """Field `rest: bool = others(y)`: whether anything but the matched uses and Shape nodes needs y."""
     return Uses(_lift(value), "others", caller())
-
-
-class Domain:
-    """`Domain("com.microsoft").SkipLayerNormalization(x, skip, g)` builds patterns over another operator domain."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, type_: str) -> Callable[..., Any]:
-        if type_.startswith("_"):
-            raise AttributeError(type_)
-        self._check(type_)
-
-        def build(*args: object, **keywords: object) -> Any:
-            return Op(type_, args, keywords, self._name)
-
-        return build
-
-    def _check(self, type_: str) -> None:
-        """PatternError where the domain cannot have this operator; a domain nobody declared can have any."""
-
-
-class Standard(Domain):
-    """The ONNX domain, whose operators are known."""
-
-    def _check(self, type_: str) -> None:
-        if not onnx.defs.has(type_):
-            near = difflib.get_close_matches(type_, {s.name for s in onnx.defs.get_all_schemas()}, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise PatternError(
-                f"{caller()}: ONNX has no operator '{type_}'{hint} (Domain(\"\").{type_} takes any name)"
-            )
-
-
-op = Standard("")
-"""Nodes of the standard ONNX domain: `op.MatMul(x, w)`."""
-
-ir = Domain(LIFTED)
-"""Lifted nodes: `ir.Linear(x, w, b)`, `ir.Norm(x, gamma, beta, kind=…, epsilon=…)`."""
 
 
 class Pattern:

@@ -13,7 +13,8 @@ import numpy as np
 
 from qpass.graph import Const, Given, Lazy, Node, Value
 from qpass.ops import DOMAIN, REGISTRY
-from qpass.rewriter.pattern import LIFTED, Location, Pattern, PatternError, caller, roots
+from qpass.rewriter.location import Location, PatternError, caller
+from qpass.rewriter.pattern import LIFTED, Pattern, roots
 
 M = TypeVar("M", bound=Pattern)
 C = TypeVar("C")

@@ -299,6 +299,21 @@ class TestFeeding:
         assert [n.op_type for n in result.graph.node] == ["LayernormQuantization", "SmoothQuantGemm", "SmoothQuantGemm"]
         assert error(proto, result) < 0.03
 
+    def test_a_cast_that_others_read_is_not_swallowed(self) -> None:
+        """Else the norm would be computed twice, and be two sites."""
+        g = Graph()
+        h = g.op("LayerNormalization", g.input("x", ["B", 3, K]), g.gain(K))
+        c = g.op("Cast", h, to=HALF)
+        g.op("Relu", c, out="a")
+        g.op("MatMul", g.op("Cast", c, to=FULL), g.weight(K, 6), out="b")
+        g.op("MatMul", c, g.weight(K, 6, dtype=np.float16), out="c")
+        proto = g.model("a", "b", "c")
+        done, result = run(proto, "w8a8")
+        assert [s.nodes for s in done.ledger.of("norm")] == [["n_layernormalization_2", "n_cast_3"]]
+        assert sum(n.op_type == "LayernormQuantization" for n in result.graph.node) == 1
+        assert "LayerNormalization" not in [n.op_type for n in result.graph.node]
+        assert error(proto, result) < 0.03
+
     def test_a_swallowed_cast_is_written_where_the_result_is_needed(self) -> None:
         g = Graph()
         y = g.op("Cast", write(g, g.input("x", ["B", 3, K]), Spelling()), to=HALF, out="h")
