@@ -160,7 +160,8 @@ class Rewriter:
     def _replace(self, r: Rule[Any, Any], m: Pattern, emit: Emit, result: Any) -> Event:
         mapping = _mapping(r, m, result)
         replaced = {old: self._computes(r, old) for old in mapping}
-        self._check_orphans(r, replaced)
+        held = [*m.nodes, *(n for f in m.fanouts for sub in _listed(getattr(m, f)) for n in sub.nodes)]
+        self._check_orphans(r, replaced, set(held))
         drafts = take_over(emit.drafts, mapping, m.root)
         first = min(self.position[n] for n in replaced.values())
         self.edit.refuse_cycle(drafts, first, r.location)
@@ -184,7 +185,6 @@ class Rewriter:
         for old, like in emit.shape_of.items():
             self.edit.read_shape_of(like, old)
             self.edit.bury_unused([old])
-        held = [*m.nodes, *(n for f in m.fanouts for sub in _listed(getattr(m, f)) for n in sub.nodes)]
         claimed = tuple(n for n in dict.fromkeys(held) if n not in self.position)
         return Event(r, m, "rewritten", claimed=claimed, new=tuple(new), notes=dict(emit.notes))
 
@@ -194,11 +194,11 @@ class Rewriter:
             raise PatternError(f"{r.location}: {r.name} replaces '{old.name}', which no node of this graph computes")
         return node
 
-    def _check_orphans(self, r: Rule[Any, Any], replaced: Mapping[Value, Node]) -> None:
+    def _check_orphans(self, r: Rule[Any, Any], replaced: Mapping[Value, Node], held: set[Node]) -> None:
         """A node goes with all its outputs: none that is needed may be left without a producer."""
-        for node in set(replaced.values()):
+        for node in dict.fromkeys(replaced.values()):
             for out in node.outputs:
-                if out not in replaced and (out.outputs or self.view.is_output(out)):
+                if out not in replaced and (not held.issuperset(out.outputs) or self.view.is_output(out)):
                     raise PatternError(
                         f"{r.location}: {r.name} replaces an output of {node.op} '{self.edit.label(node)}', but not "
                         f"its output '{out.name}', which is needed; replace both"

@@ -96,8 +96,14 @@ class Editor:
 
     def read_shape_of(self, like: Value, old: Value) -> None:
         """What reads but the shape of `old`, itself or behind a view of its rows, reads `like` instead."""
-        for user in [u for u in old.outputs if reads_shape(u) or self.view.keeps_rows(u)]:
+        for user in [u for u in old.outputs if self._wants_shape(u)]:
             user.inputs[0] = like
+
+    def _wants_shape(self, node: Node) -> bool:
+        if reads_shape(node):
+            return True
+        out = node.outputs[0]
+        return self.view.keeps_rows(node) and not self.view.is_output(out) and all(map(self._wants_shape, out.outputs))
 
     def settle(self) -> None:
         """Write the node order back: replaced nodes in their place, new ones where their root was, then sorted."""

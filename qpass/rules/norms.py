@@ -144,7 +144,7 @@ def _lifted(
     k = _width(x, w or beta)
     need(k is not None, "the width of the norm is not known: its input's last dim is not, and it has no weight")
     if w is None:
-        gamma = Const(f"{new.label(m.root)}.gamma", Given(np.ones(k or 0, np.float32)))
+        gamma = new.constant(Given(np.ones(k or 0, np.float32)), f"{new.label(m.root)}.gamma")
     else:
         gamma = w if one is None else derived(w, w.array.astype(np.float32) + one)
     return new.lifted("Norm", _in_dtype(x, m.y), gamma, beta, like=m.y, kind=kind, epsilon=epsilon)
@@ -173,10 +173,7 @@ def _in_dtype(x: Value, y: Value) -> Value:
     return v if v is not None and v.dtype in FLOATS else x
 
 
-LIFT_NORMS = (
-    lift_layer_norm,
-    lift_rms_norm,
-    lift_spelt_layer_norm,
-    lift_folded_layer_norm,
-    lift_spelt_rms_norm,
-)
+SPELT_NORMS = (lift_spelt_layer_norm, lift_folded_layer_norm, lift_spelt_rms_norm)
+"""The rules over norms that are written out."""
+
+LIFT_NORMS = (lift_layer_norm, lift_rms_norm, *SPELT_NORMS)

@@ -12,13 +12,12 @@ import numpy as np
 from qpass.filters import SiteNames
 from qpass.graph import Const, Node
 from qpass.ops import DOMAIN
-from qpass.rewriter import LIFTED, Kind, Miss, Outcome, Rewriter, Site, Weight
+from qpass.rewriter import LIFTED, Kind, Outcome, Rewriter, Site, Weight
 from qpass.rewriter.view import producer
 from qpass.rules.functions import Functions
 from qpass.rules.tied import Embeddings
-from qpass.rules.unlifted import Reasons, kind_of
+from qpass.rules.unlifted import Reasons, kind_of, nearly_norms
 
-_MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
 
 
@@ -116,7 +115,7 @@ class Survey:
 
     def _spelt_norms(self, prefix: str, r: Rewriter, outcome: Outcome, held: set[Node]) -> Iterator[Found]:
         """Norms written out in a form that nearly is one that qpass knows: the nearest miss of each."""
-        near = [m for m in outcome.misses if m.rule.startswith("lift_spelt") and m.root in r.before and _telling(m)]
+        near = [m for m in nearly_norms(outcome.misses) if m.root in r.before]
         for m in sorted(near, key=lambda m: (-len(m.nodes), r.before[m.root])):
             nodes = [n for n in m.nodes if n in r.before]
             if held.isdisjoint(nodes):
@@ -164,12 +163,6 @@ def _weight(c: Const | None) -> Weight | None:
         return None
     root = c.root if isinstance(c.root, Const) else c
     return Weight(c.origin, list(root.shape), str(root.dtype), root.array.nbytes, root.array.nbytes)
-
-
-def _telling(m: Miss) -> bool:
-    """Whether a miss is of a norm: a root and a mean were in sight, and the stop is no mere other op."""
-    seen = {*(n.op for n in m.nodes), m.op}
-    return m.kind is not Kind.OP and not _MEANS.isdisjoint(seen) and not _ROOTS.isdisjoint(seen)
 
 
 def _heirs(graphs: Iterable[Rewriter], outcome: Outcome) -> dict[Node, list[Node]]:

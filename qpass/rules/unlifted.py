@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qpass.graph import Node, Value
-from qpass.rewriter import Miss, Outcome, Rewriter
+from qpass.rewriter import Kind, Miss, Outcome, Rewriter
 from qpass.rewriter.edit import first_output
 from qpass.rewriter.view import View, domain_of, producer
+from qpass.rules.norms import SPELT_NORMS
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
 NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
@@ -30,6 +31,22 @@ def kind_of(node: Node) -> str | None:
     if domain:
         return None
     return "linear" if node.op in WEIGHTED else "norm" if node.op in NORMS else None
+
+
+_MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
+
+
+def nearly_norms(misses: Iterable[Miss]) -> list[Miss]:
+    """Of all misses those of a norm written out: a root and a mean were in sight, and no mere other op stopped it."""
+    names = {r.name for r in SPELT_NORMS}
+    return [
+        m
+        for m in misses
+        if m.rule in names
+        and m.kind is not Kind.OP
+        and not _MEANS.isdisjoint(seen := {*(n.op for n in m.nodes), m.op})
+        and not _ROOTS.isdisjoint(seen)
+    ]
 
 
 class Reasons:
@@ -70,10 +87,10 @@ class Reasons:
         left, right = node.inputs[0], node.inputs[1]
         a, b = view.constant(left), view.constant(right)
         if b is not None:
-            miss = self._nearest.get(node)
-            if len(b.shape) != 2 and not (len(b.shape) > 2 and b.array.size == b.shape[-1] * b.shape[-2]):
+            if len(b.shape) < 2 or b.array.size != b.shape[-2] * b.shape[-1]:
                 dims = "1 dim" if len(b.shape) == 1 else f"{len(b.shape)} dims"
                 return f"the constant '{b.origin}' has {dims}, {list(b.shape)}; a Linear's weight has two"
+            miss = self._nearest.get(node)
             if node.op == "Gemm" and node.attrs.get("transA"):
                 return "transA is set: the rows of the input are its columns"
             return miss.why if miss is not None else f"no pattern takes its weight, {list(b.shape)}"

@@ -335,6 +335,23 @@ class TestRules:
         with pytest.raises(PatternError, match="forever emits Relu, which roots forever of the same stage"):
             run(forever, "g (float[B, 8] x) => (float[B, 8] r) { r = Relu(x) }", tmp_path)
 
+    def test_a_shape_is_read_elsewhere_only_where_nothing_else_is(self, tmp_path: Path) -> None:
+        @rule
+        def move(m: Fanout, new: Emit, cfg: object) -> dict[Value, Value]:
+            new.same_shape(m.y, m.x)
+            return {h.y: new.onnx("Gemm", m.x, h.w, h.b) for h in m.heads}
+
+        text = """g (float[B, 8] x) => (float[B, 4] p, int64[2] s, float[B, 8] z) <float[8, 4] w> {
+            r = Relu(x)
+            p = MatMul(r, w)
+            a = Identity(r)
+            s = Shape(a)
+            b = Identity(r)
+            z = Exp(b) }"""
+        m, _ = run(move, text, tmp_path)
+        reads = {n.outputs[0].name: n.inputs[0].name for n in m.graph.nodes}
+        assert reads == {"r": "x", "p": "x", "a": "x", "s": "a", "b": "r", "z": "b"}
+
     def test_a_cycle_is_declined(self, tmp_path: Path) -> None:
         class Two(Pattern):
             x: Value = val()

@@ -167,6 +167,18 @@ class TestSpellings:
         (norm,) = lifted(spelt(Spelling(kind=kind, weight="none", bias="none")))
         assert [np.asarray(c.load()).tolist() for c in norm.inputs[1:]] == [[1.0] * K]
 
+    @pytest.mark.parametrize("kind", ["layer", "rms"])
+    def test_the_ones_have_a_name_of_their_own(self, kind: str) -> None:
+        g = Graph()
+        h = write(g, g.input("x", ["B", 3, K]), Spelling(kind=kind, weight="none", bias="none"))
+        g.const(np.zeros((K, 6)), name=f"n_{h}.gamma")
+        g.op("MatMul", h, g.weight(K, 6), out="a")
+        g.op("MatMul", g.op("Relu", h), f"n_{h}.gamma", out="b")
+        proto = g.model("a", "b")
+        done, result = run(proto, "w8a8")
+        assert [s.fed_by is not None for s in done.ledger.of("linear")] == [True, False]
+        assert error(proto, result) < 0.03
+
     def test_without_weight_and_width_it_declines(self) -> None:
         done, _ = run(spelt(Spelling(kind="rms", weight="none"), dims=("B", 3, "H")), "w8a8")
         norm = site(done, "norm")
