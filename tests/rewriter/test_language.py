@@ -352,29 +352,66 @@ class TestRules:
         reads = {n.outputs[0].name: n.inputs[0].name for n in m.graph.nodes}
         assert reads == {"r": "x", "p": "x", "a": "x", "s": "a", "b": "r", "z": "b"}
 
-    def test_a_cycle_is_declined(self, tmp_path: Path) -> None:
-        class Two(Pattern):
+    @pytest.mark.parametrize("reads", ["p", "x"])
+    def test_a_cycle_is_declined(self, reads: str, tmp_path: Path) -> None:
+        """Siblings made one: where one of them reads what comes of the other, that node would read itself."""
+
+        class Sibling(Pattern):
+            r: Value = val()
+            z: Value = val()
+            y = op.Add(r, z)
+
+        class Siblings(Pattern):
             x: Value = val()
-            mid: Value = val()
-            first = op.Relu(x)
-            y = op.Add(first, mid)
+            y = op.Relu(x)
+            heads: list[Sibling] = every(y)
 
         @rule
-        def merge(m: Two, new: Emit, cfg: object) -> dict[Value, Value]:
-            both = new.onnx("Sum", m.x, m.mid)  # mid depends on first, so first cannot come from both
-            return {m.y: both, m.first: both}
+        def merge(m: Siblings, new: Emit, cfg: object) -> dict[Value, Value]:
+            both = new.onnx("Sum", m.y, *(h.z for h in m.heads))
+            return {h.y: both for h in m.heads}
 
-        text = """g (float[B] x) => (float[B] y) {
+        text = f"""g (float[B] x, float[B] u) => (float[B] q, float[B] e) {{
+            r = Relu(x)
+            p = Add(r, u)
+            e = Exp({reads})
+            q = Add(r, e) }}"""
+        m, outcome = run(merge, text.replace("e) {", "e, float[B] p) {"), tmp_path)
+        (event,) = outcome.events
+        if reads == "p":
+            assert (event.status, event.why) == ("declined", "the rewrite would make 'p' depend on itself")
+            assert [n.op for n in m.graph.nodes] == ["Relu", "Add", "Exp", "Add"]
+        else:
+            assert [n.op for n in m.graph.nodes] == ["Relu", "Exp", "Sum", "Identity"]
+
+    def test_new_nodes_stand_behind_what_they_read(self, tmp_path: Path) -> None:
+        """The first node of a match may be replaced by one that reads what is computed after it."""
+
+        class Two(Pattern):
+            x: Value = val()
+            late: Value = val()
+            first = op.Relu(x)
+            y = op.Add(first, late)
+
+        @rule
+        def swap(m: Two, new: Emit, cfg: object) -> dict[Value, Value]:
+            return {m.first: new.onnx("Mul", m.x, m.late), m.y: new.onnx("Neg", m.first)}
+
+        text = """g (float[B] x) => (float[B] y, float[B] z) {
             a = Relu(x)
-            b = Exp(a)
-            y = Add(a, b) }"""
-
-        class Loose(Two):
-            pass
-
-        m, outcome = run(merge, text, tmp_path)
-        assert [n.op for n in m.graph.nodes] == ["Relu", "Exp", "Add"]
-        assert not [e for e in outcome.events if e.status == "rewritten"]
+            c = Relu(x)
+            b = Exp(x)
+            d = Exp(b)
+            y = Add(a, b)
+            z = Add(c, d) }"""
+        m, outcome = run(swap, text, tmp_path)
+        assert [e.status for e in outcome.events] == ["rewritten", "rewritten"]
+        assert [n.op for n in m.graph.nodes] == ["Exp", "Mul", "Exp", "Mul", "Neg", "Neg"]
+        made = {v for n in m.graph.nodes for v in n.outputs}
+        seen = set(m.graph.inputs)
+        for n in m.graph.nodes:
+            assert seen.issuperset(v for v in n.inputs if v in made)
+            seen.update(n.outputs)
 
     def test_unannotated_rule(self) -> None:
         with pytest.raises(PatternError, match="annotate the first parameter of bad with a Pattern class"):
