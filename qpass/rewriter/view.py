@@ -106,13 +106,15 @@ class View:
         if node.op == "Dropout":  # outside of training
             mask_is_used = any(v.outputs or self.is_output(v) for v in node.outputs[1:])
             return not mask_is_used and self._all(node, 2, lambda training: not training)
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        same_shape = before is not None and before == after and None not in before
         if node.op == "Slice":
-            starts = self._all(node, 1, lambda start: start == 0)
-            steps = self._all(node, 4, lambda step: step == 1)
-            return starts and steps and self._all(node, 2, lambda end: end >= EVERYTHING)
+            all_of_it = self._all(node, 1, lambda start: start == 0) and self._all(
+                node, 2, lambda end: end >= EVERYTHING
+            )
+            return (same_shape or all_of_it) and self._all(node, 4, lambda step: step == 1)
         if node.op == "Expand":
-            before, after = node.inputs[0].shape, node.outputs[0].shape
-            return before is not None and before == after and None not in before
+            return same_shape
         return bool(node.op == "Identity")
 
     def _all(self, node: Node, index: int, holds: Callable[[Any], bool]) -> bool:

@@ -607,6 +607,8 @@ class TestViews:
             ("Slice(x, zero, all)", True),
             ("Slice(x, zero, all, zero, one)", True),
             ("Slice(x, zero, one)", False),
+            ("Slice(x, zero, eight, one)", True),
+            ("Slice(x, most, all, one, back)", False),
             ("Slice(x, one, all)", False),
             ("Expand(x, one)", True),
         ],
@@ -615,6 +617,7 @@ class TestViews:
         result = "float16[B, 8]" if "10" in node else "float[P, Q]" if "one)" in node and not noop else "float[B, 8]"
         text = f"""g (float[B, 8] x) => ({result} y)
             <float ratio = {{0.5}}, bool on = {{1}}, bool off = {{0}},
-             int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] all = {{9223372036854775807}}> {{ y = {node} }}"""
+             int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] all = {{9223372036854775807}},
+             int64[1] eight = {{8}}, int64[1] most = {{-1}}, int64[1] back = {{-1}}> {{ y = {node} }}"""
         m = load(model(HEAD + text), tmp_path)
         assert View(m, m.graph).is_noop(m.graph.nodes[0]) == noop
