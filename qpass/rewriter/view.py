@@ -112,7 +112,8 @@ class View:
             all_of_it = self._all(node, 1, lambda start: start == 0) and self._all(
                 node, 2, lambda end: end >= EVERYTHING
             )
-            return (same_shape or all_of_it) and self._all(node, 4, lambda step: step == 1)
+            fixed = same_shape and all(isinstance(d, int) for d in before or ())
+            return (fixed or all_of_it) and self._all(node, 4, lambda step: step == 1)
         if node.op == "Expand":
             return same_shape
         return bool(node.op == "Identity")
