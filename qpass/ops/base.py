@@ -105,6 +105,12 @@ OUTPUT_TYPE = Attribute(
 EPSILON = Attribute("epsilon", float, "added to the variance", default=1e-5)
 
 
+class Tensors(dict[str, Array]):
+    """The present inputs of an op by name, floats in float32; `t` is the dtype that its T has on the node."""
+
+    t: np.dtype[Any] | None = None
+
+
 class Op(ABC):
     """A plugin op. Subclasses declare it and give its meaning twice: as ONNX nodes and as NumPy."""
 
@@ -112,6 +118,8 @@ class Op(ABC):
     inputs: ClassVar[tuple[Input, ...]]
     outputs: ClassVar[tuple[Output, ...]]
     attributes: ClassVar[tuple[Attribute, ...]]
+    requires: ClassVar[Mapping[str, str]] = {}
+    """Optional tensor → the optional input without which it cannot be there."""
 
     @property
     def name(self) -> str:
@@ -122,7 +130,7 @@ class Op(ABC):
         """The present outputs, in order and in float32 where they are floats: `body` adds the Casts."""
 
     @abstractmethod
-    def compute(self, given: Mapping[str, Array], attrs: Mapping[str, Attr]) -> Sequence[Array]:
+    def compute(self, given: Tensors, attrs: Mapping[str, Attr]) -> Sequence[Array]:
         """The present outputs, in order, from the present inputs, floats in float32 on both sides."""
 
     def attributes_for(
@@ -144,6 +152,9 @@ class Op(ABC):
         missing = [i.name for i in self.inputs if not i.optional and i.name not in present_inputs]
         if missing:
             raise ValueError(f"{self.name} needs its input '{missing[0]}'")
+        for tensor, other in self.requires.items():
+            if tensor in {*present_inputs, *present_outputs} and other not in present_inputs:
+                raise ValueError(f"{self.name}: '{tensor}' wants the input '{other}' too")
         settled = self._settled(present_inputs, present_outputs)
         attrs: dict[str, Attr] = {}
         for name, attribute in declared.items():
@@ -195,7 +206,7 @@ class Op(ABC):
         unshaped = [None if d is None else (np.dtype(d), None) for d in input_dtypes]
         self.infer(unshaped, attrs)
         t = self._activation(unshaped, attrs)
-        b = Body([i.name for i in self.inputs if i.present(attrs)], attrs, opset)
+        b = Body([i.name for i in self.inputs if i.present(attrs)], attrs, opset, t)
         outputs = {}
         for output, value in zip((o for o in self.outputs if o.present(attrs)), self.build(b), strict=True):
             cast = output.kind in ("T", "output_type")
@@ -217,13 +228,18 @@ class Op(ABC):
             ValueError: as `infer`.
         """
         results = self.infer([None if x is None else (x.dtype, x.shape) for x in inputs], attrs)
-        given = {
-            i.name: x.astype(np.float32, copy=False) if i.kind in ("T", "output_type") else x
-            for i, x in self._present(inputs, attrs)
-        }
         with np.errstate(over="ignore"):  # float16 overflows to infinity, as everywhere
-            computed = self.compute(given, attrs)
+            computed = self.compute(self.tensors(inputs, attrs), attrs)
             return [y.astype(d, copy=False) for y, (d, _) in zip(computed, results, strict=True)]
+
+    def tensors(self, inputs: Sequence[Array | None], attrs: Mapping[str, Attr]) -> Tensors:
+        """The inputs of a node as `compute` wants them."""
+        given = Tensors(
+            (i.name, x.astype(np.float32, copy=False) if i.kind in ("T", "output_type") else x)
+            for i, x in self._present(inputs, attrs)
+        )
+        given.t = self._activation([None if x is None else (x.dtype, x.shape) for x in inputs], attrs)
+        return given
 
     def _known(self, what: str, names: Collection[str], declared: Collection[str]) -> None:
         unknown = sorted(set(names) - set(declared))

@@ -55,13 +55,21 @@ class Body:
         inputs: names of the inputs that are there; `body["x"]` is one, `body.get("bias")` one or None.
         attrs: the attributes of the op's node.
         opset: the model's version of the default domain.
+        t: the dtype of the node's T, None where it has none.
     """
 
-    def __init__(self, inputs: Sequence[str], attrs: Mapping[str, int | float | str], opset: int) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        attrs: Mapping[str, int | float | str],
+        opset: int,
+        t: np.dtype[Any] | None = None,
+    ) -> None:
         if not FIRST_OPSET <= opset <= onnx.defs.onnx_opset_version():
             raise ValueError(f"opset {opset} is not supported: {FIRST_OPSET} to {onnx.defs.onnx_opset_version()} are")
         self.attrs = attrs
         self.opset = opset
+        self.t = t
         self._inputs = {name: Value(self, name) for name in inputs}
         self._nodes: list[NodeProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
@@ -95,6 +103,13 @@ class Body:
     def float32(self, name: str) -> Value:
         """A floating-point input, computed with in float32."""
         return self.node("Cast", self[name], to=TensorProto.FLOAT)
+
+    def rounded(self, x: Value) -> Value:
+        """x as the node's T can hold it, in float32."""
+        if self.t is None or self.t == np.float32:
+            return x
+        narrow = self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(self.t))
+        return self.node("Cast", narrow, to=TensorProto.FLOAT)
 
     def from_int8(self, x: Value) -> Value:
         """Integers as floats of the same value.

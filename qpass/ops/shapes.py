@@ -1,7 +1,8 @@
 """Declared shapes: "... K", "N K/2", "N K/group_size"; real ones are checked by them, and outputs' found.
 
 A name stands for the same dim wherever it occurs in an op, `...` for the same leading dims. `K/2` and
-`K/group_size` are K divided by a number or by an attribute's value. `a | b` is either.
+`K/group_size` are K divided by a number or by an attribute's value. `a | b` is either. `~...` are leading dims that
+broadcast with `...`, as NumPy has it; `...` stands for the result from then on.
 """
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ class Unifier:
         return [choice.strip() for choice in declared.split("|")]
 
     def _unify(self, tokens: Sequence[str], shape: tuple[Dim, ...]) -> None:
-        rest = [t for t in tokens if t != "..."]
+        rest = [t for t in tokens if t not in ("...", "~...")]
         lead = len(shape) - len(rest)
-        if lead < 0 or (lead and "..." not in tokens):
+        if lead < 0 or (lead and len(rest) == len(tokens)):
             raise ShapeError(f"has shape {_text(shape)}, wants {self._wanted(tokens)}")
         try:
+            if "~..." in tokens and self._lead is not None:
+                self._lead = _broadcast(self._lead, shape[:lead])
             if "..." in tokens:
                 self._lead = shape[:lead] if self._lead is None else _merge(self._lead, shape[:lead])
             for token, dim in zip(rest, shape[lead:], strict=True):
@@ -107,7 +110,7 @@ class Unifier:
     def _wanted(self, tokens: Sequence[str]) -> str:
         names = dict.fromkeys(t.partition("/")[0] for t in tokens)
         facts = "".join(f", {n}={d}" for n in names if isinstance(d := self._dims.get(n), int))
-        lead = f", ...={_text(self._lead)}" if "..." in tokens and self._lead else ""
+        lead = f", ...={_text(self._lead)}" if {"...", "~..."}.intersection(tokens) and self._lead else ""
         return f"[{', '.join(tokens)}]{facts}{lead}"
 
 
@@ -126,6 +129,21 @@ def _merge(a: tuple[Dim, ...], b: tuple[Dim, ...]) -> tuple[Dim, ...]:
     if len(a) != len(b):
         raise _Clash
     return tuple(_meet(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _broadcast(a: tuple[Dim, ...], b: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    rank = max(len(a), len(b))
+    dims: list[Dim] = []
+    for x, y in zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True):
+        if x == y or y == 1:
+            dims.append(x)
+        elif x == 1:
+            dims.append(y)
+        elif isinstance(x, int) and isinstance(y, int):
+            raise _Clash
+        else:
+            dims.append(next((d for d in (x, y) if isinstance(d, int)), None))
+    return tuple(dims)
 
 
 def _text(shape: tuple[Dim, ...]) -> str:

@@ -40,6 +40,8 @@ class Event:
     """Every new node, with the matched node it was emitted for."""
     notes: Mapping[Node, str] = field(default_factory=dict)
     """What the rule remarked on a claimed node, for the ledger."""
+    respelt: bool = False
+    """Whether the new nodes only say the same in other words: they go back unless a later rule claims one of them."""
 
 
 @dataclass
@@ -64,8 +66,8 @@ class Outcome:
 class Rewriter:
     """Owns one graph while rules run on it.
 
-    Lifted nodes replace their originals in memory; `unlift` puts the originals of unclaimed ones back, the same
-    objects with the same protos, so that they are written as they came.
+    Lifted and respelt nodes replace their originals in memory; `unlift` puts the originals of unclaimed ones back, the
+    same objects with the same protos, so that they are written as they came.
 
     Args:
         graph: the model's graph, or one inside it.
@@ -82,7 +84,7 @@ class Rewriter:
         self.labels = self.edit.labels
         self.view.inside = self.position
         self.before: dict[Node, int] = {n: i for i, n in enumerate(graph.nodes)}
-        self.originals: dict[Node, Node] = {}  # lifted node → the node whose output it took over
+        self._respelt: list[tuple[list[Node], list[Node]]] = []  # new nodes, and the nodes whose outputs they took over
         self.consts: dict[Node, tuple[Const, ...]] = {}  # lifted node → the constants its match captured
         self.stands_for: dict[Node, tuple[Node, ...]] = {}  # lifted node → the nodes its match held
         deduce_dtypes(graph.nodes, self.view)
@@ -109,11 +111,14 @@ class Rewriter:
         self.edit.settle()
 
     def unlift(self) -> None:
-        """Put back the originals of every lifted node that no rule claimed."""
-        while lifted := [n for n in self.position if n.domain == LIFTED]:
-            for node in lifted:
-                self.edit.detach(node)
-                self.edit.restore(self.originals[node])
+        """Put back what was lifted or respelt and no rule claimed a part of, the last first."""
+        for new, replaced in reversed(self._respelt):
+            if all(n in self.position for n in new):
+                for n in new:
+                    self.edit.detach(n)
+                for n in replaced:
+                    self.edit.restore(n)
+        self._respelt.clear()
         self.edit.settle()
 
     def _is_open(self, miss: Miss) -> bool:
@@ -175,18 +180,20 @@ class Rewriter:
         for d in drafts:
             root = anchor.get(id(d))
             node = self.edit.add(d, places[root] if root is not None else first)
-            if d.domain == LIFTED and root is not None:
-                self.originals[node] = root
+            if d.domain == LIFTED:
                 self.stands_for[node] = m.nodes
                 self.consts[node] = tuple(c for k in m.captures if isinstance(c := getattr(m, k), Const))
             new.append((node, d.site))
+        respelt = r.respells or any(n.domain == LIFTED for n, _ in new)
+        if respelt:
+            self._respelt.append(([n for n, _ in new], list(places)))
         deduce_dtypes([n for n, _ in new], self.view)
         self.edit.bury_unused(feeding)
         for old, like in emit.shape_of.items():
             self.edit.read_shape_of(like, old)
             self.edit.bury_unused([old])
         claimed = tuple(n for n in dict.fromkeys(held) if n not in self.position)
-        return Event(r, m, "rewritten", claimed=claimed, new=tuple(new), notes=dict(emit.notes))
+        return Event(r, m, "rewritten", claimed=claimed, new=tuple(new), notes=dict(emit.notes), respelt=respelt)
 
     def _computes(self, r: Rule[Any, Any], old: Value) -> Node:
         node = producer(old)

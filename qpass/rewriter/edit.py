@@ -57,7 +57,7 @@ class Editor:
         origin = self.label(d.site)
         name = origin if d.domain == LIFTED else self.model.unique(f"{origin}.{d.op}")
         for k, v in enumerate(d.outputs):
-            if not v.name:
+            if not v.name and v not in d.absent:
                 v.name = self.model.unique(f"{name}_output_{k}")
         node = Node(d.op, name=name, attrs=d.attrs, inputs=d.inputs, outputs=d.outputs, domain=d.domain)
         self._serial += 1

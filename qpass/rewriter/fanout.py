@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from qpass.graph import Node, Value
@@ -13,12 +13,13 @@ Match = Callable[[type[Pattern], Node], Pattern | None]
 
 
 def fan_out(
-    pattern: type[Pattern], bound: Mapping[Pat, Any], view: View, match: Match
+    pattern: type[Pattern], bound: Mapping[Pat, Any], held: Set[Node], view: View, match: Match
 ) -> dict[str, Any] | tuple[Pat, str]:
     """The fields by name, or the value that has a use which no sub-match covers, and that use in words.
 
     Args:
         bound: expression → the graph value that it stands for; a part that is absent has no uses.
+        held: the nodes of the match, which are no others.
         match: finds a sub-match whose root is a given node.
     """
     fields: dict[str, Any] = {}
@@ -33,7 +34,7 @@ def fan_out(
             claimed.setdefault(u.of, set()).update(n for m in found for n in m.nodes)
     for name, u in pattern.fanouts.items():
         if u.kind == "others":
-            mine, value = claimed.get(u.of, set()), bound.get(u.of)
+            mine, value = held | claimed.get(u.of, set()), bound.get(u.of)
             fields[name] = value is not None and (
                 view.is_output(value) or any(n not in mine for n, _ in view.uses(value))
             )

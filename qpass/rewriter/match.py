@@ -217,6 +217,8 @@ class Search:
             return self._fail(
                 p, lambda: f"{node.op} '{node.name}' is already matched as {self.used[node].label()}", goals, Kind.OP
             )
+        if source is not node.outputs[0]:
+            return self._fail(p, lambda: f"'{source.name}' is not the first output of {node.op} '{node.name}'", goals)
         found = arguments(p, node, self.view, self.bound)
         if isinstance(found, str):
             return self._fail(p, lambda: found, goals)
@@ -313,12 +315,17 @@ class Search:
         return len(seen.shape) if isinstance(seen, Const) else 0
 
     def _leaks(self, root: Value) -> bool:
-        """Whether an interior value is needed outside the match; a view of what goes in is kept for others."""
+        """Whether an interior value is needed outside the match; a view of what goes in is kept for others.
+
+        What the pattern asks about is none of these: `others` of a value, and outputs that it names.
+        """
+        told = {self.bound.get(u.of) for u in self.pattern.fanouts.values() if u.kind == "others"}
+        told.update(self._other_outputs().values())
         for node, p in (*self.used.items(), *self.aside.items()):
             if not self._computes(node):
                 continue
             for out in node.outputs:
-                if out is root:
+                if out is root or out in told:
                     continue
                 user = next((u for u in out.outputs if not self._holds(u)), None)
                 if user is not None or self.view.is_output(out):
@@ -348,17 +355,28 @@ class Search:
 
     def _fan_out(self) -> bool:
         """Fill the `uses`, `every` and `others` fields; those of an absent part are empty."""
-        found = fan_out(self.pattern, self.bound, self.view, lambda p, n: Search(p, n, self.view).run())
+        held = {*self.used, *self.aside}
+        found = fan_out(self.pattern, self.bound, held, self.view, lambda p, n: Search(p, n, self.view).run())
         if isinstance(found, tuple):
             return self._fail(found[0], lambda: found[1], (), Kind.FANOUT)
         self.fanout = found
         return True
 
+    def _other_outputs(self) -> dict[str, Value | None]:
+        """The further outputs that the pattern names, those that are needed."""
+        found: dict[str, Value | None] = {}
+        for name, other in self.pattern.other_outputs.items():
+            node = producer(self.bound[other.of]) if other.of in self.bound else None
+            out = node.outputs[other.index] if node is not None and other.index < len(node.outputs) else None
+            needed = out is not None and (out.outputs or self.view.is_output(out))
+            found[name] = out if needed else None
+        return found
+
     def _instance(self) -> Pattern:
         m = self.pattern.__new__(self.pattern)
         for name, p in self.pattern.captures.items():
             setattr(m, name, self.captured.get(p, self.bound.get(p)))
-        for name, value in self.fanout.items():
+        for name, value in (*self.fanout.items(), *self._other_outputs().items()):
             setattr(m, name, value)
         m.y = self.root.outputs[0]
         m.root = self.root

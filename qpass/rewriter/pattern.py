@@ -165,6 +165,15 @@ class Uses:
     at: Location
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class OtherOutput:
+    """A further output of the node that gives one of a pattern's values."""
+
+    of: Pat
+    index: int
+    at: Location
+
+
 class _Marker:
     """A named constant of the language, such as LAST."""
 
@@ -231,8 +240,16 @@ def every(value: Any) -> Any:
 
 
 def others(value: Any) -> Any:
-    """Field `rest: bool = others(y)`: whether anything but the matched uses and Shape nodes needs y."""
+    """Field `rest: bool = others(y)`: whether anything but the match and its uses, and Shape nodes, needs y.
+
+    An interior value that a pattern asks this of may be needed elsewhere: the rule makes it anew, or leaves it alone.
+    """
     return Uses(_lift(value), "others", caller())
+
+
+def output(value: Any, index: int) -> Any:
+    """Field `total: Value | None = output(y, 3)`: that output of y's node; None where nothing needs it."""
+    return OtherOutput(_lift(value), index, caller())
 
 
 class Pattern:
@@ -252,6 +269,7 @@ class Pattern:
 
     captures: ClassVar[dict[str, Pat]] = {}
     fanouts: ClassVar[dict[str, Uses]] = {}
+    other_outputs: ClassVar[dict[str, OtherOutput]] = {}
     elements: ClassVar[dict[str, type[Pattern]]] = {}
     """What each `uses` and `every` field is a list of."""
     free_casts: ClassVar[bool] = False
@@ -267,6 +285,7 @@ class Pattern:
         members = {k: v for base in reversed(cls.__mro__) for k, v in vars(base).items()}
         cls.captures = {k: v for k, v in members.items() if isinstance(v, Pat)}
         cls.fanouts = {k: v for k, v in members.items() if isinstance(v, Uses)}
+        cls.other_outputs = {k: v for k, v in members.items() if isinstance(v, OtherOutput)}
         for name, pat in cls.captures.items():
             pat.name = pat.name or name
         if "y" not in cls.captures:
@@ -287,9 +306,10 @@ def _check(cls: type[Pattern]) -> None:
         if pat not in parts:
             what = "capture" if isinstance(pat, Var) else "expression"
             raise PatternError(f"{pat.at}: {what} '{name}' of {cls.__name__} is not part of `y`")
-    for name, fan in cls.fanouts.items():
-        if fan.of not in parts:
-            raise PatternError(f"{fan.at}: '{name}' of {cls.__name__} is of a value that is not part of `y`")
+    asked: dict[str, Uses | OtherOutput] = {**cls.fanouts, **cls.other_outputs}
+    for name, field in asked.items():
+        if field.of not in parts:
+            raise PatternError(f"{field.at}: '{name}' of {cls.__name__} is of a value that is not part of `y`")
     readers = Counter(q for p in parts for q in _parts(p))
     for p in parts:
         for i, option in enumerate(p.options[:-1] if isinstance(p, Alt) else ()):

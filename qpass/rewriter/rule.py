@@ -82,6 +82,7 @@ class Rule(Generic[M, C]):
     pattern: type[M]
     location: Location
     emits: frozenset[str] = frozenset()  # op types rooting a rule of its own stage that it may emit
+    respells: bool = False  # what it emits goes back at the end unless a later rule claims a part of it
 
     @property
     def name(self) -> str:
@@ -122,6 +123,11 @@ def rule(fn: Callable[[M, Emit, C], Replacement]) -> Rule[M, C]:
     return Rule(fn, cast("type[M]", pattern), at)
 
 
+def respelling(r: Rule[M, C]) -> Rule[M, C]:
+    """Over `@rule`: it says the same in other nodes, which go back unless a later rule claims one of them."""
+    return replace(r, respells=True)
+
+
 @dataclass(eq=False)
 class Draft:
     """A node to be: it becomes part of the graph only when its rule has succeeded."""
@@ -133,6 +139,8 @@ class Draft:
     outputs: list[Value]
     site: Node
     """The matched node that it is emitted for: gives it its name, and its place in the ledger."""
+    absent: set[Value] = field(default_factory=set)
+    """Outputs that it does not have: they get no name."""
 
 
 @dataclass
@@ -169,12 +177,36 @@ class Emit:
 
         return build
 
-    def onnx(self, op_type: str, *inputs: Any, dtype: Any = None, shape: Any = None, **attrs: Any) -> Value:
-        """A standard ONNX node with one output of the given dtype and shape."""
-        values = [self._input(i, f"{op_type}.{k}") for k, i in enumerate(inputs)]
-        out = Value("", dtype=dtype, shape=shape)
-        self.drafts.append(Draft(op_type, "", values, attrs, [out], self.site))
+    def onnx(
+        self,
+        op_type: str,
+        *inputs: Any,
+        dtype: Any = None,
+        shape: Any = None,
+        like: Value | None = None,
+        domain: str = "",
+        **attrs: Any,
+    ) -> Value:
+        """A standard ONNX node (or one of another domain) with one output of the given dtype and shape, or `like`'s."""
+        dtype, shape = (dtype, shape) if like is None else (like.dtype, like.shape)
+        (out,) = self.nodes(op_type, inputs, [(dtype, shape)], domain, **attrs)
         return out
+
+    def nodes(
+        self,
+        op_type: str,
+        inputs: Sequence[Any],
+        outputs: Sequence[tuple[Any, Any] | None],
+        domain: str = "",
+        **attrs: Any,
+    ) -> list[Value]:
+        """A node with several outputs, each given as (dtype, shape); absent inputs and outputs are None."""
+        hints = [f"{op_type}.{k}" for k in range(len(inputs))]
+        values = [Value("") if i is None else self._input(i, h) for i, h in zip(inputs, hints, strict=True)]
+        made = [Value("") if o is None else Value("", dtype=o[0], shape=o[1]) for o in outputs]
+        absent = {v for v, o in zip(made, outputs, strict=True) if o is None}
+        self.drafts.append(Draft(op_type, domain, values, attrs, made, self.site, absent))
+        return made
 
     def lifted(self, op_type: str, *inputs: Value | Const | None, like: Value, **attrs: Any) -> Value:
         """An in-memory node that stands for a whole norm or Linear; its output has dtype and shape of `like`."""

@@ -51,7 +51,7 @@ class Survey:
         self._embeddings = Embeddings(rewriters)
         self._reasons = Reasons(rewriters, outcome)
         self._functions = Functions(rewriters[0].edit.model.proto)
-        self._claimed = {n: e for e in outcome.events for n in e.claimed}
+        self._claimed = {n: e for e in outcome.events if not e.respelt for n in e.claimed}
         self._heirs = _heirs(rewriters, outcome)
         for prefix, r in graphs:
             here = [self._lifted(prefix, r, n) for n in r.position if n.domain == LIFTED]
@@ -133,6 +133,8 @@ class Survey:
                 f = self.by_lifted.get(event.match.root)
                 if f is not None and _TELLS_MORE.index(event.status) <= _TELLS_MORE.index(f.site.status):
                     f.site.status, f.site.reason, f.site.rule = event.status, event.why, event.rule.name
+                continue
+            if event.respelt:
                 continue
             for node in event.claimed:
                 if (f := self.by_lifted.get(node)) is not None:

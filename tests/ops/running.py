@@ -57,9 +57,7 @@ class Case:
     @cached_property
     def unrounded(self) -> list[Array]:
         """The reference with its floats before they are rounded to 16 bits."""
-        wide = [x.astype(F32) if x is not None and x.dtype in (F16, BF16) else x for x in self.inputs]
-        attrs = {k: TensorProto.FLOAT if k == "output_type" else v for k, v in self.attrs.items()}
-        return self.op.reference(wide, attrs)
+        return list(self.op.compute(self.op.tensors(self.inputs, self.attrs), self.attrs))
 
     def __str__(self) -> str:
         x = next((x.dtype for x in self.inputs if x is not None), None)
@@ -175,6 +173,8 @@ def signatures(op: Op) -> Iterator[dict[str, Attr]]:
         inputs = {i.name for i in op.inputs if not i.when} | there
         for asked in _subsets(alone):
             outputs = {o.name for o in op.outputs if not o.when} | asked
+            if any(tensor in inputs | outputs and other not in inputs for tensor, other in op.requires.items()):
+                continue
             for values in itertools.product(*free.values()):
                 yield op.attributes_for(inputs, outputs, dict(zip(free, values, strict=True)))
 
@@ -205,7 +205,7 @@ def example(
         for token in declared.partition("|")[0].split():
             name, _, by = token.partition("/")
             size = dims.get(name) or (int(name) if name.isdigit() else 0)
-            shape += lead if token == "..." else [size // int(attrs.get(by, by))] if by else [size]
+            shape += lead if token.endswith("...") else [size // int(attrs.get(by, by))] if by else [size]
         if tensor.kind == "int8":
             low, high = (-8, 8) if tensor.name == "zero" else (-128, 128)
             return rng.integers(low, high, shape).astype(INT8)

@@ -139,7 +139,7 @@ def test_quantization_at_the_edges(edge: str, dtype: np.dtype[np.generic]) -> No
     for name in "LayernormQuantization", "RmsnormQuantization":
         op = REGISTRY[name]
         attrs = op.attributes_for({"x", "gamma"}, {"q", "scale", "y"}, {"epsilon": 1e-6})
-        cases.append(Case(op, attrs, [x, np.ones(k, dtype), None, None, None]))
+        cases.append(Case(op, attrs, [x, None, np.ones(k, dtype), None, None, None]))
     for optimised in (False, True):
         for case, actual in zip(cases, run(cases, 17, optimised), strict=True):
             assert_agree(case, actual)
@@ -188,7 +188,7 @@ def test_a_chain_of_ops_is_not_fused_away(opset: int, dtype: np.dtype[np.generic
     first = Case(
         norm,
         norm.attributes_for({"x", "gamma", "beta"}, {"q", "scale", "y"}, {}),
-        [x, gamma, beta, None, None],
+        [x, None, gamma, beta, None, None],
     )
     q, scale, _ = first.reference
     attrs = gemm.attributes_for({"q", "weight", "scale_a", "scale_w", "bias"}, {"y"}, {"output_type": output_type})

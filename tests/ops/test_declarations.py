@@ -12,7 +12,11 @@ from qpass.ops import DOMAIN, PLUGIN, REGISTRY
 from qpass.ops.shapes import Shape
 from tests.ops.running import BF16, F16, F32, INT8, every_case, signatures
 
-NORM = ("x gamma beta? smoother? scale?", "q scale? y?", "epsilon has_beta has_smoother dyn_act_scaling has_y")
+NORM = (
+    "x residual? gamma beta? smoother? scale?",
+    "q scale? y? sum?",
+    "epsilon has_residual has_beta has_smoother dyn_act_scaling has_y has_sum",
+)
 TABLE = {
     "QuantizeTensor": ("x smoother? scale", "q", "has_smoother"),
     "QuantizePerToken": ("x smoother?", "q scale", "has_smoother"),
@@ -69,10 +73,12 @@ def test_flags_follow_from_the_tensors() -> None:
     attrs = op.attributes_for({"x", "gamma", "beta"}, {"q", "scale", "y"}, {"epsilon": 1e-12})
     assert attrs == {
         "epsilon": 1e-12,
+        "has_residual": 0,
         "has_beta": 1,
         "has_smoother": 0,
         "dyn_act_scaling": 1,
         "has_y": 1,
+        "has_sum": 0,
     } | {"plugin_version": "1", "plugin_namespace": "qpass"}
     assert op.attributes_for({"x", "gamma", "scale"}, {"q"}, {})["dyn_act_scaling"] == 0
     assert op.attributes_for({"x", "gamma"}, {"q"}, {})["dyn_act_scaling"] == 1, "implied by the missing input"
@@ -119,8 +125,37 @@ def test_shapes_are_solved_from_what_is_known() -> None:
 
     norm = REGISTRY["RmsnormQuantization"]
     attrs = norm.attributes_for({"x", "gamma"}, {"q", "scale", "y"}, {})
-    results = norm.infer([(BF16, ("b", "s", None)), (BF16, (96,)), None, None, None], attrs)
+    results = norm.infer([(BF16, ("b", "s", None)), None, (BF16, (96,)), None, None, None], attrs)
     assert results == [(INT8, ("b", "s", 96)), (F32, ("b", "s", 1)), (BF16, ("b", "s", 96))]
+
+
+@pytest.mark.parametrize(
+    ("x", "residual", "total"),
+    [
+        ((2, 3, 8), (2, 3, 8), (2, 3, 8)),
+        (("b", "s", 8), ("b", "s", 8), ("b", "s", 8)),
+        (("b", "s", 8), (1, "s", 8), ("b", "s", 8)),
+        (("s", 8), ("b", 1, 8), ("b", "s", 8)),
+        (("b", 4, 8), (4, 8), ("b", 4, 8)),
+        (("b", "s", 8), ("c", "s", 8), (None, "s", 8)),
+        (("b", None, 8), (1, 4, 8), ("b", 4, 8)),
+        (None, ("b", 8), None),
+    ],
+)
+def test_a_residual_broadcasts_over_leading_dims(x: Shape, residual: Shape, total: Shape) -> None:
+    norm = REGISTRY["RmsnormQuantization"]
+    attrs = norm.attributes_for({"x", "residual", "gamma"}, {"q", "scale", "sum"}, {})
+    q, _, s = norm.infer([(F16, x), (F16, residual), (F16, (8,)), None, None, None], attrs)
+    assert q[1] == s[1] == total
+
+
+def test_a_residual_that_does_not_fit() -> None:
+    norm = REGISTRY["RmsnormQuantization"]
+    attrs = norm.attributes_for({"x", "residual", "gamma"}, {"q", "scale"}, {})
+    with pytest.raises(ValueError, match=r"residual has shape \[3, 8\], wants \[~..., K\], K=8, ...=\[2\]"):
+        norm.infer([(F16, (2, 8)), (F16, (3, 8)), (F16, (8,)), None, None, None], attrs)
+    with pytest.raises(ValueError, match="'sum' wants the input 'residual' too"):
+        norm.attributes_for({"x", "gamma"}, {"q", "scale", "sum"}, {})
 
 
 @pytest.mark.parametrize(
@@ -184,7 +219,7 @@ def test_overloads() -> None:
     assert op.body(attrs, [F16, None, INT8, F32, INT8, F16], 17).overload == "f16.g128.zero.bias.o17"
     op = REGISTRY["LayernormQuantization"]
     attrs = op.attributes_for({"x", "gamma", "beta", "scale"}, {"q", "y"}, {})
-    assert op.body(attrs, [BF16, BF16, BF16, None, F32], 21).overload == "bf16.beta.static.y.o21"
+    assert op.body(attrs, [BF16, None, BF16, BF16, None, F32], 21).overload == "bf16.beta.static.y.o21"
     op = REGISTRY["Dequantize"]
     attrs = op.attributes_for({"q", "scale"}, {"x"}, {"output_type": 1})
     assert op.body(attrs, [INT8, F32], 13).overload == "f32.o13"
@@ -203,8 +238,8 @@ def test_signatures_are_all_there_are() -> None:
         "QuantizeTensor": 2,
         "QuantizePerToken": 2,
         "Dequantize": 3,
-        "LayernormQuantization": 16,
-        "RmsnormQuantization": 16,
+        "LayernormQuantization": 48,
+        "RmsnormQuantization": 48,
         "SmoothQuantGemm": 24,
         "WeightOnlyQuantMatmul": 4,
         "WeightOnlyGroupwiseQuantMatmul": 24,
