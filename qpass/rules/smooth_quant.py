@@ -12,22 +12,25 @@ from qpass.graph import Const, Value
 from qpass.graph.dtypes import to_onnx
 from qpass.ops.body import FLOATS
 from qpass.rewriter import Emit, Pattern, Replacement, attr, const, ir, keep, need, others, rule, uses, val
-from qpass.rewriter.view import KEEPS_LAST
+from qpass.rewriter.view import KEEPS_LAST, width
 from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Activation, Quantizer
 
 
 class NormFanout(Pattern):
-    """A norm and the Linears that read it."""
+    """A norm, maybe of a sum, and the Linears that read it."""
 
-    x: Value = val("... K")
+    x: Value = val()
+    residual: Value | None = val()
     gamma: Const = const("K")
     beta: Const | None = const("K")
     kind: str = attr()
     epsilon: float = attr()
-    y = ir.Norm(x, gamma, beta, kind=kind, epsilon=epsilon) | ir.Norm(x, gamma, kind=kind, epsilon=epsilon)
+    total = x + residual | x
+    y = ir.Norm(total, gamma, beta, kind=kind, epsilon=epsilon) | ir.Norm(total, gamma, kind=kind, epsilon=epsilon)
     heads: list[Linear] = uses(y)
     rest: bool = others(y)
+    total_needed: bool = others(total)
 
 
 class InputFanout(Linear):
@@ -38,23 +41,28 @@ class InputFanout(Linear):
 
 @rule
 def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
-    """A norm that feeds Linears becomes a quantizing norm with SmoothQuantGemms behind it."""
+    """A norm that feeds Linears becomes a quantizing norm with SmoothQuantGemms behind it; an Add before it is part."""
     heads = cfg.quantized_alike([h for h in m.heads if readable(m.y, h) and unfit(h) is None])
     if not heads:
         keep("no Linear that the spec quantizes with its activations reads it")
-    need(m.x.dtype in FLOATS, f"its input is {m.x.dtype}, wants float32, float16 or bfloat16")
+    need(m.total.dtype in FLOATS, f"its input is {m.total.dtype}, wants float32, float16 or bfloat16")
     needed = m.rest or len(heads) < len(m.heads)
+    x, residual = (m.x, m.residual) if _adds_rows(m) else (m.total, None)
+    like = next((v for v in (x, residual) if v is not None and same_rows(m.total, v)), None)
+    total_needed = residual is not None and (m.total_needed or like is None)
     act = cfg.activation(m.y, heads)
     wide = act.smoother is not None and needed
     gamma, beta = (m.gamma, m.beta) if wide else (act.folded(m.gamma), act.folded(m.beta))
-    inputs = {"gamma": cfg.like(gamma, m.x), "beta": cfg.like(beta, m.x)}
+    inputs = {"gamma": cfg.like(gamma, x), "beta": cfg.like(beta, x)}
     norm = new.LayernormQuantization
     if m.kind == "rmsnorm":
         norm = new.RmsnormQuantization
         inputs.pop("beta")
-    outputs = ["q", *(["scale"] if act.scale is None else []), *(["y"] if needed else [])]
+    present = {"q": True, "scale": act.scale is None, "y": needed, "sum": total_needed}
+    outputs = [name for name, there in present.items() if there]
     made = norm(
-        m.x,
+        x,
+        residual=residual,
         **inputs,
         smoother=act.smoother if wide else None,
         scale=act.scale,
@@ -64,11 +72,21 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     got = dict(zip(outputs, made if len(outputs) > 1 else (made,), strict=True))
     new.note(act.note)
     replaced = {h.y: gemm(h, m.y, new, cfg, act, got["q"], got.get("scale", act.scale)) for h in heads}
+    if total_needed:
+        replaced[m.total] = got["sum"]
     if needed:
         replaced[m.y] = _in_dtype_of(m.y, got["y"], new)
     else:
-        new.same_shape(m.y, m.x)
+        new.same_shape(m.y, m.total if total_needed else like or x)
     return replaced
+
+
+def _adds_rows(m: NormFanout) -> bool:
+    """Whether the sum before a norm can be taken into it: of two whole rows, in the dtype that the norm reads."""
+    if m.residual is None:
+        return False
+    k = m.gamma.shape[0]
+    return all(v.dtype == m.total.dtype and width(v) == k for v in (m.x, m.residual))
 
 
 @rule
