@@ -19,7 +19,7 @@ from qpass.graph import Model, Node, SaveResult
 from qpass.ops import DOMAIN, REGISTRY
 from qpass.rewriter import LIFTED, Ledger, Outcome, Rule
 from qpass.rewriter.pattern import Op, Pat, reached
-from qpass.rules import RULES, Lifted
+from qpass.rules import MERGE, RULES, Lifted
 from qpass.rules.quantizer import Quantizer
 from qpass.spec import QuantSpec
 
@@ -92,6 +92,9 @@ def rewrite(
     late = [r for r in rules if _over_lifted(r)]
     lifted = Lifted(loaded, early)
     quantizer = Quantizer(spec, lifted.survey, stats)
+    if quantizer.merges_siblings and not only_rules:
+        lifted.run(MERGE, quantizer)
+        lifted.survey.merged(lifted.outcome)
     for stage in ((late,) if late else ()) + (() if only_rules else RULES):
         lifted.run(stage, quantizer)
     lifted.unlift()

@@ -154,6 +154,7 @@ class LinearSpec(BaseModel):
     smoothing: float | Literal["search"] | None = None  # strength α; None = off
     activation_range: ActivationRange = "auto"
     percentile: float = DEFAULT_PERCENTILE
+    merge_siblings: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -172,6 +173,8 @@ class LinearSpec(BaseModel):
         if self.needs_calibration:
             share = "" if self.activation_range == "amax" else f" ({self.percentile} %)"
             parts.append(f"range {self.activation_range}{share}")
+        if self.merge_siblings:
+            parts.append("siblings merged")
         return ", ".join(parts)
 
 
@@ -199,6 +202,9 @@ class _Settings(SpecModel):
     )
     percentile: Percentile | None = Field(
         default=None, description="share of activations, in percent, that a percentile range covers"
+    )
+    merge_siblings: bool | None = Field(
+        default=None, description="Linears on one input (q, k, v; gate, up) become one GEMM, its result split"
     )
 
     def _said(self) -> dict[str, object]:
@@ -358,6 +364,11 @@ def _is_static(mode: QuantMode) -> bool:
     return mode.has_act_and_weight_quant() and mode.has_act_static_scaling()
 
 
+def _is_per_row(mode: QuantMode) -> bool:
+    """Whether each output channel is quantized on its own, so that others beside it change nothing."""
+    return bool(mode) and (mode.is_weight_only() or mode.has_per_channel_scaling())
+
+
 # setting -> the modes that it is for, as a test and in words, and its default there
 _APPLIES: Mapping[str, tuple[Callable[[QuantMode], bool], str, object]] = {
     "group_size": (QuantMode.has_per_group_scaling, "groupwise modes (per_group)", 128),
@@ -370,6 +381,7 @@ _APPLIES: Mapping[str, tuple[Callable[[QuantMode], bool], str, object]] = {
     "smoothing": (QuantMode.has_act_and_weight_quant, "modes that quantize activations", DEFAULT_SMOOTHING),
     "activation_range": (_is_static, "static activation scales (activations, not per_token)", "auto"),
     "percentile": (_is_static, "static activation scales (activations, not per_token)", DEFAULT_PERCENTILE),
+    "merge_siblings": (_is_per_row, "weights with scales of their own per output channel", False),
 }
 
 

@@ -283,6 +283,33 @@ class Reshaped(_View):
         return self.base.load().reshape(self.shape)
 
 
+class Joined(Lazy):
+    """Arrays one behind another along axis 0, such as the weights [N, K] of Linears that become one."""
+
+    def __init__(self, arrays: Iterable[Lazy]) -> None:
+        self.arrays = tuple(arrays)
+        first = self.arrays[0]
+        if any(a.shape[1:] != first.shape[1:] or a.dtype != first.dtype for a in self.arrays):
+            raise ValueError(f"these cannot be joined: {', '.join(map(repr, self.arrays))}")
+        self.shape = (sum(a.shape[0] for a in self.arrays), *first.shape[1:])
+        self.dtype = first.dtype
+
+    def rows(self, start: int, stop: int) -> Array:
+        found, top = [], 0
+        for a in self.arrays:
+            low, high = max(start - top, 0), min(stop - top, a.shape[0])
+            if low < high:
+                found.append(a.rows(low, high))
+            top += a.shape[0]
+        return found[0] if len(found) == 1 else np.concatenate(found or [self.arrays[0].rows(0, 0)])
+
+    def columns(self, start: int, stop: int) -> Array:
+        return np.concatenate([a.columns(start, stop) for a in self.arrays])
+
+    def parts(self) -> Iterable[Lazy]:
+        return self.arrays
+
+
 class _Cast:
     """`astype` as a value, so that an Elementwise names what it does."""
 

@@ -9,12 +9,15 @@ from qpass.graph import Model, Node
 from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.norms import LIFT_NORMS
+from qpass.rules.siblings import MERGE
 from qpass.rules.sites import Found, Survey
 from qpass.rules.smooth_quant import SMOOTH_QUANT
 from qpass.rules.weight_only import WEIGHT_ONLY
 
 LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
 RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
+
+__all__ = ["LIFT", "MERGE", "RULES", "Found", "Lifted", "Survey"]
 
 
 class Lifted:
@@ -52,6 +55,3 @@ def _rewriters(model: Model, graph: Any, prefix: str, outcome: Outcome, pool: Po
             if type(value) is type(graph):
                 inner = f"{prefix}{rewriter.edit.label(node)}/{name}/"
                 yield from _rewriters(model, value, inner, outcome, pool)
-
-
-__all__ = ["LIFT", "RULES", "Found", "Lifted", "Survey"]

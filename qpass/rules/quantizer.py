@@ -11,13 +11,13 @@ import numpy as np
 
 from qpass.calibrate import ActivationStats, Stats
 from qpass.errors import QpassError
-from qpass.graph import Blockwise, Const, Given, Kept, Lazy, Node, Value
+from qpass.graph import Blockwise, Const, Given, Kept, Lazy, Value
 from qpass.graph.dtypes import to_onnx
 from qpass.quantize import weight as numbers
 from qpass.quantize.activation import scale_of
 from qpass.rewriter import Pattern, derived, exclude, keep, need
 from qpass.rules.linears import Linear
-from qpass.rules.sites import Survey
+from qpass.rules.sites import Found, Survey
 from qpass.rules.smoothing import Choice, choose
 from qpass.rules.weights import blocks, naming
 from qpass.spec import LinearSpec, QuantSpec
@@ -62,12 +62,13 @@ class Quantizer:
         self._survey = survey
         self._stats = stats
         resolver = spec.resolver()
-        self._specs: dict[Node, LinearSpec | str] = {}
+        self._specs: dict[Found, LinearSpec | str] = {}
+        self._place = {f: i for i, f in enumerate(survey.found)}
         for f in survey.found:
             if f.site.kind == "linear":
                 resolved = resolver.linear(f.names)
                 if f.lifted is not None:
-                    self._specs[f.lifted] = resolved
+                    self._specs[f] = resolved
         resolver.check()
         if stats is None and any(not isinstance(s, str) and s.needs_calibration for s in self._specs.values()):
             raise QpassError(
@@ -86,19 +87,32 @@ class Quantizer:
         Raises:
             Exclude, Keep: it excludes the Linear, or asks nothing of it.
         """
-        resolved = self._specs[m.root]
+        resolved = self.spec_of(m)
         if isinstance(resolved, str):
             exclude(resolved)
         if not resolved.mode:
             keep("the spec leaves it in full precision")
         return resolved
 
+    def spec_of(self, m: Linear | Pattern) -> LinearSpec | str:
+        """What the spec says of a lifted Linear: the settings, or why it is excluded."""
+        return self._specs[self._survey.by_lifted[m.root][0]]
+
+    def in_order(self, heads: Sequence[Linear]) -> list[Linear]:
+        """Linears in the order of the model."""
+        return sorted(heads, key=lambda h: self._place[self._survey.by_lifted[h.root][0]])
+
+    @property
+    def merges_siblings(self) -> bool:
+        """Whether any Linear is to be merged with those on the same input."""
+        return any(s.merge_siblings for s in self._specs.values() if not isinstance(s, str))
+
     def quantized_alike(self, heads: Sequence[Linear]) -> list[Linear]:
         """Of Linears on one activation, those that share the first spec that quantizes activations."""
         wanted: LinearSpec | None = None
         out = []
         for h in heads:
-            s = self._specs.get(h.root)
+            s = self.spec_of(h)
             if not isinstance(s, LinearSpec) or not s.mode.has_act_and_weight_quant():
                 continue
             wanted = wanted or s
@@ -239,12 +253,9 @@ class Quantizer:
 
     def _shared_outside(self, heads: Sequence[Linear]) -> str | None:
         """A Linear outside `heads` that uses one of their weights; both could not have their own smoother."""
-        mine = {h.root for h in heads}
-        for h in heads:
-            for node in self._survey.sharers.get(id(h.w.root), ()):
-                if node not in mine:
-                    return node.name
-        return None
+        mine = [f for h in heads for f in self._survey.by_lifted[h.root]]
+        shared = (g for f in mine if f.weight is not None for g in self._survey.sharers[id(f.weight.root)])
+        return next((g.site.name for g in shared if g not in mine), None)
 
 
 def _view_of(w: Const) -> Any:

@@ -53,6 +53,8 @@ class Survey:
         self._functions = Functions(rewriters[0].edit.model.proto)
         self._claimed = {n: e for e in outcome.events if not e.respelt for n in e.claimed}
         self._heirs = _heirs(rewriters, outcome)
+        self._beside: dict[Node, list[Node]] = {}
+        """In-memory node that stands for merged ones → the nodes that give each its own result."""
         for prefix, r in graphs:
             here = [self._lifted(prefix, r, n) for n in r.position if n.domain == LIFTED]
             held = {n for f in here for n in f.originals}
@@ -62,12 +64,13 @@ class Survey:
             here += self._spelt_norms(prefix, r, outcome, {n for f in here for n in f.originals})
             here.sort(key=lambda f: max((r.before[n] for n in f.originals), default=len(r.before)))
             self.found += here
-        self.by_lifted = {f.lifted: f for f in self.found if f.lifted is not None}
-        self.sharers: dict[int, list[Node]] = defaultdict(list)
-        """Root tensor of a weight (by id) → the lifted Linears that use it, in whatever view."""
+        self.by_lifted = {f.lifted: [f] for f in self.found if f.lifted is not None}
+        """The sites that an in-memory node stands for: one, or those that were merged into it."""
+        self.sharers: dict[int, list[Found]] = defaultdict(list)
+        """Root tensor of a weight (by id) → the Linears that use it, in whatever view."""
         for f in self.found:
             if f.weight is not None and f.lifted is not None:
-                self.sharers[id(f.weight.root)].append(f.lifted)
+                self.sharers[id(f.weight.root)].append(f)
 
     def _lifted(self, prefix: str, r: Rewriter, node: Node) -> Found:
         originals = sorted(set(self._originals(r, node)), key=r.before.__getitem__)
@@ -126,25 +129,35 @@ class Survey:
                 names = SiteNames(nodes=tuple(site.nodes), weight=None, scopes=(), tied=False)
                 yield Found(site, names, tuple(nodes))
 
+    def merged(self, outcome: Outcome) -> None:
+        """Learn which in-memory nodes a rule put in the place of several; to be called before others claim them."""
+        for event in outcome.events:
+            sites = [f for n in event.claimed for f in self.by_lifted.get(n, ())]
+            for node, _ in event.new:
+                if event.respelt and node.domain == LIFTED and sites:
+                    self.by_lifted[node] = sites
+                    self._beside[node] = [n for n, _ in event.new if n is not node]
+
     def settle(self, outcome: Outcome) -> None:
         """Write into every site what the rules did with it."""
         for event in outcome.events:
             if event.status != "rewritten":
-                f = self.by_lifted.get(event.match.root)
-                if f is not None and _TELLS_MORE.index(event.status) <= _TELLS_MORE.index(f.site.status):
-                    f.site.status, f.site.reason, f.site.rule = event.status, event.why, event.rule.name
+                for f in self.by_lifted.get(event.match.root, ()):
+                    if _TELLS_MORE.index(event.status) <= _TELLS_MORE.index(f.site.status):
+                        f.site.status, f.site.reason, f.site.rule = event.status, event.why, event.rule.name
                 continue
             if event.respelt:
                 continue
             for node in event.claimed:
-                if (f := self.by_lifted.get(node)) is not None:
+                sites = self.by_lifted.get(node, ())
+                for f in sites:
                     f.site.status, f.site.rule = "rewritten", event.rule.name
                     f.site.reason = event.notes.get(node) or None
-                    f.made = [n for n, at in event.new if at is node]
+                    f.made = [*(n for n, at in event.new if at is node), *self._beside.get(node, ())]
                     f.site.new_nodes = [n.name for n in f.made]
                     f.site.op = _last_op(f.made)
                     if f.site.weight is not None:
-                        f.site.weight.bytes_after = _new_bytes(f.made)
+                        f.site.weight.bytes_after = _new_bytes(f.made) * _rows(f) // sum(map(_rows, sites))
         norm_of = {n: i for i, f in enumerate(self.found) if f.site.kind == "norm" for n in f.made}
         for f in self.found:
             if f.site.kind == "linear":
@@ -196,6 +209,11 @@ def _scopes(node: Node) -> Iterator[str]:
             yield from (s for s in scopes if isinstance(s, str) and s)
 
 
+def _rows(f: Found) -> int:
+    """Output channels of a Linear, which all cost the same."""
+    return f.weight.shape[1] if f.weight is not None else 0
+
+
 def _last_op(made: Sequence[Node]) -> str | None:
     """The type of the plugin node that gives a site's result: the last, quantizing its input comes before."""
     return next((n.op for n in reversed(made) if n.domain == DOMAIN), None)
@@ -203,5 +221,6 @@ def _last_op(made: Sequence[Node]) -> str | None:
 
 def _new_bytes(nodes: Sequence[Node]) -> int:
     """Bytes of the constants that were made for a site: packed weight, scales, zero points."""
-    new = {id(v): v for n in nodes for v in n.inputs if isinstance(v, Const) and v.proto is None}
+    plugins = [n for n in nodes if n.domain == DOMAIN]
+    new = {id(v): v for n in plugins for v in n.inputs if isinstance(v, Const) and v.proto is None}
     return sum(c.array.nbytes for c in new.values())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from qpass.errors import QpassError
-from qpass.graph import Blockwise, Given, Kept, Lazy, Stored
+from qpass.graph import Blockwise, Given, Joined, Kept, Lazy, Stored
 from qpass.graph.dtypes import Array, file_bytes, pack, unpack
 from qpass.graph.stored import FileSource
 from tests.graph.models import EXOTIC_DTYPES, floats, int8_rows, values
@@ -108,6 +108,17 @@ def test_any_chain(steps: list[str], seed: int) -> None:
             case _:
                 lazy, array = lazy.astype(np.float16), array.astype(np.float16)
     check(lazy, array)
+
+
+@pytest.mark.parametrize("shapes", [[(3, 4), (5, 4)], [(7, 4), (0, 4), (1, 4)], [(2,), (3,)], [(2, 3, 2), (1, 3, 2)]])
+def test_joined(shapes: list[tuple[int, ...]], tmp_path: Path) -> None:
+    arrays = [values(np.float16, s) for s in shapes]
+    lazies: list[Lazy] = [Given(arrays[0]), *(Given(a) for a in arrays[1:])]
+    check(Joined(lazies), np.concatenate(arrays))
+    if len(shapes[0]) == 2:
+        check(Joined([Given(a.T).T for a in arrays]).astype(np.float32), np.concatenate(arrays).astype(np.float32))
+    with pytest.raises(ValueError, match="cannot be joined"):
+        Joined([lazies[0], Given(np.zeros((3, 9), np.float16))])
 
 
 def test_mistakes_are_told() -> None:
