@@ -47,6 +47,7 @@ class Tensor:
         shape: dims by name, `...` for any leading ones; see `qpass.ops.shapes`.
         when: None for a tensor that is always there. An optional one is left out, never an empty name.
         tag: what its presence is called in the function's overload, if not by its name.
+        needs: an optional input without which it cannot be there.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Tensor:
     shape: str | Case
     when: When | None = None
     tag: str = ""
+    needs: str = ""
 
     @property
     def optional(self) -> bool:
@@ -144,6 +146,9 @@ class Op(ABC):
         missing = [i.name for i in self.inputs if not i.optional and i.name not in present_inputs]
         if missing:
             raise ValueError(f"{self.name} needs its input '{missing[0]}'")
+        for i in self.inputs:
+            if i.needs and i.name in present_inputs and i.needs not in present_inputs:
+                raise ValueError(f"{self.name}: its input '{i.name}' needs its input '{i.needs}'")
         settled = self._settled(present_inputs, present_outputs)
         attrs: dict[str, Attr] = {}
         for name, attribute in declared.items():

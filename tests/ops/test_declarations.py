@@ -19,6 +19,11 @@ TABLE = {
     "Dequantize": ("q scale", "x", "output_type"),
     "LayernormQuantization": NORM,
     "RmsnormQuantization": NORM,
+    "ActivationQuantization": (
+        "x up? smoother? scale? zero?",
+        "q scale? y?",
+        "activation gated has_smoother dyn_act_scaling has_zero has_y",
+    ),
     "SmoothQuantGemm": (
         "q weight scale_a scale_w bias?",
         "y",
@@ -90,6 +95,8 @@ def test_flags_follow_from_the_tensors() -> None:
         ("LayernormQuantization", "x gamma scale", "q scale", {}, "'scale' cannot be an output here"),
         ("Dequantize", "q scale", "x", {}, "needs its attribute 'output_type'"),
         ("Dequantize", "q scale", "x", {"output_type": 7}, r"output_type=7, wants one of \[1, 10, 16\]"),
+        ("ActivationQuantization", "x", "q scale", {}, "needs its attribute 'activation': 0 gelu, 1 gelu_tanh"),
+        ("ActivationQuantization", "x zero", "q scale", {"activation": 4}, "its input 'zero' needs its input 'scale'"),
         ("WeightOnlyGroupwiseQuantMatmul", "x weight scale", "y", {"group_size": 48}, "group_size=48, wants one of"),
     ],
 )
@@ -205,6 +212,7 @@ def test_signatures_are_all_there_are() -> None:
         "Dequantize": 3,
         "LayernormQuantization": 16,
         "RmsnormQuantization": 16,
+        "ActivationQuantization": 7 * 24,
         "SmoothQuantGemm": 24,
         "WeightOnlyQuantMatmul": 4,
         "WeightOnlyGroupwiseQuantMatmul": 24,
