@@ -77,7 +77,7 @@ class ActivationQuantization(Op):
         return [*quantized, y] if b.attrs["has_y"] else quantized
 
     def compute(self, given: Mapping[str, Array], attrs: Mapping[str, Attr]) -> Sequence[Array]:
-        y = activate(given["x"], Activation(attrs["activation"]))
+        y = activate(given["x"], Activation(int(attrs["activation"])))
         if "up" in given:
             y = y * given["up"]
         smoothed = y / given["smoother"] if "smoother" in given else y
@@ -112,7 +112,7 @@ def _build(b: Body, x: Value) -> Value:
     Written so that ONNX Runtime sees no Gelu, FastGelu or QuickGelu of its own, nor a 1 / a · b to make b / a of: those
     round differently.
     """
-    kind = Activation(b.attrs["activation"])
+    kind = Activation(int(b.attrs["activation"]))
     if kind is Activation.GELU:
         return x * (b.node("Erf", x * ROOT_HALF) * 0.5 + 0.5)
     if kind is Activation.GELU_TANH:

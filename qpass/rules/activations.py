@@ -227,13 +227,13 @@ def _same_target(x: Node, y: Node) -> bool:
 
 def _rows_of(v: Value | Const) -> Value | Const:
     """The value furthest up that has all dims of `v` but the last."""
-    while (node := producer(v)) is not None and _changes_last_only(node):
+    while (node := producer(v)) is not None and keeps_rows(node):
         v = node.inputs[0]
     return v
 
 
-def _changes_last_only(node: Node) -> bool:
-    """Whether a node gives its first input's dims, but for the last one."""
+def keeps_rows(node: Node) -> bool:
+    """Whether a node gives its first input's dims, but maybe for the last one."""
     if node.domain == LIFTED:
         return True  # norms, Linears and activations alike
     if domain_of(node):

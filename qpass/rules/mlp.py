@@ -1,8 +1,8 @@
 """SmoothQuant of an MLP: fc → activation → projection with the activation and its quantization in one op.
 
-The fc (or gate and up) is the column-parallel Linear: its output channels are split over ranks, and the activation works
-on each alone. The projection is the row-parallel one: its input, the activation's result, is divided per channel by
-its smoother and quantized, its bias is added after the all-reduce.
+The fc (or gate and up) is the column-parallel Linear: its output channels are split over ranks, and the activation
+works on each alone. The projection is the row-parallel one: its input, the activation's result, is divided per channel
+by its smoother and quantized; its bias is added after the all-reduce.
 """
 
 from __future__ import annotations
