@@ -271,7 +271,7 @@ def _first_parted(sites: Sequence[SiteReport], threshold: float) -> SiteReport |
     Errors add up from layer to layer, so what counts as much is told by the sites before. The first of those
     is as good as the least error that quantizing a Linear costs anywhere in this model.
     """
-    linear = [s.relative_error for s in sites if s.op is not None and s.kind != "norm"]
+    linear = [s.relative_error for s in sites if s.op is not None and s.kind in ("linear", "node")]
     highest = max(_FLOOR, min(linear, default=_FLOOR))
     for site in sites:
         if site.relative_error > min(threshold, _JUMP * highest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qpass.ops.activation_quantization import ActivationQuantization
 from qpass.ops.base import DOMAIN, OPSET_VERSION, PLUGIN, Attribute, Input, Op, Output, When
 from qpass.ops.dequantize import Dequantize
 from qpass.ops.layernorm_quantization import LayernormQuantization
@@ -20,6 +21,7 @@ REGISTRY: dict[str, Op] = {
         Dequantize(),
         LayernormQuantization(),
         RmsnormQuantization(),
+        ActivationQuantization(),
         SmoothQuantGemm(),
         WeightOnlyQuantMatmul(),
         WeightOnlyGroupwiseQuantMatmul(),

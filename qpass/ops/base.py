@@ -47,6 +47,7 @@ class Tensor:
         shape: dims by name, `...` for any leading ones; see `qpass.ops.shapes`.
         when: None for a tensor that is always there. An optional one is left out, never an empty name.
         tag: what its presence is called in the function's overload, if not by its name.
+        needs: an optional input without which it cannot be there.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Tensor:
     shape: str | Case
     when: When | None = None
     tag: str = ""
+    needs: str = ""
 
     @property
     def optional(self) -> bool:
@@ -118,8 +120,6 @@ class Op(ABC):
     inputs: ClassVar[tuple[Input, ...]]
     outputs: ClassVar[tuple[Output, ...]]
     attributes: ClassVar[tuple[Attribute, ...]]
-    requires: ClassVar[Mapping[str, str]] = {}
-    """Optional tensor → the optional input without which it cannot be there."""
 
     @property
     def name(self) -> str:
@@ -152,9 +152,10 @@ class Op(ABC):
         missing = [i.name for i in self.inputs if not i.optional and i.name not in present_inputs]
         if missing:
             raise ValueError(f"{self.name} needs its input '{missing[0]}'")
-        for tensor, other in self.requires.items():
-            if tensor in {*present_inputs, *present_outputs} and other not in present_inputs:
-                raise ValueError(f"{self.name}: '{tensor}' wants the input '{other}' too")
+        for tensor in (*self.inputs, *self.outputs):
+            there = tensor.name in (present_inputs if isinstance(tensor, Input) else present_outputs)
+            if there and tensor.needs and tensor.needs not in present_inputs:
+                raise ValueError(f"{self.name}: '{tensor.name}' needs the input '{tensor.needs}' too")
         settled = self._settled(present_inputs, present_outputs)
         attrs: dict[str, Attr] = {}
         for name, attribute in declared.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import numpy as np
 
@@ -28,7 +27,7 @@ class NormQuantization(Op):
         Output("q", "int8", "... K"),
         Output("scale", "float32", "... 1", When("dyn_act_scaling"), tag="per_token"),
         Output("y", "T", "... K", When("has_y")),
-        Output("sum", "T", "... K", When("has_sum")),
+        Output("sum", "T", "... K", When("has_sum"), needs="residual"),
     )
     attributes = (
         EPSILON,
@@ -39,8 +38,6 @@ class NormQuantization(Op):
         flag("has_y", "the norm's result is an output too, without the smoother, for a residual"),
         flag("has_sum", "x + residual is an output too, for the next residual"),
     )
-
-    requires: ClassVar[Mapping[str, str]] = {"sum": "residual"}
 
     @abstractmethod
     def build_norm(self, b: Body, x: Value) -> Value:

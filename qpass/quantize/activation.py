@@ -19,12 +19,14 @@ def scale_of(amax: Array) -> Array:
     return np.divide(amax, np.float32(127), dtype=np.float32)
 
 
-def quantize(x: Array, scale: Array) -> Array:
-    """x [..., K] float32 as int8, by scales that broadcast against it."""
+def quantize(x: Array, scale: Array, zero: Array | None = None) -> Array:
+    """x [..., K] float32 as int8, by scales that broadcast against it; a zero point, int8, is added after rounding."""
     unless_zero = np.where(scale == 0, np.float32(np.inf), scale)
     with np.errstate(over="ignore"):  # beyond float32 is beyond 127
         q = np.divide(x, unless_zero, dtype=np.float32)
     np.rint(q, out=q)
+    if zero is not None:
+        q += zero
     np.clip(q, -128, 127, out=q)
     return q.astype(np.int8)
 

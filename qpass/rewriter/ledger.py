@@ -1,4 +1,5 @@
-"""The ledger: one entry for every norm, Linear and constant MatMul of the original model, whatever became of it."""
+"""The ledger: one entry for every norm, Linear, constant MatMul and MLP of the original model, whatever became of
+it."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class Weight:
 class Site:
     """One entry. `nodes` are names in the original model, `new_nodes` names in the output."""
 
-    kind: str  # "linear" | "norm" | …
+    kind: str  # "linear" | "norm" | "mlp" | "activation"
     nodes: list[str]
     status: str = "kept"  # "rewritten" | "kept" | "declined" | "near_miss" | "excluded"
     rule: str | None = None
@@ -33,6 +34,9 @@ class Site:
     reason: str | None = None
     new_nodes: list[str] = field(default_factory=list)
     fed_by: int | None = None
+    """Of a Linear: the index of the norm that hands it its quantized input."""
+    parts: list[int] = field(default_factory=list)
+    """Of an MLP: the indices of its Linears, the column-parallel ones (fc, or gate and up) before the row-parallel."""
     weight: Weight | None = None
 
     @property
@@ -101,4 +105,4 @@ class Ledger:
         return Ledger(d["model"], d["spec"], d["qpass"], sites, totals["bytes_before"], totals["bytes_after"])
 
 
-_ORDER = ("kind", "status", "rule", "op", "reason", "nodes", "new_nodes", "fed_by", "weight")
+_ORDER = ("kind", "status", "rule", "op", "reason", "nodes", "new_nodes", "fed_by", "parts", "weight")

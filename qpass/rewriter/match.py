@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qpass.graph import Const, Node, Value
+from qpass.graph.dtypes import DType
 from qpass.rewriter.fanout import fan_out
 from qpass.rewriter.inputs import arguments
 from qpass.rewriter.location import PatternError
@@ -398,5 +399,11 @@ def _without_leading_ones(p: Var, c: Const) -> Const:
 
 
 def _precision(c: Const) -> float:
-    """How close a constant of a dtype can be to the number meant: half a unit in the last place, rounded up."""
-    return {2: 1e-3, 4: 1e-6, 8: 1e-9}.get(c.dtype.itemsize, 1e-6) if c.dtype.name != "bfloat16" else 4e-3
+    """How close a constant can be to the number meant: half a unit in the last place, rounded up, of each dtype that it
+    has had."""
+    root = c.root.dtype if isinstance(c.root, Const) and c.root.dtype.kind in "fV" else c.dtype
+    return max(_unit(c.dtype), _unit(root))
+
+
+def _unit(dtype: DType) -> float:
+    return {2: 1e-3, 4: 1e-6, 8: 1e-9}.get(dtype.itemsize, 1e-6) if dtype.name != "bfloat16" else 4e-3

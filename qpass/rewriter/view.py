@@ -204,10 +204,12 @@ def producer(v: Value) -> Node | None:
 
 def width(v: Value | Const) -> int | None:
     """The size of the last dim, where it is known: by the shape, or by the weight of the norm or Linear before."""
-    shape, maker = v.shape, producer(v)
-    if not shape and maker is not None and maker.domain == LIFTED:
-        shape = maker.inputs[1].shape
-    return shape[-1] if shape and isinstance(shape[-1], int) else None
+    if v.shape and isinstance(v.shape[-1], int):
+        return v.shape[-1]
+    maker = producer(v)
+    if maker is None or maker.domain != LIFTED:
+        return None
+    return width(maker.inputs[1 if maker.op in ("Linear", "Norm") else 0])
 
 
 def domain_of(node: Node) -> str:

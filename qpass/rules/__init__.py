@@ -7,14 +7,17 @@ from typing import Any
 
 from qpass.graph import Model, Node
 from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
+from qpass.rules.activations import LIFT_ACTIVATIONS, LIFT_GATES
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
+from qpass.rules.mlp import quantize_activation
 from qpass.rules.norms import LIFT_NORMS
 from qpass.rules.siblings import MERGE
 from qpass.rules.sites import Found, Survey
-from qpass.rules.smooth_quant import SMOOTH_QUANT
+from qpass.rules.smooth_quant import quantize_input, quantize_norm
 from qpass.rules.weight_only import WEIGHT_ONLY
 
-LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
+LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS, LIFT_ACTIVATIONS, LIFT_GATES)
+SMOOTH_QUANT: tuple[Stage, ...] = ((quantize_norm,), (quantize_activation,), (quantize_input,))
 RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
 
 __all__ = ["LIFT", "MERGE", "RULES", "Found", "Lifted", "Survey"]

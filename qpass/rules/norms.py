@@ -147,7 +147,7 @@ def _lifted(
         gamma = new.constant(Given(np.ones(k or 0, np.float32)), f"{new.label(m.root)}.gamma")
     else:
         gamma = w if one is None else derived(w, w.array.astype(np.float32) + one)
-    return new.lifted("Norm", _in_dtype(x, m.y), gamma, beta, like=m.y, kind=kind, epsilon=epsilon)
+    return new.lifted("Norm", in_dtype(x, m.y), gamma, beta, like=m.y, kind=kind, epsilon=epsilon)
 
 
 def _width(x: Value, c: Const | None) -> int | None:
@@ -164,7 +164,7 @@ def _need_count(count: float | None, x: Value, c: Const | None) -> None:
         need(count == k, f"the sum is divided by {count:g}, a mean over the last axis by {k}")
 
 
-def _in_dtype(x: Value, y: Value) -> Value:
+def in_dtype(x: Value, y: Value) -> Value:
     """`x`, or what it is cast from where that has y's dtype: exporters compute norms of float16 in float32."""
     v: Value | None = x
     while v is not None and v.dtype in FLOATS and v.dtype != y.dtype:

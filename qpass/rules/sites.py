@@ -15,6 +15,7 @@ from qpass.ops import DOMAIN
 from qpass.rewriter import LIFTED, Kind, Outcome, Rewriter, Site, Weight
 from qpass.rewriter.view import producer
 from qpass.rules.functions import Functions
+from qpass.rules.parts import ACTIVATIONS, Mlp
 from qpass.rules.tied import Embeddings
 from qpass.rules.unlifted import Reasons, kind_of, nearly_norms
 
@@ -34,7 +35,10 @@ class Found:
     made: list[Node] = field(default_factory=list)
     """New nodes that took its place."""
     tensor: str | None = None
-    """Name of the activation that a Linear reads, or that a norm gives: what calibration statistics are kept under."""
+    """Name of the activation that a Linear reads, or that a norm or an MLP's activation gives: what calibration
+    statistics are kept under."""
+    mlp: Mlp | None = None
+    """The Linears before and behind an activation."""
 
 
 class Survey:
@@ -56,7 +60,8 @@ class Survey:
         self._beside: dict[Node, list[Node]] = {}
         """In-memory node that stands for merged ones → the nodes that give each its own result."""
         for prefix, r in graphs:
-            here = [self._lifted(prefix, r, n) for n in r.position if n.domain == LIFTED]
+            lifted = [self._lifted(prefix, r, n) for n in r.position if n.domain == LIFTED]
+            here = [f for f in lifted if f is not None]
             held = {n for f in here for n in f.originals}
             for n in r.before:
                 if n not in held:
@@ -68,12 +73,19 @@ class Survey:
         """The sites that an in-memory node stands for: one, or those that were merged into it."""
         self.sharers: dict[int, list[Found]] = defaultdict(list)
         """Root tensor of a weight (by id) → the Linears that use it, in whatever view."""
+        index = {f.lifted: i for i, f in enumerate(self.found)}
         for f in self.found:
+            if f.mlp is not None:
+                f.site.parts = [index[n] for n in f.mlp.linears if n in index]
             if f.weight is not None and f.lifted is not None:
                 self.sharers[id(f.weight.root)].append(f)
 
-    def _lifted(self, prefix: str, r: Rewriter, node: Node) -> Found:
+    def _lifted(self, prefix: str, r: Rewriter, node: Node) -> Found | None:
+        """The site of a lifted node; None for an activation that is none: no Linear reads it, or a rule made it."""
         originals = sorted(set(self._originals(r, node)), key=r.before.__getitem__)
+        mlp = Mlp.around(node, r.view) if node.op in ACTIVATIONS else None
+        if mlp is not None and not (mlp.rows and originals):
+            return None
         linear = node.op == "Linear"
         weight = r.view.constant(node.inputs[1]) if linear else None
         names = SiteNames(
@@ -82,9 +94,9 @@ class Survey:
             scopes=tuple(dict.fromkeys(s for n in originals for s in _scopes(n))),
             tied=weight is not None and self._embeddings.tied(weight),
         )
-        site = Site(node.op.lower(), list(names.nodes), weight=_weight(weight))
+        site = Site(node.op.lower() if mlp is None else mlp.kind, list(names.nodes), weight=_weight(weight))
         tensor = node.inputs[0] if linear else node.outputs[0]
-        return Found(site, names, tuple(originals), node, weight, tensor=prefix + tensor.name)
+        return Found(site, names, tuple(originals), node, weight, tensor=prefix + tensor.name, mlp=mlp)
 
     def _originals(self, r: Rewriter, node: Node) -> Iterator[Node]:
         """Nodes of the original graph behind a lifted one, the helpers of its constants included."""
@@ -163,7 +175,7 @@ class Survey:
             if f.site.kind == "linear":
                 feeding = (producer(v) for n in f.made for v in n.inputs if v.dtype == np.int8)
                 f.site.fed_by = next((norm_of[p] for p in feeding if p in norm_of), None)
-            if f.site.kind == "norm" and f.site.status == "kept" and f.site.reason is None:
+            if f.site.kind != "linear" and f.site.status == "kept" and f.site.reason is None:
                 f.site.reason = "no Linear that the spec quantizes with its activations reads it"
 
 

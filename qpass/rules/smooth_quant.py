@@ -75,7 +75,7 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     if total_needed:
         replaced[m.total] = got["sum"]
     if needed:
-        replaced[m.y] = _in_dtype_of(m.y, got["y"], new)
+        replaced[m.y] = in_dtype_of(m.y, got["y"], new)
     else:
         new.same_shape(m.y, m.total if total_needed else like or x)
     return replaced
@@ -152,11 +152,8 @@ def regrouped(view: Value, n: int) -> list[int] | None:
     return [*lead, n] if lead.count(-1) <= 1 else None
 
 
-def _in_dtype_of(old: Value, y: Value, new: Emit) -> Value:
-    """`y` in the dtype of the value that it replaces: a norm may have had a Cast in it."""
+def in_dtype_of(old: Value, y: Value, new: Emit) -> Value:
+    """`y` in the dtype of the value that it replaces: a norm or an activation may have had a Cast in it."""
     if old.dtype is None or old.dtype == y.dtype:
         return y
     return new.onnx("Cast", y, dtype=old.dtype, shape=y.shape, to=to_onnx(old.dtype))
-
-
-SMOOTH_QUANT = (quantize_norm,), (quantize_input,)

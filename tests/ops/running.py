@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from qpass.ops import DOMAIN, OPSET_VERSION, REGISTRY, Op
+from qpass.ops.activation_quantization import ActivationQuantization
 from qpass.ops.base import Attr, Tensor
 from qpass.ops.norm_quantization import NormQuantization
 from qpass.ops.shapes import Case as ShapeCase
@@ -170,10 +171,12 @@ def signatures(op: Op) -> Iterator[dict[str, Attr]]:
     settled = by_input | {o.when.attribute for o in op.outputs if o.when}
     free = {a.name: a.allowed for a in op.attributes if a.allowed is not None and a.name not in settled}
     for there in _subsets(optional):
+        if any(i.needs and i.name in there and i.needs not in there for i in op.inputs):
+            continue
         inputs = {i.name for i in op.inputs if not i.when} | there
         for asked in _subsets(alone):
             outputs = {o.name for o in op.outputs if not o.when} | asked
-            if any(tensor in inputs | outputs and other not in inputs for tensor, other in op.requires.items()):
+            if any(o.needs and o.name in outputs and o.needs not in inputs for o in op.outputs):
                 continue
             for values in itertools.product(*free.values()):
                 yield op.attributes_for(inputs, outputs, dict(zip(free, values, strict=True)))
@@ -236,7 +239,7 @@ def assert_agree(case: Case, actual: Sequence[Array]) -> None:
         assert y.dtype == (F32 if ref.dtype == BF16 else ref.dtype), what
         if ref.dtype != INT8:
             assert close(y, wide, ref.dtype), what
-        elif isinstance(case.op, NormQuantization):
+        elif isinstance(case.op, NormQuantization | ActivationQuantization):
             assert np.max(np.abs(y.astype(int) - ref.astype(int)), initial=0) <= 1, what
         else:
             assert np.array_equal(y, ref), what

@@ -23,6 +23,11 @@ TABLE = {
     "Dequantize": ("q scale", "x", "output_type"),
     "LayernormQuantization": NORM,
     "RmsnormQuantization": NORM,
+    "ActivationQuantization": (
+        "x up? smoother? scale? zero?",
+        "q scale? y?",
+        "activation gated has_smoother dyn_act_scaling has_zero has_y",
+    ),
     "SmoothQuantGemm": (
         "q weight scale_a scale_w bias?",
         "y",
@@ -96,6 +101,8 @@ def test_flags_follow_from_the_tensors() -> None:
         ("LayernormQuantization", "x gamma scale", "q scale", {}, "'scale' cannot be an output here"),
         ("Dequantize", "q scale", "x", {}, "needs its attribute 'output_type'"),
         ("Dequantize", "q scale", "x", {"output_type": 7}, r"output_type=7, wants one of \[1, 10, 16\]"),
+        ("ActivationQuantization", "x", "q scale", {}, "needs its attribute 'activation': 0 gelu, 1 gelu_tanh"),
+        ("ActivationQuantization", "x zero", "q scale", {"activation": 4}, "'zero' needs the input 'scale' too"),
         ("WeightOnlyGroupwiseQuantMatmul", "x weight scale", "y", {"group_size": 48}, "group_size=48, wants one of"),
     ],
 )
@@ -154,7 +161,7 @@ def test_a_residual_that_does_not_fit() -> None:
     attrs = norm.attributes_for({"x", "residual", "gamma"}, {"q", "scale"}, {})
     with pytest.raises(ValueError, match=r"residual has shape \[3, 8\], wants \[~..., K\], K=8, ...=\[2\]"):
         norm.infer([(F16, (2, 8)), (F16, (3, 8)), (F16, (8,)), None, None, None], attrs)
-    with pytest.raises(ValueError, match="'sum' wants the input 'residual' too"):
+    with pytest.raises(ValueError, match="'sum' needs the input 'residual' too"):
         norm.attributes_for({"x", "gamma"}, {"q", "scale", "sum"}, {})
 
 
@@ -240,6 +247,7 @@ def test_signatures_are_all_there_are() -> None:
         "Dequantize": 3,
         "LayernormQuantization": 48,
         "RmsnormQuantization": 48,
+        "ActivationQuantization": 7 * 24,
         "SmoothQuantGemm": 24,
         "WeightOnlyQuantMatmul": 4,
         "WeightOnlyGroupwiseQuantMatmul": 24,

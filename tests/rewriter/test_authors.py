@@ -233,7 +233,7 @@ class TestRaising:
             (lambda m, new: dict[str, str]()["gone"], "subject raised KeyError: 'gone'"),
             (
                 lambda m, new: new.NoSuchOp(m.x),
-                "subject raised AttributeError: qpass has no op 'NoSuchOp'; it has Dequantize",
+                "subject raised AttributeError: qpass has no op 'NoSuchOp'; it has ActivationQuantization",
             ),
             (lambda m, new: m.ww, "subject raised AttributeError: 'Linear' object has no attribute 'ww'"),
             (lambda m, new: 1 / 0, "subject raised ZeroDivisionError"),
