@@ -126,13 +126,18 @@ def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Val
     )
     if same_rows(x, h.x):
         return y
-    target = np.array(regrouped(h.x, h.w.shape[1]), np.int64)
-    return at.onnx("Reshape", y, target, dtype=y.dtype, shape=h.y.shape)
+    n = h.w.shape[1]
+    if (dims := regrouped(h.x, n)) is not None:
+        return at.onnx("Reshape", y, _integers(*dims), like=h.y)
+    ints, rank = np.dtype(np.int64), len(h.x.shape or ())
+    lead = at.onnx("Slice", reshape_between(x, h.x), _integers(0), _integers(-1), dtype=ints, shape=(rank - 1,))
+    target = at.onnx("Concat", lead, _integers(n), dtype=ints, shape=(rank,), axis=0)
+    return at.onnx("Reshape", y, target, like=h.y)
 
 
 def readable(x: Value, h: Linear) -> bool:
     """Whether a Linear that reads a view of x's rows can take `x` itself, its result reshaped where that is needed."""
-    return same_rows(x, h.x) or regrouped(h.x, h.w.shape[1]) is not None
+    return same_rows(x, h.x) or regrouped(h.x, h.w.shape[1]) is not None or reshape_between(x, h.x) is not None
 
 
 def same_rows(x: Value, view: Value) -> bool:
@@ -150,6 +155,28 @@ def regrouped(view: Value, n: int) -> list[int] | None:
         return None
     lead = [d if isinstance(d, int) else -1 for d in view.shape[:-1]]
     return [*lead, n] if lead.count(-1) <= 1 else None
+
+
+def reshape_between(x: Value, view: Value) -> Value | None:
+    """The target of the one Reshape that makes `view` of x's rows: with another last dim it makes y's of x · w."""
+    if x.shape is None or view.shape is None or len(x.shape) < len(view.shape):
+        return None  # a 0 in the target copies a dim of x, which must be none that changes
+    found: Value | None = None
+    v = view
+    while v is not x:
+        maker = v.producer
+        if maker is None:
+            return None
+        if maker.op in KEEPS_LAST:
+            if found is not None or maker.op != "Reshape" or maker.attrs.get("allowzero"):
+                return None
+            found = maker.inputs[1]
+        v = maker.inputs[0]
+    return found
+
+
+def _integers(*numbers: int) -> np.typing.NDArray[np.int64]:
+    return np.array(numbers, np.int64)
 
 
 def in_dtype_of(old: Value, y: Value, new: Emit) -> Value:

@@ -226,15 +226,37 @@ class TestFanout:
         assert done.ledger.of("linear")[0].fed_by == 0
         assert error(proto, result) < 0.02
 
-    def test_a_view_of_unknown_leading_dims_is_quantized_on_its_own(self) -> None:
+    @pytest.mark.parametrize("last", [K, -1])
+    @pytest.mark.parametrize("lead", [[3, 4], [2, 6], [0, 6], [0, 0], [-1, 4]])
+    def test_a_view_of_unknown_leading_dims(self, lead: list[int], last: int) -> None:
+        """The same Reshape, with another last dim, makes the result's rows of the norm's."""
         g = Graph()
         h = norm(g, g.input("x", ["B", "S", K]))
-        target = g.op("Concat", g.input("a", [2], TensorProto.INT64), g.const([K], np.int64), axis=0)
+        target = g.op("Concat", g.input("a", [2], TensorProto.INT64), g.const([last], np.int64), axis=0)
         proto = g.model(g.op("MatMul", g.op("Reshape", h, target), g.weight(K, 5), out="y"), dims=["P", "Q", 5])
         done, result = run(proto, "w8a8")
+        assert "QuantizePerToken" not in ops(result)
+        assert done.ledger.of("linear")[0].fed_by == 0
+        if lead.count(-1) + (last == -1) < 2:
+            x = np.random.default_rng(0).standard_normal((2, 6, K)).astype(np.float32)
+            assert error(proto, result, {"x": x, "a": np.array(lead)}) < 0.02
+
+    @pytest.mark.parametrize("way", ["twice", "allowzero", "more dims"])
+    def test_a_view_that_cannot_be_made_of_the_result_is_quantized_on_its_own(self, way: str) -> None:
+        g = Graph()
+        more = way == "more dims"
+        h = norm(g, g.input("x", ["B", "S", K]))
+        lead = g.input("a", [3 if more else 2], TensorProto.INT64)
+        target = g.op("Concat", lead, g.const([K], np.int64), axis=0)
+        if way == "twice":
+            h = g.op("Reshape", h, g.const([-1, K], np.int64))
+        h = g.op("Reshape", h, target, allowzero=int(way == "allowzero"))
+        dims: list[int | str | None] = ["P", "Q", "R", 5] if more else ["P", "Q", 5]
+        proto = g.model(g.op("MatMul", h, g.weight(K, 5), out="y"), dims=dims)
+        done, result = run(proto, "w8a8")
         assert "QuantizePerToken" in ops(result)
-        given = {"x": np.ones((2, 6, K), np.float32) * np.arange(K, dtype=np.float32), "a": np.array([3, 4])}
-        assert error(proto, result, given) < 0.02
+        x = np.random.default_rng(0).standard_normal((2, 6, K)).astype(np.float32)
+        assert error(proto, result, {"x": x, "a": np.array([3, 2, 2] if more else [3, 4])}) < 0.02
         assert done.ledger.of("norm")[0].status == "kept"
 
     def test_both_a_view_and_the_norm_itself(self) -> None:
