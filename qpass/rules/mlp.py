@@ -13,7 +13,8 @@ from qpass.ops.body import FLOATS
 from qpass.rewriter import Emit, Pattern, Replacement, attr, ir, keep, need, others, rule, uses, val
 from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Quantizer
-from qpass.rules.smooth_quant import gemm, in_dtype_of, readable
+from qpass.rules.rows import readable
+from qpass.rules.smooth_quant import gemm, in_dtype_of
 
 
 class ActivationFanout(Pattern):

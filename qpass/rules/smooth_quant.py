@@ -6,15 +6,14 @@ norm feeds the Linears, 1/s folds into the norm's gamma and beta.
 
 from __future__ import annotations
 
-import numpy as np
-
 from qpass.graph import Const, Value
 from qpass.graph.dtypes import to_onnx
 from qpass.ops.body import FLOATS
 from qpass.rewriter import Emit, Pattern, Replacement, attr, const, ir, keep, need, others, rule, uses, val
-from qpass.rewriter.view import KEEPS_LAST, width
+from qpass.rewriter.view import width
 from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Activation, Quantizer
+from qpass.rules.rows import as_read, readable, same_rows
 
 
 class NormFanout(Pattern):
@@ -124,59 +123,7 @@ def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Val
         has_per_token_scaling=int(act.scale is None),
         has_per_channel_scaling=int(per_channel),
     )
-    if same_rows(x, h.x):
-        return y
-    n = h.w.shape[1]
-    if (dims := regrouped(h.x, n)) is not None:
-        return at.onnx("Reshape", y, _integers(*dims), like=h.y)
-    ints, rank = np.dtype(np.int64), len(h.x.shape or ())
-    lead = at.onnx("Slice", reshape_between(x, h.x), _integers(0), _integers(-1), dtype=ints, shape=(rank - 1,))
-    target = at.onnx("Concat", lead, _integers(n), dtype=ints, shape=(rank,), axis=0)
-    return at.onnx("Reshape", y, target, like=h.y)
-
-
-def readable(x: Value, h: Linear) -> bool:
-    """Whether a Linear that reads a view of x's rows can take `x` itself, its result reshaped where that is needed."""
-    return same_rows(x, h.x) or regrouped(h.x, h.w.shape[1]) is not None or reshape_between(x, h.x) is not None
-
-
-def same_rows(x: Value, view: Value) -> bool:
-    """Whether a view of x's rows has x's leading dims: nothing between them regroups, or all dims are known."""
-    v: Value | None = view
-    while v is not None and v is not x:
-        maker = v.producer
-        v = maker.inputs[0] if maker is not None and maker.op not in KEEPS_LAST else None
-    return v is x or (x.shape is not None and x.shape == view.shape and None not in x.shape)
-
-
-def regrouped(view: Value, n: int) -> list[int] | None:
-    """The shape [..., n] with the leading dims of `view` as a Reshape's target; None where two of them are unknown."""
-    if view.shape is None:
-        return None
-    lead = [d if isinstance(d, int) else -1 for d in view.shape[:-1]]
-    return [*lead, n] if lead.count(-1) <= 1 else None
-
-
-def reshape_between(x: Value, view: Value) -> Value | None:
-    """The target of the one Reshape that makes `view` of x's rows: with another last dim it makes y's of x · w."""
-    if x.shape is None or view.shape is None or len(x.shape) < len(view.shape):
-        return None  # a 0 in the target copies a dim of x, which must be none that changes
-    found: Value | None = None
-    v = view
-    while v is not x:
-        maker = v.producer
-        if maker is None:
-            return None
-        if maker.op in KEEPS_LAST:
-            if found is not None or maker.op != "Reshape" or maker.attrs.get("allowzero"):
-                return None
-            found = maker.inputs[1]
-        v = maker.inputs[0]
-    return found
-
-
-def _integers(*numbers: int) -> np.typing.NDArray[np.int64]:
-    return np.array(numbers, np.int64)
+    return as_read(y, x, h, at)
 
 
 def in_dtype_of(old: Value, y: Value, new: Emit) -> Value:
