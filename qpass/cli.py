@@ -122,6 +122,7 @@ def explain(
     group_size: GroupSize = None,
     calibration: Calibration = None,
     rules: Rules = None,
+    site: Annotated[str | None, typer.Option(help="Tell all about the sites that hold this node; a glob.")] = None,
     limit: Annotated[int, typer.Option(help="How many to print.")] = 20,
 ) -> None:
     """Say why sites were not rewritten, and which patterns almost matched where.
@@ -136,14 +137,9 @@ def explain(
         model, spec=_spec(preset, spec, group_size), calibration=calibration, rules=own, dry_run=True
     )
     out = report.console()
-    left = [s for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded")]
-    for s in left if rule is None else ():
-        out.print(f"{s.kind} '{s.name}' {s.status}: {s.reason}", markup=False)
-    near = report.misses(done, rule, limit)
-    for m in near:
-        out.print(str(m), markup=False)
-    if not left and not near:
-        out.print("every site is rewritten, or kept because the spec asks nothing of it")
+    told = report.about_site(done, site) if site is not None else report.explained(done, rule, limit)
+    for line in told:
+        out.print(line, markup=False)
 
 
 @app.command()
