@@ -59,7 +59,7 @@ def remarks_on_sites(ledger: Ledger) -> list[str]:
     return [f"{n} × {text}" if n > 1 else text for text, n in notes.most_common()]
 
 
-def rewritten(done: Rewritten) -> RenderableType:
+def rewritten(done: Rewritten, page: Path | None = None) -> RenderableType:
     """The whole report of `qpass rewrite`."""
     lines: list[RenderableType] = [summary(done.ledger), ""]
     lines += [f"[dim]note:[/] {escape(r)}" for r in done.remarks]
@@ -67,6 +67,7 @@ def rewritten(done: Rewritten) -> RenderableType:
     if done.saved is not None:
         files = ", ".join(f"{f.name} ({size(f.stat().st_size)})" for f in done.saved.files)
         lines.append(f"wrote {escape(files)}")
+        lines += [f"report: {escape(str(page))}"] if page is not None else []
         lines.append(f"next: [bold]qpass verify {escape(str(done.model))} {escape(str(done.output))}[/]")
     return Group(*lines)
 

@@ -1,0 +1,482 @@
+"use strict";
+// The page of one run. Text is only ever set as text: a node may be called <b> or worse.
+(() => {
+const data = JSON.parse(document.getElementById("data").textContent);
+const sites = data.sites.map((s, i) => ({ ...s, index: i }));
+const STATUSES = ["rewritten", "kept", "excluded", "declined", "near_miss"];
+const CHUNK = 200; // rows put into the page at a time: more come as one scrolls
+
+const $ = (id) => document.getElementById(id);
+
+function el(tag, props = {}, ...children) {
+  const e = document.createElement(tag);
+  for (const [k, v] of Object.entries(props)) {
+    if (v === null || v === undefined || v === false) continue;
+    if (k.startsWith("on")) e.addEventListener(k.slice(2), v);
+    else e.setAttribute(k, v === true ? "" : v);
+  }
+  e.append(...children.filter((c) => c !== null && c !== undefined));
+  return e;
+}
+
+function svg(tag, props = {}, ...children) {
+  const e = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [k, v] of Object.entries(props)) e.setAttribute(k, v);
+  e.append(...children);
+  return e;
+}
+
+const words = (status) => status.replace("_", " ");
+const percent = (share) => `${Math.floor(share * 1000) / 10}%`.replace(".0%", "%");
+const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
+
+function bytes(n) {
+  if (n < 1000) return `${n} B`;
+  let unit = -1;
+  do { n /= 1000; unit += 1; } while (n >= 999.95 && unit < 4);
+  return `${n.toFixed(n < 99.95 ? 1 : 0)} ${["kB", "MB", "GB", "TB", "PB"][unit]}`;
+}
+
+const shape = (w) => w.shape.join("×");
+const dot = (status) => el("span", { class: `dot ${status}` });
+const tally = (list) => STATUSES.map((s) => [s, list.filter((x) => x.status === s).length]).filter(([, n]) => n);
+const weightsOf = (list) => { // a weight that several share counts once
+  const seen = new Set();
+  return list.map((s) => s.weight).filter((w) => w && !seen.has(w.name) && seen.add(w.name));
+};
+const sum = (list, of) => list.reduce((total, x) => total + of(x), 0);
+
+function nameOf(text) {
+  const cut = Math.max(text.lastIndexOf("/", text.lastIndexOf("/") - 1), text.length - 44);
+  const at = text.length > 44 && cut > 0 ? cut : text.lastIndexOf("/", text.lastIndexOf("/") - 1);
+  const path = at > 0 ? text.slice(0, at) : "";
+  return el("span", { class: "name", title: text },
+    el("span", { class: "path" }, path), el("span", { class: "tail" }, text.slice(path.length)));
+}
+
+// -- head
+
+function head() {
+  const t = data.totals, f = data.facts;
+  const opsets = Object.entries(f.opsets).map(([d, v]) => `${d} ${v}`).join(", ");
+  const linears = sites.filter((s) => s.kind === "linear");
+  const asked = linears.length - linears.filter((s) => s.status === "excluded").length;
+  const fact = (what, value, more) => el("div", {}, el("dt", {}, what), el("dd", {}, value, el("small", {}, more)));
+  const list = el("dl", { class: "facts" },
+    fact("Linears rewritten", `${t.linear.rewritten} of ${asked}`, `  ${percent(data.coverage)}`),
+    fact("Norms rewritten", `${t.norm.rewritten} of ${t.norm.sites}`, ""),
+    fact("Weights", `${bytes(t.bytes_before)} → ${bytes(t.bytes_after)}`,
+      t.bytes_after ? `  ${(t.bytes_before / t.bytes_after).toFixed(2)} × smaller` : ""),
+    ...tally(sites).filter(([s]) => s !== "rewritten" && s !== "kept")
+      .map(([s, n]) => fact(words(s)[0].toUpperCase() + words(s).slice(1), String(n), n === 1 ? "  site" : "  sites")));
+  $("head").append(
+    el("h1", {}, data.model),
+    el("p", { class: "spec" }, data.spec),
+    el("p", { class: "about" }, [plural(f.nodes, "node"), opsets, `ir ${f.ir_version}`, f.producer && `by ${f.producer}`]
+      .filter(Boolean).join(" · ")),
+    list,
+    data.remarks.length ? el("ul", { class: "remarks" }, ...data.remarks.map((r) => el("li", {}, r))) : null);
+  $("foot").append(data.written ? `qpass ${data.qpass} wrote ${data.written}` : `qpass ${data.qpass}, nothing written`);
+}
+
+// -- the ledger
+
+const COLUMNS = [
+  { id: "index", title: "#", width: "52px", by: (s) => s.index, num: true },
+  { id: "kind", title: "kind", width: "70px", by: (s) => s.kind },
+  { id: "status", title: "status", width: "106px", by: (s) => STATUSES.indexOf(s.status) },
+  { id: "op", title: "op", width: "196px", by: (s) => s.op || "", wide: true },
+  { id: "name", title: "name", width: "auto", by: (s) => s.name },
+  { id: "shape", title: "weight", width: "150px", by: (s) => (s.weight ? s.weight.shape.reduce((a, b) => a * b, 1) : -1), wide: true },
+  { id: "before", title: "before", width: "88px", by: (s) => (s.weight ? s.weight.bytes_before : -1), num: true },
+  { id: "after", title: "after", width: "88px", by: (s) => (s.weight ? s.weight.bytes_after : -1), num: true },
+  { id: "fed", title: "fed by", width: "74px", by: (s) => (s.fed === null ? -1 : s.fed), num: true },
+  { id: "reason", title: "reason", width: "22%", by: (s) => s.reason || "", wide: true },
+];
+const ledger = { order: "index", down: false, text: "", kinds: new Set(), statuses: new Set(), list: sites, drawn: 0 };
+const open = new Set();
+const haystack = sites.map((s) => [s.kind, words(s.status), s.status, s.op, s.rule, s.reason, s.weight && s.weight.name,
+  s.weight && shape(s.weight), s.weight && s.weight.dtype, ...s.nodes, ...s.new].filter(Boolean).join("\n").toLowerCase());
+
+function choose() {
+  const column = COLUMNS.find((c) => c.id === ledger.order);
+  const wanted = ledger.text.toLowerCase().split(/\s+/).filter(Boolean);
+  const list = sites.filter((s) =>
+    (!ledger.kinds.size || ledger.kinds.has(s.kind)) && (!ledger.statuses.size || ledger.statuses.has(s.status)) &&
+    wanted.every((w) => haystack[s.index].includes(w)));
+  const turn = ledger.down ? -1 : 1;
+  const keys = new Map(list.map((s) => [s, column.by(s)]));
+  list.sort((a, b) => {
+    const x = keys.get(a), y = keys.get(b);
+    return x < y ? -turn : x > y ? turn : a.index - b.index;
+  });
+  ledger.list = list;
+}
+
+function draw() {
+  choose();
+  ledger.drawn = 0;
+  $("rows").replaceChildren();
+  $("scroll").scrollTop = 0;
+  grow(CHUNK);
+  const all = sites.length;
+  $("count").textContent = ledger.list.length === all ? plural(all, "site") : `${ledger.list.length} of ${plural(all, "site")}`;
+  $("none").hidden = ledger.list.length > 0;
+  for (const c of COLUMNS) {
+    const th = $(`by-${c.id}`);
+    if (c.id === ledger.order) th.setAttribute("aria-sort", ledger.down ? "descending" : "ascending");
+    else th.removeAttribute("aria-sort");
+  }
+  for (const b of document.querySelectorAll(".filters button")) {
+    b.setAttribute("aria-pressed", String(ledger[b.dataset.of].has(b.dataset.value)));
+  }
+}
+
+function grow(to) {
+  const upto = Math.min(to, ledger.list.length);
+  const rows = document.createDocumentFragment();
+  for (; ledger.drawn < upto; ledger.drawn += 1) {
+    const s = ledger.list[ledger.drawn];
+    rows.append(row(s));
+    if (open.has(s.index)) rows.append(detail(s));
+  }
+  $("rows").append(rows);
+}
+
+function row(s) {
+  const w = s.weight;
+  const td = (id, ...children) => {
+    const c = COLUMNS.find((x) => x.id === id);
+    return el("td", { class: [id, c.num && "num", c.wide && "wide"].filter(Boolean).join(" ") }, ...children);
+  };
+  return el("tr", { class: "site", tabindex: "-1", "data-index": s.index, "aria-expanded": String(open.has(s.index)) },
+    td("index", String(s.index)), td("kind", s.kind), td("status", dot(s.status), words(s.status)), td("op", s.op || ""),
+    td("name", nameOf(s.name), s.reason ? el("span", { class: "narrow reason more", style: "white-space:normal" }, s.reason) : null),
+    td("shape", w ? el("span", {}, shape(w), " ", el("span", { class: "more" }, w.dtype)) : ""),
+    td("before", w ? bytes(w.bytes_before) : ""), td("after", w ? bytes(w.bytes_after) : ""),
+    td("fed", s.fed === null ? "" : jump(s.fed, String(s.fed))), td("reason", s.reason || ""));
+}
+
+function detail(s) {
+  const w = s.weight;
+  const names = (list) => el("ul", {}, ...list.map((n) => el("li", { class: "mono" }, n)));
+  const feeds = sites.filter((x) => x.fed === s.index);
+  const terms = [
+    ["reason", s.reason],
+    ["op", s.op],
+    ["rule", s.rule],
+    ["weight", w && `${w.name}  [${shape(w)}] ${w.dtype}, ${w.bytes_before.toLocaleString("en")} → ${w.bytes_after.toLocaleString("en")} bytes`],
+    ["stopped at", s.miss && `${s.miss.pattern}, ${s.miss.matched} of ${s.miss.total} nodes: ${s.miss.at}`],
+    ["original nodes", names(s.nodes)],
+    ["new nodes", s.new.length ? names(s.new) : null],
+    ["fed by", s.fed === null ? null : jump(s.fed, sites[s.fed].name)],
+    ["feeds", feeds.length ? el("ul", {}, ...feeds.map((x) => el("li", {}, jump(x.index, x.name)))) : null],
+    ["module", s.path.join(".")],
+  ];
+  return el("tr", { class: "detail", id: `detail-${s.index}` }, el("td", { colspan: COLUMNS.length },
+    el("dl", {}, ...terms.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", {}, k), el("dd", {}, v)]))));
+}
+
+const rowOf = (index) => $("rows").querySelector(`tr.site[data-index="${index}"]`);
+const jump = (index, text) =>
+  el("button", { type: "button", class: "link mono", "data-jump": index, title: `Show site ${index}` }, text);
+
+function toggle(tr) {
+  const index = Number(tr.dataset.index), was = open.has(index);
+  if (was) { open.delete(index); $(`detail-${index}`).remove(); }
+  else { open.add(index); tr.after(detail(sites[index])); }
+  tr.setAttribute("aria-expanded", String(!was));
+}
+
+function show(index) {
+  if (!ledger.list.includes(sites[index])) {
+    ledger.text = $("search").value = "";
+    ledger.kinds.clear();
+    ledger.statuses.clear();
+    draw();
+  }
+  const at = ledger.list.indexOf(sites[index]);
+  if (at >= ledger.drawn) grow(at + CHUNK);
+  const tr = rowOf(index);
+  $("ledger").scrollIntoView({ block: "nearest" });
+  $("scroll").scrollTop += tr.getBoundingClientRect().top - $("scroll").getBoundingClientRect().top - 90;
+  focusRow(tr);
+  for (const old of document.querySelectorAll("tr.found")) old.classList.remove("found");
+  tr.classList.add("found");
+}
+
+function focusRow(tr) {
+  for (const old of $("rows").querySelectorAll('tr.site[tabindex="0"]')) old.tabIndex = -1;
+  tr.tabIndex = 0;
+  tr.focus({ preventScroll: true });
+}
+
+function step(tr, by) {
+  const index = ledger.list.indexOf(sites[Number(tr.dataset.index)]) + by;
+  if (index < 0 || index >= ledger.list.length) return;
+  if (index >= ledger.drawn) grow(index + CHUNK);
+  const next = rowOf(ledger.list[index].index);
+  focusRow(next);
+  next.scrollIntoView({ block: "nearest" });
+}
+
+function table() {
+  $("table").prepend(el("colgroup", {}, ...COLUMNS.map((c) => el("col", { class: c.wide ? "wide" : null, style: `width:${c.width}` }))));
+  $("columns").append(...COLUMNS.map((c) => el("th", { id: `by-${c.id}`, scope: "col", class: [c.num && "num", c.wide && "wide"].filter(Boolean).join(" ") || null },
+    el("button", { type: "button", onclick: () => {
+      ledger.down = ledger.order === c.id ? !ledger.down : (c.id === "before" || c.id === "after" || c.id === "shape");
+      ledger.order = c.id;
+      draw();
+    } }, c.title))));
+  const filter = (of, values, count, label) => values.map((v) =>
+    el("button", { type: "button", "data-of": of, "data-value": v, "aria-pressed": "false", onclick: () => {
+      if (!ledger[of].delete(v)) ledger[of].add(v);
+      draw();
+    } }, label(v), el("span", {}, String(count(v)))));
+  const kinds = [...new Set(sites.map((s) => s.kind))].sort();
+  $("kinds").append(...filter("kinds", kinds, (k) => sites.filter((s) => s.kind === k).length, (k) => [k]).flat());
+  const there = STATUSES.filter((s) => sites.some((x) => x.status === s));
+  $("statuses").append(...filter("statuses", there, (s) => sites.filter((x) => x.status === s).length, (s) => words(s)));
+  $("search").addEventListener("input", (e) => { ledger.text = e.target.value; draw(); });
+  $("clear").addEventListener("click", () => {
+    ledger.text = $("search").value = "";
+    ledger.kinds.clear();
+    ledger.statuses.clear();
+    draw();
+    $("search").focus();
+  });
+  $("scroll").addEventListener("scroll", () => {
+    const box = $("scroll");
+    if (box.scrollTop + box.clientHeight > box.scrollHeight - 800) grow(ledger.drawn + CHUNK);
+  });
+  $("rows").addEventListener("click", (e) => {
+    const tr = e.target.closest("tr.site");
+    if (!tr || e.target.closest("button") || String(getSelection())) return;
+    focusRow(tr);
+    toggle(tr);
+  });
+  $("rows").addEventListener("keydown", (e) => {
+    const tr = e.target.closest("tr.site");
+    if (!tr || e.target !== tr) return;
+    if (e.key === "Enter" || e.key === " ") toggle(tr);
+    else if (e.key === "ArrowDown") step(tr, 1);
+    else if (e.key === "ArrowUp") step(tr, -1);
+    else return;
+    e.preventDefault();
+  });
+  document.addEventListener("click", (e) => {
+    const to = e.target.closest("[data-jump]");
+    if (to) show(Number(to.dataset.jump));
+  });
+  document.addEventListener("keydown", (e) => {
+    if (e.key === "/" && !e.ctrlKey && !e.metaKey && !e.target.matches("input")) { $("search").focus(); e.preventDefault(); }
+    else if (e.key === "Escape" && e.target === $("search")) { ledger.text = $("search").value = ""; draw(); }
+    else if (e.key === "ArrowDown" && e.target === $("search") && ledger.list.length) {
+      focusRow(rowOf(ledger.list[0].index));
+      e.preventDefault();
+    }
+  });
+  draw();
+  const first = $("rows").querySelector("tr.site");
+  if (first) first.tabIndex = 0;
+}
+
+// -- near misses
+
+function missed() {
+  const rank = ["near_miss", "declined"];
+  const held = sites.filter((s) => rank.includes(s.status)).sort((a, b) => rank.indexOf(a.status) - rank.indexOf(b.status));
+  if (!held.length && !data.misses.length) return;
+  $("misses").hidden = false;
+  const where = (m) => (m ? `${m.rule} · ${m.pattern} matched ${m.matched} of ${m.total} nodes up to ${m.op} '${m.node}'; stopped at ${m.at}` : "");
+  const item = (status, title, why, m) => el("li", {}, el("div", {}, dot(status), title),
+    el("div", { class: "why" }, why), m ? el("div", { class: "where" }, where(m)) : null);
+  $("miss-list").append(
+    ...held.map((s) => item(s.status, el("span", {}, `${s.kind} `, jump(s.index, s.name), ` ${words(s.status)}`), s.reason || "", s.miss)),
+    ...data.misses.map((m) => item("near_miss", el("span", {}, `${m.op} `, el("span", { class: "mono" }, m.node)), m.why, m)));
+  $("misses-title").append(el("small", {}, "the nearest first"));
+}
+
+// -- layers
+
+function tree() {
+  const root = { name: "", children: new Map(), sites: [] };
+  for (const s of sites) {
+    let at = root;
+    for (const part of s.path) {
+      if (!at.children.has(part)) at.children.set(part, { name: part, children: new Map(), sites: [] });
+      at = at.children.get(part);
+    }
+    at.sites.push(s);
+  }
+  const finish = (n) => { // a module with nothing but one module in it is one line with that
+    n.children = [...n.children.values()].map(finish);
+    n.all = [...n.sites, ...n.children.flatMap((c) => c.all)].sort((a, b) => a.index - b.index);
+    n.layered = n.children.some((c) => /\.\d+$/.test(c.name) || c.layered);
+    while (n !== root && n.children.length === 1 && !n.sites.length && !n.children[0].layered === !n.layered) {
+      const only = n.children[0];
+      n = { ...only, name: `${n.name}.${only.name}` };
+    }
+    n.children.sort((a, b) => a.all[0].index - b.all[0].index);
+    return n;
+  };
+  finish(root);
+  const lines = [];
+  const put = (n, depth, inLayer) => lines.push(branch(n, depth, inLayer));
+  if (root.sites.length) put({ name: "(no module)", children: [], sites: root.sites, all: root.sites }, 0, false);
+  for (const c of root.children) put(c, 0, false);
+  $("tree").append(...lines);
+  $("layers").hidden = !sites.length;
+}
+
+function branch(n, depth, inLayer) {
+  const isLayer = /\.\d+$/.test(n.name) || inLayer;
+  const box = el("div", { class: "module" });
+  if (!n.children.length && n.sites.length === 1 && depth > 0) { // a leaf: the module is the site
+    const s = n.sites[0];
+    box.append(leaf(s, n.name, depth));
+    return box;
+  }
+  const inner = el("div", { hidden: true });
+  const fill = () => {
+    if (inner.childElementCount) return;
+    const parts = [...n.children.map((c) => [c.all[0].index, () => branch(c, depth + 1, isLayer)]),
+      ...n.sites.map((s) => [s.index, () => leaf(s, s.name, depth + 1)])];
+    inner.append(...parts.sort((a, b) => a[0] - b[0]).map(([, make]) => make()));
+  };
+  const button = el("button", { type: "button", "aria-expanded": "false", onclick: () => set(inner.hidden) }, n.name);
+  const set = (on) => {
+    if (on) fill();
+    inner.hidden = !on;
+    button.setAttribute("aria-expanded", String(on));
+  };
+  const small = n.all.length <= 40 && (isLayer || !nested(n));
+  box.append(el("div", { class: "branch", style: `--depth:${depth}` }, button, small ? flow(n.all) : null, counts(n)), inner);
+  if (!isLayer && nested(n) && n.all.length <= 4000) set(true);
+  return box;
+}
+
+const nested = (n) => n.children.some((c) => /\.\d+$/.test(c.name) || nested(c));
+
+function counts(n) {
+  const w = weightsOf(n.all);
+  const size = w.length ? el("i", {}, `${bytes(sum(w, (x) => x.bytes_before))} → ${bytes(sum(w, (x) => x.bytes_after))}`) : null;
+  return el("span", { class: "tally" }, ...tally(n.all).map(([s, k]) => el("i", { title: words(s) }, dot(s), String(k))), size);
+}
+
+function leaf(s, name, depth) {
+  return el("div", { class: "branch", style: `--depth:${depth}` },
+    el("span", { class: "site-name" }, dot(s.status), jump(s.index, name)),
+    el("span", { class: "more" }, s.op || [words(s.status), s.reason].filter(Boolean).join(": ")),
+    el("span", { class: "tally" }, s.weight ? el("i", {}, `${bytes(s.weight.bytes_before)} → ${bytes(s.weight.bytes_after)}`) : null));
+}
+
+function flow(list) { // Linears on one activation stand side by side
+  const steps = [];
+  for (const s of list) {
+    const same = s.reads && steps.find((g) => g[0].reads === s.reads);
+    if (same) same.push(s); else steps.push([s]);
+  }
+  const chip = (s) => el("button", { type: "button", class: `chip ${s.status} ${s.kind}`, "data-jump": s.index,
+    title: [`${s.kind} ${s.name}`, s.op || words(s.status), s.reason].filter(Boolean).join("\n") },
+  short(s));
+  return el("div", { class: "flow" }, ...steps.map((g) => el("span", { class: "step" }, ...g.map(chip))));
+}
+
+const short = (s) => (s.path.length ? s.path[s.path.length - 1] : s.name.split("/").pop());
+
+// -- plots
+
+function coverage() {
+  const kinds = [...new Set(sites.map((s) => s.kind))].sort();
+  const W = 460, H = 34, left = 60, right = 70;
+  const most = Math.max(1, ...kinds.map((k) => sites.filter((s) => s.kind === k).length));
+  const plot = svg("svg", { viewBox: `0 0 ${W} ${Math.max(H, kinds.length * H)}`, role: "img", "aria-label": "Sites by kind and status" });
+  kinds.forEach((kind, i) => {
+    const all = sites.filter((s) => s.kind === kind);
+    let x = left;
+    plot.append(svg("text", { x: left - 10, y: i * H + 20, "text-anchor": "end" }, kind));
+    for (const [status, n] of tally(all)) {
+      const width = (n / most) * (W - left - right);
+      const bar = svg("rect", { class: `bar ${status}`, x, y: i * H + 5, width: Math.max(1, width - 1), height: 22, rx: 2 },
+        svg("title", {}, `${n} ${kind} ${words(status)}`));
+      plot.append(bar);
+      x += width;
+    }
+    plot.append(svg("text", { class: "soft", x: x + 6, y: i * H + 20 }, `${all.filter((s) => s.status === "rewritten").length} of ${all.length}`));
+  });
+  $("coverage").append(plot, el("div", { class: "key" },
+    ...tally(sites).map(([s, n]) => el("span", { class: s }, el("b"), `${words(s)} ${n}`))));
+}
+
+function groups() { // by layer where there are layers, else by module
+  const out = new Map();
+  for (const s of sites.filter((x) => x.weight)) {
+    const at = s.path.findIndex((p) => /\.\d+$/.test(p));
+    const key = at >= 0 ? s.path.slice(0, at + 1).join(".") : s.path.slice(0, 3).join(".") || s.name;
+    if (!out.has(key)) out.set(key, []);
+    out.get(key).push(s);
+  }
+  const seen = new Set();
+  const bars = [...out].map(([name, list]) => {
+    const w = weightsOf(list).filter((x) => !seen.has(x.name) && seen.add(x.name));
+    return { name, before: sum(w, (x) => x.bytes_before), after: sum(w, (x) => x.bytes_after) };
+  }).filter((b) => b.before);
+  const rest = { name: "everything else: embeddings, biases, norms", short: "else",
+    before: data.totals.bytes_before - sum(bars, (b) => b.before), after: data.totals.bytes_after - sum(bars, (b) => b.after) };
+  return rest.before > 0 && rest.after >= 0 ? [...bars, rest] : bars;
+}
+
+function sizes() {
+  const bars = groups();
+  if (!bars.length) { $("sizes").append("No weights."); return; }
+  const W = 720, H = 190, left = 58, floor = H - 34, top = 8;
+  const most = Math.max(...bars.map((b) => Math.max(b.before, b.after)));
+  const room = (W - left) / bars.length, width = Math.min(34, room * 0.72);
+  const y = (n) => floor - (n / most) * (floor - top);
+  const plot = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "Weight bytes before and after, by layer" });
+  for (const share of [0, 0.5, 1]) {
+    plot.append(svg("line", { class: "axis", x1: left, x2: W, y1: y(most * share), y2: y(most * share) }),
+      svg("text", { class: "soft", x: left - 8, y: y(most * share) + 4, "text-anchor": "end" }, bytes(Math.round(most * share))));
+  }
+  const labels = Math.ceil((bars.length * 46) / (W - left));
+  bars.forEach((b, i) => {
+    const x = left + room * i + (room - width) / 2;
+    const title = `${b.name}\n${bytes(b.before)} → ${bytes(b.after)}`;
+    plot.append(svg("g", {}, svg("title", {}, title),
+      svg("rect", { class: "before", x, y: y(b.before), width, height: Math.max(0, floor - y(b.before)), rx: 2 }),
+      svg("rect", { class: "after", x: x + width * 0.2, y: y(b.after), width: width * 0.6, height: Math.max(0, floor - y(b.after)), rx: 1 })));
+    if (i % labels === 0 || b.short) {
+      const text = b.short || (b.name.match(/\.(\d+)$/) || [, b.name.split(".").pop()])[1];
+      plot.append(svg("text", { class: "soft", x: x + width / 2, y: floor + 16, "text-anchor": "middle" }, text.length > 9 ? `${text.slice(0, 8)}…` : text));
+    }
+  });
+  $("sizes").append(plot, el("div", { class: "key" }, el("span", { class: "before" }, el("b"), "before"), el("span", { class: "after" }, el("b"), "after")));
+}
+
+function rules() {
+  const key = data.timed ? "seconds" : "tries";
+  const list = [...data.rules].sort((a, b) => b[key] - a[key]);
+  const whole = sum(list, (r) => r[key]) || 1, most = Math.max(1e-12, ...list.map((r) => r[key]));
+  $("rules-title").append(el("small", {}, data.timed
+    ? `${(whole * 1000).toFixed(1)} ms of matching and rewriting in all`
+    : "by how often each was tried; qpass rewrite --profile-rules tells the time too"));
+  const heads = ["rule", "at", "tries", "hits", "declines", data.timed ? "ms" : null, data.timed ? "share of the time" : "share of the tries"];
+  const number = (n) => el("td", { class: "num" }, n.toLocaleString("en"));
+  $("rule-bars").append(el("table", {}, el("thead", {}, el("tr", {}, ...heads.filter(Boolean).map((h) => el("th", { scope: "col", class: /rule|at|share/.test(h) && h !== "rate" ? null : "num" }, h)))),
+    el("tbody", {}, ...list.map((r) => el("tr", { title: r.does },
+      el("td", { class: "mono" }, r.rule), el("td", { class: "mono more" }, r.at), number(r.tries), number(r.hits), number(r.declines),
+      data.timed ? el("td", { class: "num" }, (r.seconds * 1000).toFixed(1)) : null,
+      el("td", { class: "bar" }, svg("svg", { viewBox: "0 0 300 14", preserveAspectRatio: "xMinYMid meet" },
+        svg("rect", { x: 0, y: 2, width: Math.max(1, (r[key] / most) * 240), height: 10, rx: 2 }),
+        svg("text", { class: "soft", x: Math.max(1, (r[key] / most) * 240) + 6, y: 11.5 }, `${((r[key] / whole) * 100).toFixed(0)}%`))))))));
+}
+
+head();
+table();
+missed();
+tree();
+coverage();
+sizes();
+rules();
+})();
