@@ -33,7 +33,7 @@ def explained(done: Rewritten, rule: str | None, limit: int) -> list[str]:
     near = misses(done)
     entries = [_about(sites, near) for status in OPEN[:-1] for sites in _alike(done, status)]
     for m in unclaimed(done, near):
-        entries += [[f"near miss: {m.root.op} '{m.label}': {_brief(m.why, m.label)}", f"    {_where(m)}"]]
+        entries += [[f"near miss: {m.root.op} '{m.label}': {brief(m.why, m.label)}", f"    {_where(m)}"]]
     entries += [_about(sites, near) for sites in _alike(done, "excluded")]
     lines = [line for entry in entries[:limit] for line in entry]
     if len(entries) > limit:
@@ -58,7 +58,7 @@ def unclaimed(done: Rewritten, near: Iterable[Miss]) -> list[Miss]:
 def _about(sites: list[Site], near: Iterable[Miss]) -> list[str]:
     first, rest = sites[0], sites[1:]
     status = "rewritten, but" if first.status == "rewritten" else f"{first.status.replace('_', ' ')}:"
-    lines = [f"{first.kind} '{first.name}' {status} {_brief(first.reason or '', first.name)}"]
+    lines = [f"{first.kind} '{first.name}' {status} {brief(first.reason or '', first.name)}"]
     if (miss := nearest(first, near)) is not None:
         lines.append(f"    {_where(miss)}")
     if rest:
@@ -66,7 +66,7 @@ def _about(sites: list[Site], near: Iterable[Miss]) -> list[str]:
     return lines
 
 
-def _brief(why: str, name: str) -> str:
+def brief(why: str, name: str) -> str:
     """A cause without the name of its node, where that has just been said."""
     output = name.partition("@")[2]
     return re.sub(rf"^\w+ '({re.escape(name)}|{re.escape(output)})': ", "", why)
@@ -99,7 +99,7 @@ def about_site(done: Rewritten, name: str) -> list[str]:
     lines = []
     for i, s in found:
         became = f" → {s.op}" if s.op else ""
-        why = f": {_brief(s.reason, s.name)}" if s.reason else ""
+        why = f": {brief(s.reason, s.name)}" if s.reason else ""
         lines.append(f"[{i}] {s.kind} '{s.name}' {s.status.replace('_', ' ')}{became}{why}")
         facts = {"rule": s.rule or "", "nodes": ", ".join(s.nodes), "new nodes": ", ".join(s.new_nodes)}
         if s.weight is not None:

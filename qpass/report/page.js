@@ -15,7 +15,7 @@ function el(tag, props = {}, ...children) {
     if (k.startsWith("on")) e.addEventListener(k.slice(2), v);
     else e.setAttribute(k, v === true ? "" : v);
   }
-  e.append(...children.filter((c) => c !== null && c !== undefined));
+  e.append(...children.filter((c) => c !== null && c !== undefined && c !== ""));
   return e;
 }
 
@@ -46,12 +46,16 @@ const weightsOf = (list) => { // a weight that several share counts once
 };
 const sum = (list, of) => list.reduce((total, x) => total + of(x), 0);
 
-function nameOf(text) {
-  const cut = Math.max(text.lastIndexOf("/", text.lastIndexOf("/") - 1), text.length - 44);
-  const at = text.length > 44 && cut > 0 ? cut : text.lastIndexOf("/", text.lastIndexOf("/") - 1);
-  const path = at > 0 ? text.slice(0, at) : "";
-  return el("span", { class: "name", title: text },
-    el("span", { class: "path" }, path), el("span", { class: "tail" }, text.slice(path.length)));
+function nameOf(s) { // the end of a path is what tells; a name without a path gets its module beside it
+  const at = s.name.lastIndexOf("/", s.name.lastIndexOf("/") - 1);
+  const path = at > 0 ? s.name.slice(0, at) : "";
+  const module = s.name.includes("/") ? "" : s.path.slice(-3).join(".");
+  const title = [s.name, s.path.join(".")].join("\n");
+  const cut = (c, ...parts) => el("span", { class: c }, el("bdi", { dir: "ltr" }, ...parts)); // cut off on the left
+  if (!module || s.name.includes(module)) {
+    return el("span", { class: "label", title }, cut("path", path, el("span", { class: "tail" }, s.name.slice(path.length))));
+  }
+  return el("span", { class: "label", title }, el("span", { class: "tail" }, s.name), cut("path of", module));
 }
 
 // -- head
@@ -69,34 +73,35 @@ function head() {
       t.bytes_after ? `  ${(t.bytes_before / t.bytes_after).toFixed(2)} × smaller` : ""),
     ...tally(sites).filter(([s]) => s !== "rewritten" && s !== "kept")
       .map(([s, n]) => fact(words(s)[0].toUpperCase() + words(s).slice(1), String(n), n === 1 ? "  site" : "  sites")));
-  $("head").append(
+  $("head").append(...[
     el("h1", {}, data.model),
     el("p", { class: "spec" }, data.spec),
     el("p", { class: "about" }, [plural(f.nodes, "node"), opsets, `ir ${f.ir_version}`, f.producer && `by ${f.producer}`]
       .filter(Boolean).join(" · ")),
     list,
-    data.remarks.length ? el("ul", { class: "remarks" }, ...data.remarks.map((r) => el("li", {}, r))) : null);
+    data.remarks.length ? el("ul", { class: "remarks" }, ...data.remarks.map((r) => el("li", {}, r))) : ""]);
   $("foot").append(data.written ? `qpass ${data.qpass} wrote ${data.written}` : `qpass ${data.qpass}, nothing written`);
 }
 
 // -- the ledger
 
+const reasons = sites.some((s) => s.reason);
 const COLUMNS = [
   { id: "index", title: "#", width: "52px", by: (s) => s.index, num: true },
-  { id: "kind", title: "kind", width: "70px", by: (s) => s.kind },
-  { id: "status", title: "status", width: "106px", by: (s) => STATUSES.indexOf(s.status) },
-  { id: "op", title: "op", width: "196px", by: (s) => s.op || "", wide: true },
+  { id: "kind", title: "kind", width: "62px", by: (s) => s.kind },
+  { id: "status", title: "status", width: "104px", by: (s) => STATUSES.indexOf(s.status) },
+  { id: "op", title: "op", width: "184px", by: (s) => s.op || "", wide: true },
   { id: "name", title: "name", width: "auto", by: (s) => s.name },
-  { id: "shape", title: "weight", width: "150px", by: (s) => (s.weight ? s.weight.shape.reduce((a, b) => a * b, 1) : -1), wide: true },
-  { id: "before", title: "before", width: "88px", by: (s) => (s.weight ? s.weight.bytes_before : -1), num: true },
-  { id: "after", title: "after", width: "88px", by: (s) => (s.weight ? s.weight.bytes_after : -1), num: true },
-  { id: "fed", title: "fed by", width: "74px", by: (s) => (s.fed === null ? -1 : s.fed), num: true },
-  { id: "reason", title: "reason", width: "22%", by: (s) => s.reason || "", wide: true },
+  { id: "shape", title: "weight", width: "134px", by: (s) => (s.weight ? s.weight.shape.reduce((a, b) => a * b, 1) : -1), wide: true },
+  { id: "before", title: "before", width: "82px", by: (s) => (s.weight ? s.weight.bytes_before : -1), num: true, wide: true },
+  { id: "after", title: "after", width: "82px", by: (s) => (s.weight ? s.weight.bytes_after : -1), num: true },
+  { id: "fed", title: "fed by", width: "70px", by: (s) => (s.fed === null ? -1 : s.fed), num: true },
+  { id: "reason", title: "reason", width: reasons ? "20%" : "70px", by: (s) => s.reason || "", wide: true },
 ];
-const ledger = { order: "index", down: false, text: "", kinds: new Set(), statuses: new Set(), list: sites, drawn: 0 };
+const ledger = { order: "index", down: false, text: "", kinds: new Set(), statuses: new Set(), list: sites, from: 0, to: 0 };
 const open = new Set();
 const haystack = sites.map((s) => [s.kind, words(s.status), s.status, s.op, s.rule, s.reason, s.weight && s.weight.name,
-  s.weight && shape(s.weight), s.weight && s.weight.dtype, ...s.nodes, ...s.new].filter(Boolean).join("\n").toLowerCase());
+  s.weight && shape(s.weight), s.weight && s.weight.dtype, s.path.join("."), ...s.nodes, ...s.new].filter(Boolean).join("\n").toLowerCase());
 
 function choose() {
   const column = COLUMNS.find((c) => c.id === ledger.order);
@@ -115,10 +120,8 @@ function choose() {
 
 function draw() {
   choose();
-  ledger.drawn = 0;
-  $("rows").replaceChildren();
   $("scroll").scrollTop = 0;
-  grow(CHUNK);
+  drawFrom(0);
   const all = sites.length;
   $("count").textContent = ledger.list.length === all ? plural(all, "site") : `${ledger.list.length} of ${plural(all, "site")}`;
   $("none").hidden = ledger.list.length > 0;
@@ -132,15 +135,32 @@ function draw() {
   }
 }
 
-function grow(to) {
-  const upto = Math.min(to, ledger.list.length);
+function made(from, to) {
   const rows = document.createDocumentFragment();
-  for (; ledger.drawn < upto; ledger.drawn += 1) {
-    const s = ledger.list[ledger.drawn];
+  for (const s of ledger.list.slice(from, to)) {
     rows.append(row(s));
     if (open.has(s.index)) rows.append(detail(s));
   }
-  $("rows").append(rows);
+  return rows;
+}
+
+function drawFrom(at) {
+  ledger.from = ledger.to = at;
+  $("rows").replaceChildren();
+  grow();
+}
+
+function grow() {
+  const to = Math.min(ledger.to + CHUNK, ledger.list.length);
+  $("rows").append(made(ledger.to, to));
+  ledger.to = to;
+}
+
+function growUp() { // what is seen stays where it is
+  const from = Math.max(0, ledger.from - CHUNK), box = $("scroll"), below = box.scrollHeight - box.scrollTop;
+  $("rows").prepend(made(from, ledger.from));
+  ledger.from = from;
+  box.scrollTop = box.scrollHeight - below;
 }
 
 function row(s) {
@@ -151,7 +171,7 @@ function row(s) {
   };
   return el("tr", { class: "site", tabindex: "-1", "data-index": s.index, "aria-expanded": String(open.has(s.index)) },
     td("index", String(s.index)), td("kind", s.kind), td("status", dot(s.status), words(s.status)), td("op", s.op || ""),
-    td("name", nameOf(s.name), s.reason ? el("span", { class: "narrow reason more", style: "white-space:normal" }, s.reason) : null),
+    td("name", nameOf(s), s.reason ? el("span", { class: "narrow reason more", style: "white-space:normal" }, s.reason) : null),
     td("shape", w ? el("span", {}, shape(w), " ", el("span", { class: "more" }, w.dtype)) : ""),
     td("before", w ? bytes(w.bytes_before) : ""), td("after", w ? bytes(w.bytes_after) : ""),
     td("fed", s.fed === null ? "" : jump(s.fed, String(s.fed))), td("reason", s.reason || ""));
@@ -196,7 +216,7 @@ function show(index) {
     draw();
   }
   const at = ledger.list.indexOf(sites[index]);
-  if (at >= ledger.drawn) grow(at + CHUNK);
+  if (at >= ledger.to || at < ledger.from) drawFrom(Math.max(0, at - CHUNK / 2));
   const tr = rowOf(index);
   $("ledger").scrollIntoView({ block: "nearest" });
   $("scroll").scrollTop += tr.getBoundingClientRect().top - $("scroll").getBoundingClientRect().top - 90;
@@ -214,7 +234,8 @@ function focusRow(tr) {
 function step(tr, by) {
   const index = ledger.list.indexOf(sites[Number(tr.dataset.index)]) + by;
   if (index < 0 || index >= ledger.list.length) return;
-  if (index >= ledger.drawn) grow(index + CHUNK);
+  if (index >= ledger.to) grow();
+  if (index < ledger.from) growUp();
   const next = rowOf(ledger.list[index].index);
   focusRow(next);
   next.scrollIntoView({ block: "nearest" });
@@ -247,7 +268,8 @@ function table() {
   });
   $("scroll").addEventListener("scroll", () => {
     const box = $("scroll");
-    if (box.scrollTop + box.clientHeight > box.scrollHeight - 800) grow(ledger.drawn + CHUNK);
+    if (ledger.to < ledger.list.length && box.scrollTop + box.clientHeight > box.scrollHeight - 800) grow();
+    if (ledger.from > 0 && box.scrollTop < 400) growUp();
   });
   $("rows").addEventListener("click", (e) => {
     const tr = e.target.closest("tr.site");
@@ -289,10 +311,19 @@ function missed() {
   if (!held.length && !data.misses.length) return;
   $("misses").hidden = false;
   const where = (m) => (m ? `${m.rule} · ${m.pattern} matched ${m.matched} of ${m.total} nodes up to ${m.op} '${m.node}'; stopped at ${m.at}` : "");
-  const item = (status, title, why, m) => el("li", {}, el("div", {}, dot(status), title),
-    el("div", { class: "why" }, why), m ? el("div", { class: "where" }, where(m)) : null);
+  const item = (status, title, why, m, rest = null) => el("li", {}, el("div", {}, dot(status), title),
+    el("div", { class: "why" }, why), m ? el("div", { class: "where" }, where(m)) : null, rest);
+  const alike = new Map(); // sites whose reasons differ in nothing but names
+  for (const s of held) {
+    const key = [s.kind, s.status, (s.reason || "").replace(/'[^']*'/g, "''")].join("\n");
+    if (!alike.has(key)) alike.set(key, []);
+    alike.get(key).push(s);
+  }
+  const more = (list) => (list.length ? el("details", { class: "where" }, el("summary", {}, `and ${list.length} more like it`),
+    el("ul", {}, ...list.map((s) => el("li", {}, jump(s.index, s.name))))) : null);
   $("miss-list").append(
-    ...held.map((s) => item(s.status, el("span", {}, `${s.kind} `, jump(s.index, s.name), ` ${words(s.status)}`), s.reason || "", s.miss)),
+    ...[...alike.values()].map(([s, ...rest]) =>
+      item(s.status, el("span", {}, `${s.kind} `, jump(s.index, s.name), ` ${words(s.status)}`), s.reason || "", s.miss, more(rest))),
     ...data.misses.map((m) => item("near_miss", el("span", {}, `${m.op} `, el("span", { class: "mono" }, m.node)), m.why, m)));
   $("misses-title").append(el("small", {}, "the nearest first"));
 }
@@ -389,7 +420,7 @@ const short = (s) => (s.path.length ? s.path[s.path.length - 1] : s.name.split("
 
 function coverage() {
   const kinds = [...new Set(sites.map((s) => s.kind))].sort();
-  const W = 460, H = 34, left = 60, right = 70;
+  const W = 460, H = 34, left = 52, right = 70;
   const most = Math.max(1, ...kinds.map((k) => sites.filter((s) => s.kind === k).length));
   const plot = svg("svg", { viewBox: `0 0 ${W} ${Math.max(H, kinds.length * H)}`, role: "img", "aria-label": "Sites by kind and status" });
   kinds.forEach((kind, i) => {
@@ -430,7 +461,7 @@ function groups() { // by layer where there are layers, else by module
 function sizes() {
   const bars = groups();
   if (!bars.length) { $("sizes").append("No weights."); return; }
-  const W = 720, H = 190, left = 58, floor = H - 34, top = 8;
+  const W = 720, H = 200, left = 58, floor = H - 44, top = 8;
   const most = Math.max(...bars.map((b) => Math.max(b.before, b.after)));
   const room = (W - left) / bars.length, width = Math.min(34, room * 0.72);
   const y = (n) => floor - (n / most) * (floor - top);
@@ -440,12 +471,17 @@ function sizes() {
       svg("text", { class: "soft", x: left - 8, y: y(most * share) + 4, "text-anchor": "end" }, bytes(Math.round(most * share))));
   }
   const labels = Math.ceil((bars.length * 46) / (W - left));
+  const lists = bars.map((b) => (b.name.match(/^(.*)\.\d+$/) || [])[1]); // what a layer's number counts in
+  const several = new Set(lists.filter(Boolean)).size > 1;
   bars.forEach((b, i) => {
     const x = left + room * i + (room - width) / 2;
     const title = `${b.name}\n${bytes(b.before)} → ${bytes(b.after)}`;
     plot.append(svg("g", {}, svg("title", {}, title),
       svg("rect", { class: "before", x, y: y(b.before), width, height: Math.max(0, floor - y(b.before)), rx: 2 }),
       svg("rect", { class: "after", x: x + width * 0.2, y: y(b.after), width: width * 0.6, height: Math.max(0, floor - y(b.after)), rx: 1 })));
+    if (several && lists[i] && lists[i] !== lists[i - 1]) {
+      plot.append(svg("text", { class: "soft", x, y: floor + 34 }, lists[i]));
+    }
     if (i % labels === 0 || b.short) {
       const text = b.short || (b.name.match(/\.(\d+)$/) || [, b.name.split(".").pop()])[1];
       plot.append(svg("text", { class: "soft", x: x + width / 2, y: floor + 16, "text-anchor": "middle" }, text.length > 9 ? `${text.slice(0, 8)}…` : text));
@@ -463,13 +499,13 @@ function rules() {
     : "by how often each was tried; qpass rewrite --profile-rules tells the time too"));
   const heads = ["rule", "at", "tries", "hits", "declines", data.timed ? "ms" : null, data.timed ? "share of the time" : "share of the tries"];
   const number = (n) => el("td", { class: "num" }, n.toLocaleString("en"));
-  $("rule-bars").append(el("table", {}, el("thead", {}, el("tr", {}, ...heads.filter(Boolean).map((h) => el("th", { scope: "col", class: /rule|at|share/.test(h) && h !== "rate" ? null : "num" }, h)))),
+  $("rule-bars").append(el("table", {}, el("thead", {}, el("tr", {}, ...heads.filter(Boolean).map((h) => el("th", { scope: "col", class: /^(rule|at|share.*)$/.test(h) ? null : "num" }, h)))),
     el("tbody", {}, ...list.map((r) => el("tr", { title: r.does },
       el("td", { class: "mono" }, r.rule), el("td", { class: "mono more" }, r.at), number(r.tries), number(r.hits), number(r.declines),
       data.timed ? el("td", { class: "num" }, (r.seconds * 1000).toFixed(1)) : null,
-      el("td", { class: "bar" }, svg("svg", { viewBox: "0 0 300 14", preserveAspectRatio: "xMinYMid meet" },
-        svg("rect", { x: 0, y: 2, width: Math.max(1, (r[key] / most) * 240), height: 10, rx: 2 }),
-        svg("text", { class: "soft", x: Math.max(1, (r[key] / most) * 240) + 6, y: 11.5 }, `${((r[key] / whole) * 100).toFixed(0)}%`))))))));
+      el("td", { class: "share" }, el("span", {}, `${((r[key] / whole) * 100).toFixed(0)}%`),
+        svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+          svg("rect", { x: 0, y: 0, width: Math.max(0.3, (r[key] / most) * 100), height: 10 }))))))));
 }
 
 head();

@@ -18,7 +18,7 @@ from typing import Any
 from qpass.errors import QpassError
 from qpass.graph.commit import Folder
 from qpass.pipeline import Rewritten, ledger_of
-from qpass.report.explain import OPEN, misses, nearest, unclaimed
+from qpass.report.explain import OPEN, brief, misses, nearest, unclaimed
 from qpass.report.text import facts
 from qpass.rewriter import Miss, Rule
 from qpass.rules import Found
@@ -126,7 +126,7 @@ def _site(f: Found, near: list[Miss]) -> dict[str, Any]:
         "op": s.op,
         "rule": s.rule,
         "name": s.name,
-        "reason": s.reason,
+        "reason": brief(s.reason, s.name) if s.reason else None,
         "nodes": s.nodes,
         "new": s.new_nodes,
         "fed": s.fed_by,
@@ -146,7 +146,7 @@ def _miss(m: Miss) -> dict[str, Any]:
         "matched": m.matched,
         "total": m.total,
         "at": m.at,
-        "why": m.why,
+        "why": brief(m.why, m.label),
     }
 
 
