@@ -92,7 +92,7 @@ const COLUMNS = [
   { id: "status", title: "status", width: "104px", by: (s) => STATUSES.indexOf(s.status) },
   { id: "op", title: "op", width: "184px", by: (s) => s.op || "", wide: true },
   { id: "name", title: "name", width: "auto", by: (s) => s.name },
-  { id: "shape", title: "weight", width: "134px", by: (s) => (s.weight ? s.weight.shape.reduce((a, b) => a * b, 1) : -1), wide: true },
+  { id: "shape", title: "weight", width: "158px", by: (s) => (s.weight ? s.weight.shape.reduce((a, b) => a * b, 1) : -1), wide: true },
   { id: "before", title: "before", width: "82px", by: (s) => (s.weight ? s.weight.bytes_before : -1), num: true, wide: true },
   { id: "after", title: "after", width: "82px", by: (s) => (s.weight ? s.weight.bytes_after : -1), num: true },
   { id: "fed", title: "fed by", width: "70px", by: (s) => (s.fed === null ? -1 : s.fed), num: true },
