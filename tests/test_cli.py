@@ -111,11 +111,12 @@ class TestRewrite:
         r = run("rewrite", tiny, "--profile-rules")
         rows = {words[0]: words for line in r.out.splitlines() if (words := line.split())}
         assert rows["rule"] == ["rule", "at", "tries", "hits", "declines", "ms", "share"]
-        rule, at, tries, hits, declines, ms, share = rows["lift_matmul"]
+        at, tries, hits, declines, ms, share = rows["lift_matmul"][1:]
         assert at.startswith("linears.py:")
         assert (int(tries), int(hits), int(declines)) == (2, 2, 0)
         assert float(ms) >= 0
-        shares = [float(w[-1].rstrip("%")) for n, w in rows.items() if n in {r.name for s in (*LIFT, *RULES) for r in s}]
+        known = {r.name for stage in (*LIFT, *RULES) for r in stage}
+        shares = [float(words[-1].rstrip("%")) for name, words in rows.items() if name in known]
         assert sum(shares) == pytest.approx(100, abs=len(shares))
         assert share.endswith("%")
         assert "all rules" in r.out

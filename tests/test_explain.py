@@ -274,7 +274,7 @@ EDITS = {
 @zoo.each(*EDITS)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_real_model_with_one_edit(run: Run, path: Path, seed: int, tmp_path: Path) -> None:
-    """Models that nobody prepared, each with one thing broken at random: the first line names the node and the cause."""
+    """Models that nobody prepared, one thing broken at random: the first line names the node and the cause."""
     for edit in EDITS[path.stem]:
         proto = onnx.load(path)
         name, says = edit(proto, random.Random(seed))
