@@ -71,7 +71,8 @@ def render(data: Mapping[str, Any]) -> bytes:
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    parts = {"title": html.escape(str(data["model"])), "css": _part("page.css"), "js": _part("page.js"), "data": text}
+    script = _part("page.js") + "\n" + _part("views.js")
+    parts = {"title": html.escape(str(data["model"])), "css": _part("page.css"), "js": script, "data": text}
     whole = re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], _part("page.html"))
     return whole.encode("utf-8", errors="replace")
 
@@ -104,9 +105,9 @@ def module_path(f: Found) -> list[str]:
     site = f.site
     path = max(f.names.scopes, key=lambda s: s.count("."), default="")
     if not path:
-        name = site.name.strip("/")
-        path = name.rpartition("/")[0].replace("/", ".") if "/" in name else name if "@" not in name else ""
-        if "." not in path and site.weight is not None:
+        name = site.name.strip("/").partition("@")[0]
+        path = name.rpartition("/")[0].replace("/", ".") if "/" in name else name if "." in name else ""
+        if not path and site.weight is not None:
             path = site.weight.name.rpartition(".")[0]
     parts: list[str] = []
     for part in path.split(".") if path else ():
