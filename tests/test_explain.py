@@ -294,3 +294,22 @@ def test_sites_alike_are_told_once(run: Run, tmp_path: Path) -> None:
     assert lines[0] == "linear 'fc0' declined: K=48 is not a multiple of the group size 128"
     assert lines[2] == "    and 8 more like it: 'fc1', 'fc2', 'fc3', 'fc4', 'fc5' …"
     assert len(lines) == 3
+
+
+def test_unnamed_nodes_in_a_branch_are_named_as_in_the_ledger(run: Run, tmp_path: Path) -> None:
+    g = Graph()
+    g.input("x", ["B", 48])
+
+    def branch(result: str) -> onnx.GraphProto:
+        weight = numpy_helper.from_array(np.ones((48, 48), np.float32), f"w_{result}")
+        out = helper.make_tensor_value_info(result, TensorProto.FLOAT, ["B", 48])
+        node = helper.make_node("MatMul", ["x", weight.name], [result])
+        return helper.make_graph([node], result, [], [out], [weight])
+
+    flag = g.input("flag", [], TensorProto.BOOL)
+    y = g.op("If", flag, name="", out="y", then_branch=branch("a"), else_branch=branch("b"))
+    onnx.save(g.model(y, dims=["B", 48]), tmp_path / "model.onnx")
+    lines = run("explain", tmp_path / "model.onnx", *GROUPS).out.splitlines()
+    assert "'If@y/then_branch/MatMul@a'" in "".join(lines)
+    assert "'If@y/else_branch/MatMul@b'" in "".join(lines)
+    assert lines[1].startswith("    weight_only declined at weight_only.py:")

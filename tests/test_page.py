@@ -243,6 +243,15 @@ class TestInTheBrowser:
         click(page, "#rows tr[data-index='1'] td.index")
         assert not page.find_elements(By.ID, "detail-1")
 
+    def test_a_narrow_window_leaves_room_for_names(self, page: webdriver.Chrome) -> None:
+        page.set_window_size(700, 900)
+        try:
+            click(page, "#rows tr[data-index='1'] td.index")
+            assert page.find_element(By.CSS_SELECTOR, "tr[data-index='1'] td.name").size["width"] > 150
+            assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        finally:
+            page.set_window_size(1400, 1000)
+
     def test_keys(self, page: webdriver.Chrome) -> None:
         body = page.find_element(By.TAG_NAME, "body")
         body.send_keys("/")
@@ -285,6 +294,14 @@ class TestInTheBrowser:
         assert "15 linear rewritten" in titles
         assert any(t is not None and t.startswith("model.layers.1\n") for t in titles)
         assert "lift_matmul linears.py:" in page.find_element(By.ID, "rule-bars").text.replace("\n", " ")
+
+    def test_a_model_with_no_sites(self, browser: webdriver.Chrome, run: Run, tmp_path: Path) -> None:
+        g = Graph()
+        onnx.save(g.model(g.op("Relu", g.input("x", [2]))), tmp_path / "model.onnx")
+        assert run("inspect", tmp_path / "model.onnx", "--report", tmp_path / "page.html").code == 0
+        browser.get((tmp_path / "page.html").as_uri())
+        assert "The model has no norm and no Linear." in browser.find_element(By.TAG_NAME, "main").text
+        assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
 
     def test_thousands_of_rows_stay_light(self, browser: webdriver.Chrome, run: Run, model: Path) -> None:
         data = data_of(written(run, model))

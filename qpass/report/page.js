@@ -85,6 +85,7 @@ function head() {
 // -- the ledger
 
 const reasons = sites.some((s) => s.reason);
+const narrow = matchMedia("(max-width: 1000px)"); // as in the style: wide columns are left out
 const COLUMNS = [
   { id: "index", title: "#", width: "52px", by: (s) => s.index, num: true },
   { id: "kind", title: "kind", width: "62px", by: (s) => s.kind },
@@ -169,7 +170,7 @@ function row(s) {
     return el("td", { class: [id, c.num && "num", c.wide && "wide"].filter(Boolean).join(" ") }, ...children);
   };
   return el("tr", { class: "site", tabindex: "-1", "data-index": s.index, "aria-expanded": String(open.has(s.index)) },
-    td("index", String(s.index)), td("kind", s.kind), td("status", dot(s.status), words(s.status)), td("op", s.op || ""),
+    td("index", String(s.index)), td("kind", s.kind), td("status", dot(s.status), words(s.status)), td("op", ...(s.op || "").split(/(?=[A-Z])/).flatMap((part) => [part, el("wbr")])),
     td("name", nameOf(s), s.reason ? el("span", { class: "narrow reason more", style: "white-space:normal" }, s.reason) : null),
     td("shape", w ? el("span", {}, shape(w), " ", el("span", { class: "more" }, w.dtype)) : ""),
     td("before", w ? bytes(w.bytes_before) : ""), td("after", w ? bytes(w.bytes_after) : ""),
@@ -185,14 +186,14 @@ function detail(s) {
     ["op", s.op],
     ["rule", s.rule],
     ["weight", w && `${w.name}  [${shape(w)}] ${w.dtype}, ${w.bytes_before.toLocaleString("en")} → ${w.bytes_after.toLocaleString("en")} bytes`],
-    ["stopped at", s.miss && `${s.miss.pattern}, ${s.miss.matched} of ${s.miss.total} nodes: ${s.miss.at}`],
+    ["nearest", s.miss && where(s.miss)],
     ["original nodes", names(s.nodes)],
     ["new nodes", s.new.length ? names(s.new) : null],
     ["fed by", s.fed === null ? null : jump(s.fed, sites[s.fed].name)],
     ["feeds", feeds.length ? el("ul", {}, ...feeds.map((x) => el("li", {}, jump(x.index, x.name)))) : null],
     ["module", s.path.join(".")],
   ];
-  return el("tr", { class: "detail", id: `detail-${s.index}` }, el("td", { colspan: COLUMNS.length },
+  return el("tr", { class: "detail", id: `detail-${s.index}` }, el("td", { colspan: COLUMNS.filter((c) => !(c.wide && narrow.matches)).length },
     el("dl", {}, ...terms.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", {}, k), el("dd", {}, v)]))));
 }
 
@@ -297,6 +298,7 @@ function table() {
       e.preventDefault();
     }
   });
+  narrow.addEventListener("change", draw);
   draw();
   const first = $("rows").querySelector("tr.site");
   if (first) first.tabIndex = 0;
@@ -304,12 +306,13 @@ function table() {
 
 // -- near misses
 
+const where = (m) => `${m.pattern} (${m.rule}) matched ${m.matched} of ${m.total} nodes up to ${m.op} '${m.node}'; stopped at ${m.at}`;
+
 function missed() {
   const rank = ["near_miss", "declined"];
   const held = sites.filter((s) => rank.includes(s.status)).sort((a, b) => rank.indexOf(a.status) - rank.indexOf(b.status));
   if (!held.length && !data.misses.length) return;
   $("misses").hidden = false;
-  const where = (m) => (m ? `${m.rule} · ${m.pattern} matched ${m.matched} of ${m.total} nodes up to ${m.op} '${m.node}'; stopped at ${m.at}` : "");
   const item = (status, title, why, m, rest = null) => el("li", {}, el("div", {}, dot(status), title),
     el("div", { class: "why" }, why), m ? el("div", { class: "where" }, where(m)) : null, rest);
   const alike = new Map(); // sites whose reasons differ in nothing but names

@@ -92,6 +92,7 @@ const short = (s) => (s.path.length ? s.path[s.path.length - 1] : s.name.split("
 
 function coverage() {
   const kinds = [...new Set(sites.map((s) => s.kind))].sort();
+  $("numbers").hidden = !sites.length;
   const W = 460, H = 34, left = 52, right = 70;
   const most = Math.max(1, ...kinds.map((k) => sites.filter((s) => s.kind === k).length));
   const plot = svg("svg", { viewBox: `0 0 ${W} ${Math.max(H, kinds.length * H)}`, role: "img", "aria-label": "Sites by kind and status" });
@@ -163,6 +164,7 @@ function sizes() {
 }
 
 function rules() {
+  $("rules").hidden = !data.rules.length;
   const key = data.timed ? "seconds" : "tries";
   const list = [...data.rules].sort((a, b) => b[key] - a[key]);
   const whole = sum(list, (r) => r[key]) || 1, most = Math.max(1e-12, ...list.map((r) => r[key]));
@@ -181,7 +183,8 @@ function rules() {
 }
 
 head();
-table();
+if (sites.length) table();
+else $("ledger").replaceChildren(el("p", {}, "The model has no norm and no Linear."));
 missed();
 tree();
 coverage();

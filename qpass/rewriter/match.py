@@ -173,8 +173,9 @@ class Search:
         if p.kind == "const":
             c = self.view.constant(v)
             if c is None:
-                got = describe(v, self.view)
-                return self._fail(p, lambda: f"{self._asks(p, v)} a constant, got {got}", goals, Kind.COMPUTED)
+                return self._fail(
+                    p, lambda: f"{self._asks(p, v)} a constant, got {describe(v, self.view)}", goals, Kind.COMPUTED
+                )
             captured = _without_leading_ones(p, c)
         mark = len(self.trail)
         why = self._unify(p.dims, captured) if p.dims is not None else None
