@@ -35,7 +35,7 @@ $(VENV)/chromium.stamp: | $(VENV)/bin/python
 	@if command -v chromedriver >/dev/null && command -v chromium >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-			chromium chromium-driver) >/dev/null 2>&1 || echo "no Chromium could be installed: its tests are skipped"; \
+			chromium chromium-driver fonts-dejavu-core) >/dev/null 2>&1 || echo "no Chromium could be installed: its tests are skipped"; \
 	fi
 	@touch $@
 
