@@ -243,14 +243,15 @@ class TestInTheBrowser:
         click(page, "#rows tr[data-index='1'] td.index")
         assert not page.find_elements(By.ID, "detail-1")
 
-    def test_a_narrow_window_leaves_room_for_names(self, page: webdriver.Chrome) -> None:
-        page.set_window_size(700, 900)
-        try:
-            click(page, "#rows tr[data-index='1'] td.index")
-            assert page.find_element(By.CSS_SELECTOR, "tr[data-index='1'] td.name").size["width"] > 150
-            assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-        finally:
-            page.set_window_size(1400, 1000)
+    def test_a_narrow_window_leaves_room_for_names(self, browser: webdriver.Chrome, run: Run, model: Path) -> None:
+        frame = model.with_name("frame.html")  # a frame has its width at once, a resized window some time later
+        frame.write_text(f'<iframe src="{written(run, model).as_uri()}" width="700" height="900"></iframe>')
+        browser.get(frame.as_uri())
+        browser.switch_to.frame(0)
+        click(browser, "#rows tr[data-index='1'] td.index")
+        assert browser.find_element(By.CSS_SELECTOR, "tr[data-index='1'] td.name").size["width"] > 150
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        browser.switch_to.default_content()
 
     def test_keys(self, page: webdriver.Chrome) -> None:
         body = page.find_element(By.TAG_NAME, "body")
