@@ -41,6 +41,9 @@ SpecFile = Annotated[Path | None, typer.Option("--spec", "-s", help="A YAML reci
 GroupSize = Annotated[int | None, typer.Option("--group-size", "-g", help="32, 64 or 128, for groupwise presets.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", "-c", help="Statistics made by `qpass calibrate`.")]
 Rules = Annotated[list[Path] | None, typer.Option("--rules", "-r", help="A Python file with rules of your own.")]
+ReportPage = Annotated[
+    Path | None, typer.Option("--report", help="Write a page of the run: ledger, layers, sizes, near misses, rules.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
@@ -75,7 +78,8 @@ def rewrite(
         str | None, typer.Option(help="Exit with 1 where fewer Linears were rewritten, such as 100%.")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="Bound on the weights held at a time, such as 256MB.")] = None,
-    profile_rules: Annotated[bool, typer.Option(help="Print tries, hits and time of each rule.")] = False,
+    profile_rules: Annotated[bool, typer.Option(help="Tell tries, hits and time of each rule.")] = False,
+    report_page: ReportPage = None,
     as_json: Json = False,
     quiet: Quiet = False,
     no_progress: NoProgress = False,
@@ -88,6 +92,8 @@ def rewrite(
     least = _share(require_coverage)
     own = [r for f in rules or () for r in pipeline.load_rules(f)]
     show = not (quiet or as_json)
+    if report_page is not None:
+        report.check_place(report_page, model, output or pipeline.default_output(model), calibration, spec)
     with _bar("writing", show and not no_progress, data=True) as progress:
         done = pipeline.rewrite(
             model,
@@ -99,13 +105,15 @@ def rewrite(
             max_memory=_bytes(max_memory),
         )
     remember(report.stats_of(done.outcome.stats))
+    if report_page is not None:
+        report.write_page(report_page, done, _all_rules(own), timed=profile_rules)
     out = report.console()
     if as_json:
         typer.echo(json.dumps(report.as_json(done), indent=1))
     elif not quiet:
         if preset is None and spec is None:
             out.print(f"no --preset and no --spec, so {chosen.describe()}")
-        out.print(report.rewritten(done))
+        out.print(report.rewritten(done, report_page))
         if profile_rules:
             out.print(report.profile(done.outcome.stats, _all_rules(own)))
     if least is not None and (gap := pipeline.check_coverage(done.ledger, least)):
@@ -122,6 +130,7 @@ def explain(
     group_size: GroupSize = None,
     calibration: Calibration = None,
     rules: Rules = None,
+    site: Annotated[str | None, typer.Option(help="Tell all about the sites that hold this node; a glob.")] = None,
     limit: Annotated[int, typer.Option(help="How many to print.")] = 20,
 ) -> None:
     """Say why sites were not rewritten, and which patterns almost matched where.
@@ -136,14 +145,9 @@ def explain(
         model, spec=_spec(preset, spec, group_size), calibration=calibration, rules=own, dry_run=True
     )
     out = report.console()
-    left = [s for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded")]
-    for s in left if rule is None else ():
-        out.print(f"{s.kind} '{s.name}' {s.status}: {s.reason}", markup=False)
-    near = report.misses(done, rule, limit)
-    for m in near:
-        out.print(str(m), markup=False)
-    if not left and not near:
-        out.print("every site is rewritten, or kept because the spec asks nothing of it")
+    told = report.about_site(done, site) if site is not None else report.explained(done, rule, limit)
+    for line in told:
+        out.print(line, markup=False)
 
 
 @app.command()
@@ -153,13 +157,18 @@ def inspect(
     spec: SpecFile = None,
     group_size: GroupSize = None,
     calibration: Calibration = None,
+    report_page: ReportPage = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's norms and Linears, and what a preset would do with them; writes nothing.
 
     Example: `qpass inspect model.onnx --preset w8a8`
     """
+    if report_page is not None:
+        report.check_place(report_page, model, None, calibration, spec)
     done = pipeline.rewrite(model, spec=_spec(preset, spec, group_size), calibration=calibration, dry_run=True)
+    if report_page is not None:
+        report.write_page(report_page, done, _all_rules([]))
     if as_json:
         typer.echo(json.dumps(report.as_json(done) | {"model": report.facts(done)}, indent=1))
     else:

@@ -19,7 +19,7 @@ from qpass.graph import Model, Node, SaveResult
 from qpass.ops import DOMAIN, REGISTRY
 from qpass.rewriter import LIFTED, Ledger, Outcome, Rule
 from qpass.rewriter.pattern import Op, Pat, reached
-from qpass.rules import MERGE, RULES, Lifted
+from qpass.rules import MERGE, RULES, Found, Lifted
 from qpass.rules.quantizer import Quantizer
 from qpass.spec import QuantSpec
 
@@ -40,6 +40,8 @@ class Rewritten:
     spec: QuantSpec
     proto: onnx.ModelProto
     """The original, without the weights that stay outside."""
+    found: list[Found] = field(default_factory=list)
+    """The sites of the ledger, in its order, with what of the graph lies behind each."""
     remarks: list[str] = field(default_factory=list)
     """Facts about the whole run that a user should know, such as that nothing was smoothed."""
     saved: SaveResult | None = None
@@ -103,7 +105,8 @@ def rewrite(
 
     ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
     ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
-    done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, quantizer.remarks())
+    done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, lifted.survey.found)
+    done.remarks = quantizer.remarks()
     if already:
         done.remarks.append(f"{already} nodes are qpass's already and stay as they are")
     if not dry_run:

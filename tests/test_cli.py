@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +12,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qpass import cli
+from qpass.rules import LIFT, RULES
 from qpass.testing import model
+from tests.conftest import Run
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 17]>
@@ -30,31 +28,6 @@ tiny (float[B, S, 64] x) => (float[B, S, 32] y)
     y = MatMul(r, w2)
 }
 """
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs `qpass …` in this process."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def call(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["qpass", *map(str, args)])
-        with pytest.raises(SystemExit) as leave:
-            cli.main()
-        got = capsys.readouterr()
-        return Result(int(leave.value.code or 0), got.out, got.err)
-
-    return call
 
 
 @pytest.fixture
@@ -136,8 +109,17 @@ class TestRewrite:
 
     def test_profile_rules(self, run: Run, tiny: Path) -> None:
         r = run("rewrite", tiny, "--profile-rules")
-        assert "lift_matmul" in r.out
-        assert "linears.py:" in r.out
+        rows = {words[0]: words for line in r.out.splitlines() if (words := line.split())}
+        assert rows["rule"] == ["rule", "at", "tries", "hits", "declines", "ms", "share"]
+        at, tries, hits, declines, ms, share = rows["lift_matmul"][1:]
+        assert at.startswith("linears.py:")
+        assert (int(tries), int(hits), int(declines)) == (2, 2, 0)
+        assert float(ms) >= 0
+        known = {r.name for stage in (*LIFT, *RULES) for r in stage}
+        shares = [float(words[-1].rstrip("%")) for name, words in rows.items() if name in known]
+        assert sum(shares) == pytest.approx(100, abs=len(shares))
+        assert share.endswith("%")
+        assert "all rules" in r.out
 
     def test_own_rules(self, run: Run, tiny: Path, tmp_path: Path) -> None:
         rules = Path(__file__).parents[1] / "samples" / "02_own_rule.py"
@@ -200,6 +182,23 @@ class TestOtherCommands:
         r = run("explain", tiny, "-p", "w4a16-g128")
         assert "K=96 is not a multiple" in r.out
         assert run("explain", tiny, "--rule", "no_such_rule").code == 2
+
+    def test_explain_a_rule(self, run: Run, tiny: Path) -> None:
+        r = run("explain", tiny, "--rule", "lift_matmul")
+        assert r.out == "lift_matmul has no near misses: tried at 2 nodes, rewrote 2, declined 0\n"
+        r = run("explain", tiny, "--rule", "lift_gemm")
+        assert r.out == "lift_gemm was not tried: the model has no node that could be the last of its pattern\n"
+
+    def test_explain_a_site(self, run: Run, tiny: Path) -> None:
+        r = run("explain", tiny, "-p", "w8a8", "--site", "MatMul@m1")
+        assert "[1] linear 'Add@a1' rewritten → SmoothQuantGemm" in r.out
+        assert "weight: w1 [64×128] float32, 32.8 kB → 8.7 kB" in r.out
+        assert "fed by: [0] norm 'LayerNormalization@h'" in r.out
+        r = run("explain", tiny, "-p", "w8a8", "--site", "LayerNorm*")
+        assert "feeds: [1] 'Add@a1'" in r.out
+        r = run("explain", tiny, "--site", "nothing")
+        assert r.code == 2
+        assert "the sites are 'LayerNormalization@h', 'Add@a1', 'MatMul@y'" in r.err
 
     @pytest.mark.parametrize("preset", ["w8a16", "w4a16", "w4a16-g128", "w4a16-g128-zp", "w8a8", "w8a8-static"])
     def test_spec_show_loads_back(self, run: Run, preset: str, tiny: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,19 @@ class Rewriter:
         graph: the model's graph, or one inside it.
         outcome: what the graphs of a model share: an account of what happened.
         pool: and the initializers that rules made.
+        prefix: the path that leads to the graph, before the names of its nodes in the ledger and in misses.
     """
 
-    def __init__(self, model: Model, graph: Any, outcome: Outcome | None = None, pool: Pool | None = None) -> None:
+    def __init__(
+        self, model: Model, graph: Any, outcome: Outcome | None = None, pool: Pool | None = None, prefix: str = ""
+    ) -> None:
         self.view = View(model, graph)
         self.edit = Editor(model, graph, self.view)
         self.outcome = outcome if outcome is not None else Outcome()
         self.pool = pool if pool is not None else Pool(model)
         self.position = self.edit.position
         self.labels = self.edit.labels
+        self.prefix = prefix
         self.view.inside = self.position
         self.before: dict[Node, int] = {n: i for i, n in enumerate(graph.nodes)}
         self._respelt: list[tuple[list[Node], list[Node]]] = []  # new nodes, and the nodes whose outputs they took over
@@ -134,7 +138,7 @@ class Rewriter:
             m = search.run()
             if m is None:
                 if search.near and (miss := search.miss(r.name)) is not None:
-                    self.outcome.misses.append(miss)
+                    self.outcome.misses.append(self._labelled(miss))
                 return
             emit = Emit(self.pool.constant, node, self.edit.label)
             try:
@@ -146,12 +150,17 @@ class Rewriter:
                 self.outcome.events.append(Event(r, m, no.status, no.why))
                 if no.status == "declined":
                     name = r.pattern.__name__
-                    self.outcome.misses.append(Miss(node, name, m.nodes, str(no.at), no.why, Kind.GUARD, r.name))
+                    miss = Miss(node, name, m.nodes, str(no.at), no.why, Kind.GUARD, r.name)
+                    self.outcome.misses.append(self._labelled(miss))
                 return
             stats.hits += 1
             self.outcome.events.append(event)
         finally:
             stats.seconds += time.perf_counter() - start
+
+    def _labelled(self, miss: Miss) -> Miss:
+        named = {n: self.prefix + self.edit.label(n) for n in (miss.root, *miss.nodes)}
+        return replace(miss, label=named[miss.root], labels=frozenset(named.values()))
 
     @staticmethod
     def _check_roots(r: Rule[Any, Any], emit: Emit, index: Mapping[tuple[str, str], Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qpass.graph import Node, Value
 from qpass.rewriter.pattern import Pat, Pattern, Uses, Var
-from qpass.rewriter.view import View
+from qpass.rewriter.view import View, named
 
 Match = Callable[[type[Pattern], Node], Pattern | None]
 
@@ -57,7 +57,7 @@ def _matched(
         if m is not None:
             found.append(m)
         elif rest is None:
-            rest = f"{user.op} '{user.name or user.outputs[0].name}'"
+            rest = named(user)
     return found, rest
 
 

@@ -15,7 +15,7 @@ from qpass.rewriter.inputs import arguments
 from qpass.rewriter.location import PatternError
 from qpass.rewriter.miss import Kind, Miss
 from qpass.rewriter.pattern import COMMUTATIVE, MAY_BE_NOOP, Alt, Literal, MaybeCast, Op, Pat, Pattern, Var
-from qpass.rewriter.view import MOVES_ONLY, View, describe, domain_of, producer
+from qpass.rewriter.view import MOVES_ONLY, View, describe, domain_of, named, producer
 
 STEP_BUDGET = 20_000
 """Goals one match attempt may try; a pattern that needs more is ambiguous, and an error that names it."""
@@ -120,7 +120,7 @@ class Search:
         if self.steps > STEP_BUDGET:
             raise PatternError(
                 f"{self.pattern.location}: {self.pattern.__name__} took more than {STEP_BUDGET} steps at "
-                f"{self.root.op} '{self.root.name}'; give its alternatives different ops or name shared parts once"
+                f"{named(self.root)}; give its alternatives different ops or name shared parts once"
             )
         if not goals:
             return done()
@@ -174,7 +174,9 @@ class Search:
         if p.kind == "const":
             c = self.view.constant(v)
             if c is None:
-                return self._fail(p, lambda: f"wants a constant, got {describe(v, self.view)}", goals, Kind.COMPUTED)
+                return self._fail(
+                    p, lambda: f"{self._asks(p, v)} a constant, got {describe(v, self.view)}", goals, Kind.COMPUTED
+                )
             captured = _without_leading_ones(p, c)
         mark = len(self.trail)
         why = self._unify(p.dims, captured) if p.dims is not None else None
@@ -184,21 +186,24 @@ class Search:
             if self._solve(goals[1:], done):
                 return True
         else:
-            self._fail(p, lambda: why, goals)
+            self._fail(p, lambda: f"{self._asks(p, v)} {why}", goals)
         self._undo(mark)
         return False
 
     def _solve_number(self, p: Pat, v: Value, goals: Goals, done: Done, low: float, high: float) -> bool:
         c = self.view.constant(v)
         wants = f"{low:g}" if low == high else f"a number in [{low:g}, {high:g}]"
+
+        def why(got: str) -> str:
+            return f"{self._asks(p, v)} {wants}, got {got}"
+
         if c is None:
-            return self._fail(p, lambda: f"wants {wants}, got {describe(v, self.view)}", goals, Kind.COMPUTED)
+            return self._fail(p, lambda: why(describe(v, self.view)), goals, Kind.COMPUTED)
         if c.array.size != 1 or c.dtype.kind in "OSU":
-            shape = list(c.shape)
-            return self._fail(p, lambda: f"wants {wants}, got constant '{c.origin}' of shape {shape}", goals)
+            return self._fail(p, lambda: why(f"constant '{c.origin}' of shape {list(c.shape)}"), goals)
         got = float(c.load().reshape(()))
         if not (np.isclose(got, low, rtol=_precision(c), atol=0) if low == high else low <= got <= high):
-            return self._fail(p, lambda: f"wants {wants}, got {got:g}", goals)
+            return self._fail(p, lambda: why(f"{got:g}"), goals)
         mark = len(self.trail)
         self._put(self.bound, p, v)
         self._put(self.captured, p, got)
@@ -213,16 +218,15 @@ class Search:
         if node is None or node.op != p.type or domain_of(node) != p.domain:
             return self._fail(p, lambda: self._wants(p, v), goals, Kind.OP)
         if node not in self.view.inside:
-            return self._fail(p, lambda: f"{node.op} '{node.name}' belongs to another graph", goals, Kind.LEAK)
+            return self._fail(p, lambda: f"{named(node)} belongs to another graph", goals, Kind.LEAK)
         if node in self.used:
-            return self._fail(
-                p, lambda: f"{node.op} '{node.name}' is already matched as {self.used[node].label()}", goals, Kind.OP
-            )
+            why = f"is already matched as {self.used[node].label()}"
+            return self._fail(p, lambda: f"{named(node)} {why}", goals, Kind.OP)
         if source is not node.outputs[0]:
-            return self._fail(p, lambda: f"'{source.name}' is not the first output of {node.op} '{node.name}'", goals)
+            return self._fail(p, lambda: f"'{source.name}' is not the first output of {named(node)}", goals)
         found = arguments(p, node, self.view, self.bound)
         if isinstance(found, str):
-            return self._fail(p, lambda: found, goals)
+            return self._fail(p, lambda: f"{named(node)}: {found}", goals)
         mark = len(self.trail)
         for c in casts:
             if c not in self.aside:
@@ -257,6 +261,12 @@ class Search:
         seen = self.view.uncast(v)[0] if self.free_casts else self.view.through(v)
         return f"wants {ops}, got {describe(seen, self.view)}"
 
+    def _asks(self, p: Pat, v: Value) -> str:
+        """Who asks for a value, and as what: "Add 'n': eps wants"."""
+        user = next((n for n in reversed(self.used) if any(v is i for i in n.inputs)), None)
+        words = [f"{named(user)}:"] if user is not None else []
+        return " ".join([*words, *([p.name] if isinstance(p, Var) and p.name else []), "wants"])
+
     def _seen_through(self, p: Op, v: Value) -> tuple[Value, list[Node]]:
         """The value whose producer a pattern node is compared with, and the Casts between."""
         if p.type in MAY_BE_NOOP:
@@ -270,12 +280,13 @@ class Search:
         shape = v.shape
         if shape is None:
             return None
-        full, all_dims = " ".join(want), list(shape)
+        all_dims = list(shape)
+        full = " ".join(f"{n}={self.dims[n]}" if n in self.dims else n for n in want)
         if want[:1] == ("...",):
             want = want[1:]
             shape = shape[len(shape) - len(want) :] if len(shape) >= len(want) else shape
         if len(shape) != len(want):
-            return f"wants [{full}], got {all_dims}"
+            return f"[{full}], got {all_dims}"
         for name, got in zip(want, shape, strict=True):
             if name == "_" or not isinstance(got, int):
                 continue
@@ -283,7 +294,7 @@ class Search:
             if known is None:
                 self._put(self.dims, name, got)
             elif known != got:
-                return f"wants {name}={known}, got {got} in {all_dims}"
+                return f"{name}={known}, got {got} in {all_dims}"
         return None
 
     # -- after every goal is met
@@ -298,8 +309,7 @@ class Search:
             other = [v for v in node.inputs if v.name and self.view.constant(v) is None]
             most = max((len(c.shape) for c in fixed), default=0)
             if other and most > 1 and not any(v.shape is not None and len(v.shape) >= most for v in other):
-                where = f"{node.op} '{node.name or node.outputs[0].name}'"
-                why = f"a constant of {where} has {most} dims, which may be more than its input has"
+                why = f"a constant of {named(node)} has {most} dims, which may be more than its input has"
                 return not self._fail(wide, lambda why=why: why)  # type: ignore[misc]
         return False
 
@@ -330,8 +340,9 @@ class Search:
                     continue
                 user = next((u for u in out.outputs if not self._holds(u)), None)
                 if user is not None or self.view.is_output(out):
-                    by = f"{user.op} '{user.name or user.outputs[0].name}'" if user is not None else "a graph output"
-                    self._fail(p, lambda out=out, by=by: f"'{out.name}' is also used by {by}", (), Kind.LEAK)  # type: ignore[misc]
+                    by = named(user) if user is not None else "a graph output"
+                    why = f"{node.op}'s result '{out.name}' is also used by {by}"
+                    self._fail(p, lambda why=why: why, (), Kind.LEAK)  # type: ignore[misc]
                     return True
         return False
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from qpass.graph import Node
 from qpass.rewriter.pattern import Pat, size
+from qpass.rewriter.view import named
 
 
 class Kind(IntEnum):
@@ -39,6 +40,10 @@ class Miss:
     """What of the pattern was still to be found, where it stopped first."""
     bound: frozenset[Pat] = frozenset()
     """And what had been found."""
+    label: str = ""
+    """What the ledger calls the root: its name, or one made of its op and output, with the path of its subgraph."""
+    labels: frozenset[str] = frozenset()
+    """And what it calls the root and the nodes that did match."""
 
     @property
     def matched(self) -> int:
@@ -59,7 +64,7 @@ class Miss:
         return (self.matched / max(self.total, 1), int(self.kind), self.matched)
 
     def __str__(self) -> str:
-        where = f"{self.root.op} '{self.root.name or self.root.outputs[0].name}'"
+        where = f"{self.root.op} '{self.label}'" if self.label else named(self.root)
         if self.kind is Kind.GUARD:
             return f"{where}: {self.rule or self.pattern} declined at {self.at}: {self.why}"
         return f"{where}: {self.pattern} matched {self.matched} of {self.total} nodes; stopped at {self.at}: {self.why}"

@@ -239,9 +239,14 @@ def subgraphs(graph: Any) -> Iterator[tuple[Node, str, Any]]:
                 yield from subgraphs(value)
 
 
+def named(node: Node) -> str:
+    """How a message names a node: its op, and its name or that of its first output."""
+    return f"{node.op} '{node.name or next((v.name for v in node.outputs if v.name), '')}'"
+
+
 def describe(v: Value, view: View) -> str:
     """How a message names a value: its name and where it comes from."""
     node = producer(v)
     if node is not None and node.op != "Constant":
-        return f"'{v.name}' from {node.op} '{node.name or v.name}'"
+        return f"'{v.name}' from {named(node)}"
     return f"constant '{v.name}'" if view.constant(v) is not None else f"'{v.name}', a graph input"

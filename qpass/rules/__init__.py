@@ -50,7 +50,7 @@ class Lifted:
 
 def _rewriters(model: Model, graph: Any, prefix: str, outcome: Outcome, pool: Pool) -> Iterator[tuple[str, Rewriter]]:
     """One for the graph and for every subgraph in it, each with the path that names its nodes in the ledger."""
-    rewriter = Rewriter(model, graph, outcome, pool)
+    rewriter = Rewriter(model, graph, outcome, pool, prefix)
     yield prefix, rewriter
     node: Node
     for node in graph.nodes:

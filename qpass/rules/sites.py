@@ -138,8 +138,8 @@ class Survey:
                 nodes.sort(key=r.before.__getitem__)
                 status = "declined" if m.kind is Kind.GUARD else "near_miss"
                 site = Site("norm", [prefix + r.labels[n] for n in nodes], status, reason=m.why)
-                names = SiteNames(nodes=tuple(site.nodes), weight=None, scopes=(), tied=False)
-                yield Found(site, names, tuple(nodes))
+                scopes = tuple(dict.fromkeys(s for n in nodes for s in _scopes(n)))
+                yield Found(site, SiteNames(tuple(site.nodes), None, scopes, tied=False), tuple(nodes))
 
     def merged(self, outcome: Outcome) -> None:
         """Learn which in-memory nodes a rule put in the place of several; to be called before others claim them."""

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from qpass.graph import Node, Value
 from qpass.rewriter import Kind, Miss, Outcome, Rewriter
-from qpass.rewriter.edit import first_output
-from qpass.rewriter.view import View, domain_of, producer
+from qpass.rewriter.view import View, domain_of, named, producer
 from qpass.rules.norms import SPELT_NORMS
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
@@ -104,7 +103,7 @@ class Reasons:
             return f"the weight '{right.name}' is a graph input that callers may change"
         if right in self._activations:
             return None
-        return f"the weight is computed by {maker.op} '{maker.name or first_output(maker)}' while the model runs"
+        return f"the weight is computed by {named(maker)} while the model runs"
 
 
 def _activations(graphs: Iterable[Rewriter]) -> set[Value]:

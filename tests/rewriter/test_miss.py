@@ -103,8 +103,8 @@ CASES = {
         ledger=False,
         rules=(needs_only_linears,),
     ),
-    "dims that disagree": Case(other_bias, "wants [N], got [3, 1]", ledger=False),
-    "dims of a norm that disagree": Case(other_gamma, "wants [K], got [4, 64]"),
+    "dims that disagree": Case(other_bias, "b wants [N=8], got [3, 1]", ledger=False),
+    "dims of a norm that disagree": Case(other_gamma, "w wants [K=64], got [4, 64]"),
     "K not a multiple of the group": Case(odd_k, "K=48 is not a multiple of the group size 128", spec="w4a16-g128"),
     "excluded": Case(
         plain, "exclude[0] 'layer.*'", miss=False, spec=recipe(QuantSpec.preset("w8a16").mode, exclude=["layer.*"])

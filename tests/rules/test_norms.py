@@ -97,14 +97,15 @@ class TestNodes:
         assert [n.op_type for n in result.graph.node] == ["LayerNormalization"]
         norm = site(done, "norm")
         assert (norm.status, norm.nodes) == ("near_miss", ["LayerNormalization@y"])
-        assert norm.reason == reason
+        assert (norm.reason or "").startswith("LayerNormalization 'y': ")
+        assert norm.reason.endswith(reason)
 
     def test_a_used_mean_is_a_leak(self) -> None:
         text = """g (float[B, 8] x) => (float[B, 8] y, float[B, 1] m) <float[8] w> {
             y, m = LayerNormalization(x, w) }"""
         done, result = run(model(HEAD.format(17) + text), "w8a8")
         assert len(result.graph.node) == 1
-        assert site(done, "norm").reason == "'m' is also used by a graph output"
+        assert site(done, "norm").reason == "LayerNormalization's result 'm' is also used by a graph output"
 
     def test_weight_with_leading_ones(self) -> None:
         text = """g (float[B, 3, 8] x) => (float[B, 3, 8] y) <float[1, 1, 8] w> {
@@ -250,7 +251,9 @@ class TestNearSpellings:
     )
     def test_the_ledger_names_the_cause(self, slip: str, s: Spelling, reason: str, status: str) -> None:
         done, _ = run(spelt(s, dims=(K, K, K), slip=slip), "w8a8")
-        assert [(x.reason, x.status) for x in done.ledger.of("norm")] == [(reason, status)]
+        (norm,) = done.ledger.of("norm")
+        assert norm.status == status
+        assert (norm.reason or "").endswith(reason)
 
 
 FED: dict[str, Callable[[Graph, str], str]] = {

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from qpass.calibrate import Stats
 from qpass.pipeline import Rewritten
-from qpass.rewriter import Ledger, Miss, Rule, RuleStats, Site
+from qpass.rewriter import Ledger, Rule, RuleStats, Site
 from qpass.spec import PRESETS, QuantSpec
 from qpass.verify import Report
 
@@ -59,7 +59,7 @@ def remarks_on_sites(ledger: Ledger) -> list[str]:
     return [f"{n} × {text}" if n > 1 else text for text, n in notes.most_common()]
 
 
-def rewritten(done: Rewritten) -> RenderableType:
+def rewritten(done: Rewritten, page: Path | None = None) -> RenderableType:
     """The whole report of `qpass rewrite`."""
     lines: list[RenderableType] = [summary(done.ledger), ""]
     lines += [f"[dim]note:[/] {escape(r)}" for r in done.remarks]
@@ -67,6 +67,7 @@ def rewritten(done: Rewritten) -> RenderableType:
     if done.saved is not None:
         files = ", ".join(f"{f.name} ({size(f.stat().st_size)})" for f in done.saved.files)
         lines.append(f"wrote {escape(files)}")
+        lines += [f"report: {escape(str(page))}"] if page is not None else []
         lines.append(f"next: [bold]qpass verify {escape(str(done.model))} {escape(str(done.output))}[/]")
     return Group(*lines)
 
@@ -90,26 +91,6 @@ def as_json(done: Rewritten) -> dict[str, Any]:
     }
 
 
-NEAR = 0.4
-"""Share of a pattern that must have matched for a miss to be called near."""
-
-
-def misses(done: Rewritten, rule: str | None, limit: int) -> list[Miss]:
-    """Near misses, the nearest first, one a node and rule: those at sites that were left as they are or, of a rule that
-    is asked for, all of its own."""
-    left = {n for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded") for n in s.nodes}
-    best: dict[tuple[int, str], Miss] = {}
-    for m in done.outcome.misses:
-        if rule is None and not any(n.name in left for n in (m.root, *m.nodes)):
-            continue
-        if (rule is not None and m.rule != rule) or m.matched < NEAR * m.total:
-            continue
-        key = (id(m.root), m.rule)
-        if key not in best or m.rank > best[key].rank:
-            best[key] = m
-    return sorted(best.values(), key=lambda m: m.rank, reverse=True)[:limit]
-
-
 def rules(all_rules: Iterable[tuple[str, Rule[Any, Any]]], stats: dict[str, dict[str, float]]) -> Table:
     """Every rule with its stage, file and line, and what it did in the last run."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -126,10 +107,16 @@ def profile(stats: dict[str, RuleStats], all_rules: Iterable[tuple[str, Rule[Any
     """What each rule did and cost in this run, the dearest first."""
     at = {r.name: r.location for _, r in all_rules}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("rule", "at", "tries", "hits", "declines", "ms"):
+    for name in ("rule", "at", "tries", "hits", "declines", "ms", "share"):
         table.add_column(name, justify="left" if name in ("rule", "at") else "right")
+    whole = sum(s.seconds for s in stats.values())
     for name, s in sorted(stats.items(), key=lambda item: -item[1].seconds):
-        table.add_row(name, str(at.get(name, "")), str(s.tries), str(s.hits), str(s.declines), f"{s.seconds * 1e3:.1f}")
+        counts = (str(n) for n in (s.tries, s.hits, s.declines))
+        share = s.seconds / whole if whole else 0.0
+        table.add_row(name, str(at.get(name, "")), *counts, f"{s.seconds * 1e3:.1f}", f"{share:.0%}")
+    table.add_section()
+    counts = (str(sum(getattr(s, k) for s in stats.values())) for k in ("tries", "hits", "declines"))
+    table.add_row("all rules", "", *counts, f"{whole * 1e3:.1f}", "")
     return table
 
 

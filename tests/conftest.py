@@ -1,0 +1,37 @@
+"""What tests of the command line share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qpass import cli
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs `qpass …` in this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["qpass", *map(str, args)])
+        with pytest.raises(SystemExit) as leave:
+            cli.main()
+        got = capsys.readouterr()
+        return Result(int(leave.value.code or 0), got.out, got.err)
+
+    return call
