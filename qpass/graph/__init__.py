@@ -1,5 +1,6 @@
 """The model: load, lazy weights, constants seen through their helpers, streaming atomic save."""
 
+from qpass.graph.dequantized import Dequantized
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Given, Kept, Lazy
 from qpass.graph.model import Model
@@ -10,6 +11,7 @@ from qpass.graph.stored import Stored
 __all__ = [
     "Blockwise",
     "Const",
+    "Dequantized",
     "Given",
     "Kept",
     "Lazy",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class NormQuantization(Op):
         Input("beta", "T", "K", When("has_beta")),
         Input("smoother", "float32", "K", When("has_smoother")),
         Input("scale", "float32", "1", When("dyn_act_scaling", on=False), tag="static"),
+        Input("zero", "int8", "1", When("has_zero")),
     )
     outputs = (
         Output("q", "int8", "... K"),
@@ -32,8 +33,17 @@ class NormQuantization(Op):
         flag("has_beta", "the norm adds a beta"),
         flag("has_smoother", "y is divided by a smoother before it is quantized"),
         flag("dyn_act_scaling", "1: a scale per token is an output; 0: one scale is an input"),
+        flag("has_zero", "a zero point is added to the rounded values; for static scales"),
         flag("has_y", "the norm's result is an output too, without the smoother, for a residual"),
     )
+
+    def attributes_for(
+        self, present_inputs: Collection[str], present_outputs: Collection[str], given: Mapping[str, Attr]
+    ) -> dict[str, Attr]:
+        attrs = super().attributes_for(present_inputs, present_outputs, given)
+        if attrs["has_zero"] and attrs["dyn_act_scaling"]:
+            raise ValueError(f"{self.name}: a zero point goes with a static scale, and there is none")
+        return attrs
 
     @abstractmethod
     def build_norm(self, b: Body, x: Value) -> Value:
@@ -49,7 +59,7 @@ class NormQuantization(Op):
             y = y + b.float32("beta")
         smoother, scale = b.get("smoother"), b.get("scale")
         smoothed = y / smoother if smoother else y
-        quantized = [b.to_int8(smoothed, scale)] if scale else b.per_token(smoothed)
+        quantized = [b.to_int8(smoothed, scale, b.get("zero"))] if scale else b.per_token(smoothed)
         return [*quantized, y] if b.attrs["has_y"] else quantized
 
     def compute(self, given: Mapping[str, Array], attrs: Mapping[str, Attr]) -> Sequence[Array]:
@@ -57,5 +67,5 @@ class NormQuantization(Op):
         if "beta" in given:
             y = y + given["beta"]
         smoothed = y / given["smoother"] if "smoother" in given else y
-        quantized = [quantize(smoothed, given["scale"])] if "scale" in given else quantize_per_token(smoothed)
+        quantized = [quantize(smoothed, given["scale"], given.get("zero"))] if "scale" in given else quantize_per_token(smoothed)
         return [*quantized, y] if attrs["has_y"] else quantized

@@ -175,6 +175,8 @@ def signatures(op: Op) -> Iterator[dict[str, Attr]]:
         inputs = {i.name for i in op.inputs if not i.when} | there
         for asked in _subsets(alone):
             outputs = {o.name for o in op.outputs if not o.when} | asked
+            if "zero" in there and "dyn_act_scaling" in by_input and "scale" not in there:
+                continue  # a zero point goes with a static scale
             for values in itertools.product(*free.values()):
                 yield op.attributes_for(inputs, outputs, dict(zip(free, values, strict=True)))
 
