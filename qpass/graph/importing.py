@@ -45,11 +45,30 @@ def _strip(graph: GraphProto) -> None:
     for tensor in graph.initializer:
         _strip_tensor(tensor)
     for node in graph.node:
+        if node.domain == "com.microsoft":
+            _stand_in(node, graph)
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _strip_tensor(attribute.t)
             elif attribute.type == AttributeProto.GRAPH:
                 _strip(attribute.g)
+
+
+def _stand_in(node: NodeProto, graph: GraphProto) -> None:
+    """Make an operator that onnx does not know one whose results have the same types and shapes.
+
+    onnx's inference gives up behind every operator of which it has no schema. Attributes stay: nobody looks at them.
+    """
+    if node.op_type == "QuantizeLinear":
+        node.domain = ""
+    elif node.op_type == "DequantizeLinear":
+        node.domain, node.op_type, node.input[:] = "", "CastLike", node.input[:2]
+    elif node.op_type == "MatMulNBits":
+        dims = [a.i for name in ("K", "N") for a in node.attribute if a.name == name]
+        weight = TensorProto(name=f"{node.output[0]}/weight", dims=dims, data_location=TensorProto.EXTERNAL)
+        weight.data_type = TensorProto.FLOAT
+        graph.initializer.append(weight)
+        node.domain, node.op_type, node.input[:] = "", "MatMul", [node.input[0], weight.name]
 
 
 def _strip_tensor(tensor: TensorProto) -> None:

@@ -67,5 +67,8 @@ class NormQuantization(Op):
         if "beta" in given:
             y = y + given["beta"]
         smoothed = y / given["smoother"] if "smoother" in given else y
-        quantized = [quantize(smoothed, given["scale"], given.get("zero"))] if "scale" in given else quantize_per_token(smoothed)
+        if "scale" in given:
+            quantized = [quantize(smoothed, given["scale"], given.get("zero"))]
+        else:
+            quantized = list(quantize_per_token(smoothed))
         return [*quantized, y] if attrs["has_y"] else quantized

@@ -9,11 +9,12 @@ from qpass.graph import Model, Node
 from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.norms import LIFT_NORMS
+from qpass.rules.quantized_linears import LIFT_QUANTIZED, LIFT_STATIC
 from qpass.rules.sites import Found, Survey
 from qpass.rules.smooth_quant import SMOOTH_QUANT
 from qpass.rules.weight_only import WEIGHT_ONLY
 
-LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
+LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS, *LIFT_QUANTIZED), LIFT_VIEWS, LIFT_STATIC)
 RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
 
 

@@ -177,7 +177,8 @@ def test_a_zero_point_is_added_behind_the_rounding() -> None:
         case = Case(op, op.attributes_for({"x", "scale", "zero"}, {"q"}, {}), [x, None, np.ones(1, F32), z])
         inputs = [onnx.helper.make_tensor_value_info("x", 1, [len(x)])]
         node = onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
-        constants = [onnx.numpy_helper.from_array(np.float32(1), "s"), onnx.numpy_helper.from_array(np.int8(zero), "z")]
+        given: dict[str, Array] = {"s": np.array(1, F32), "z": np.array(zero, INT8)}
+        constants = [onnx.numpy_helper.from_array(v, k) for k, v in given.items()]
         graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_empty_tensor_value_info("q")], constants)
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
         assert np.array_equal(case.reference[0], session(model, False).run(None, {"x": x})[0])
