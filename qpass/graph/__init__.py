@@ -1,11 +1,11 @@
 """The model: load, lazy weights, constants seen through their helpers, streaming atomic save."""
 
-from qpass.graph.dequantized import Dequantized
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Given, Kept, Lazy
 from qpass.graph.model import Model
 from qpass.graph.promise import Blockwise, Promised
 from qpass.graph.save import SaveResult
+from qpass.graph.scaled import Dequantized
 from qpass.graph.stored import Stored
 
 __all__ = [

@@ -7,13 +7,15 @@ without a use, and the rewriter takes those out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
-from qpass.graph.dequantized import dequantized
 from qpass.graph.dtypes import DType, to_numpy, to_onnx
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Given, Lazy
+from qpass.graph.scaled import LIMITS, Dequantized, Quantized, scales_of
 
 
 class Constants:
@@ -26,8 +28,8 @@ class Constants:
         """The tensor as a constant, or None.
 
         Constant are initializers, outputs of Constant nodes, and what Identity, Transpose, Cast, Reshape
-        (with a constant target), Squeeze, Unsqueeze and DequantizeLinear make of these. Not constant is an
-        initializer that is a graph input too: that is a default, and a caller may feed another value.
+        (with a constant target), Squeeze, Unsqueeze, QuantizeLinear and DequantizeLinear make of these. Not
+        constant is an initializer that is a graph input too: that is a default, and a caller may feed another value.
         """
         if isinstance(tensor, Const):
             return tensor
@@ -155,15 +157,33 @@ def _dequantize(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
         return None
     if node.attrs.get("output_dtype", 0) not in (0, to_onnx(scale.dtype)):
         return None  # the product is rounded twice there
+    if zero is not None and zero.dtype.kind == "f":
+        return None
+    found = _scales(node, array, scale, zero)
+    return None if found is None else Dequantized(array, found[0], found[1], scale.dtype, *found[2:])
+
+
+def _quantize(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
+    scale, zero = constants.input(node, 1), constants.input(node, 2)
+    if scale is None or (zero is None and _given(node, 2)) or array.dtype.kind not in "fV":
+        return None
+    said = node.attrs.get("output_dtype", 0) or TensorProto.UINT8
+    dtype = to_numpy(said) if zero is None else zero.dtype
+    found = _scales(node, array, scale, zero) if dtype.name in LIMITS else None
+    return None if found is None else Quantized(array, found[0], found[1], dtype, *found[2:])
+
+
+def _scales(node: Node, array: Lazy, scale: Const, zero: Const | None) -> Any:
     axis, block = node.attrs.get("axis", 1), node.attrs.get("block_size", 0)
-    return dequantized(array, scale.array, None if zero is None else zero.array, axis, block, scale.dtype)
+    return scales_of(array, scale.array, None if zero is None else zero.array, axis, block)
 
 
-_FOREIGN = frozenset({("com.microsoft", "DequantizeLinear")})
+_FOREIGN = frozenset({("com.microsoft", "DequantizeLinear"), ("com.microsoft", "QuantizeLinear")})
 """Operators of other domains that are those of the same name here, for types that came into the standard later."""
 
 _VIEWS: dict[str, Callable[[Constants, Node, Lazy], Lazy | None]] = {
     "Identity": _identity,
+    "QuantizeLinear": _quantize,
     "Transpose": _transpose,
     "Cast": _cast,
     "DequantizeLinear": _dequantize,

@@ -89,7 +89,7 @@ class View:
         return signature(node.op, self.opset(domain), domain)
 
     def constant(self, v: Value) -> Const | None:
-        """The constant behind a value, seen through Identity, Transpose, Cast and Reshape."""
+        """The constant behind a value, seen through nodes that move or convert."""
         return self.model.constant(v)
 
     def is_output(self, v: Value) -> bool:

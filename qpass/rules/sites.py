@@ -166,7 +166,7 @@ def _weight(c: Const | None) -> Weight | None:
     scales: tuple[Lazy, ...] = ()
     if (quantized := find(c.array)) is not None:
         scales = quantized.sources
-        root = root if isinstance(c.root, Const) else quantized.q
+        root = root if isinstance(c.root, Const) else quantized.base
     size = root.nbytes + sum(s.nbytes for s in scales)
     return Weight(c.origin, list(root.shape), str(root.dtype), size, size)
 

@@ -60,15 +60,15 @@ def stored(w: Const) -> StoredWeight | str | None:
     d = find(w.array)
     if d is None:
         return None
-    came = f"its weight came quantized: {d.q.dtype}"
+    came = f"its weight came quantized: {d.base.dtype}"
     seen = _as_it_came(w.array.T)
     if seen is None:
         return f"{came}, and is not used as it is: its values are moved or changed"
     d, factor = seen
     n, k = d.shape
-    if d.q.dtype.name not in BITS:
+    if d.base.dtype.name not in BITS:
         return f"{came}; qpass has ops for int8 and int4"
-    bits, offset = BITS[d.q.dtype.name]
+    bits, offset = BITS[d.base.dtype.name]
     rows, columns = d.scale.shape
     if rows not in (1, n):
         return f"{came}, with a scale for each {d.block} output channels"
@@ -89,7 +89,7 @@ def stored(w: Const) -> StoredWeight | str | None:
     elif rows == 1 and n > 1:
         came += ", per tensor"
     return StoredWeight(
-        weight=_integers(d.q, bits, offset, w.origin),
+        weight=_integers(d.base, bits, offset, w.origin),
         scale=_per_channel_or_group(d, factor, group),
         zero=None if zero is None else _spread_zeros(d, zero, group),
         bits=bits,
