@@ -73,10 +73,14 @@ class Scaled(Lazy):
 
     @property
     def T(self) -> Lazy:
-        if self.ndim < 2:
+        return self.transpose(1, 0) if self.ndim == 2 else super().T
+
+    def transpose(self, *perm: int) -> Lazy:
+        if perm == tuple(range(self.ndim)):
             return self
-        zero = None if self.zero is None else self.zero.T
-        return type(self)(self.base.T, self.scale.T, zero, self.dtype, self.block, self.sources)
+        zero = None if self.zero is None else self.zero.transpose(*perm)
+        parts = self.base.transpose(*perm), self.scale.transpose(*perm), zero
+        return type(self)(*parts, self.dtype, self.block, self.sources)
 
     def _reshaped(self, shape: tuple[int, ...]) -> Lazy:
         """Dims of 1 may come and go; another shape is a view that has no scales of its own."""
