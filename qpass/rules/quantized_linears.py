@@ -17,6 +17,7 @@ from qpass.rewriter import (
     Replacement,
     absent,
     attr,
+    cast,
     const,
     ir,
     keep,
@@ -68,7 +69,8 @@ class StaticLinear(Pattern):
         | MS.DequantizeLinear(foreign, s, z)
         | MS.DequantizeLinear(foreign, s)
     )
-    y = ir.Linear(dq, w, b) | ir.Linear(dq, w)
+    read = cast(dq)
+    y = ir.Linear(read, w, b) | ir.Linear(read, w)
 
 
 @dataclass(frozen=True)
