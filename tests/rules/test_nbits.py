@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qpass.spec import QuantSpec
-from tests.rules.kit import error, ops, run, site
+from tests.rules.kit import error, lifted, ops, run, site
 from tests.rules.quantized import GROUPWISE, PER_CHANNEL, K, N, Quantized, check
 from tests.rules.test_weight_only import attributes
 
@@ -146,3 +146,15 @@ def test_a_head_that_is_the_embedding() -> None:
     assert site(done, "linear").status == "rewritten"
     assert "embedding" in {t.name for t in result.graph.initializer}
     assert error(proto, result, {"ids": np.arange(5)}) < 1e-5
+
+
+def test_shapes_behind_a_quantized_embedding() -> None:
+    """The first node of a quantized decoder is one that onnx does not know."""
+    g = Quantized(17)
+    tables = g.const(g.random.integers(0, 256, (N, K // 2)), np.uint8), g.const(np.ones((N, K // 32)), np.float16)
+    options: dict[str, Any] = {"bits": 4, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+    ids = g.input("ids", ["B", 3], 7)
+    x = g.op("GatherBlockQuantized", tables[0], ids, tables[1], domain="com.microsoft", **options)
+    (linear,) = lifted(g.model(g.nbits(g.op("Relu", x), 4, 32, floats=np.float16), dims=None, check=False))
+    assert (linear.inputs[0].shape, linear.inputs[0].dtype) == (("B", 3, K), np.dtype(np.float16))
+    assert (linear.outputs[0].shape, linear.outputs[0].dtype) == (("B", 3, N), np.dtype(np.float16))
