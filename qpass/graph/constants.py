@@ -157,8 +157,6 @@ def _dequantize(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
         return None
     if node.attrs.get("output_dtype", 0) not in (0, to_onnx(scale.dtype)):
         return None  # the product is rounded twice there
-    if zero is not None and zero.dtype.kind == "f":
-        return None
     found = _scales(node, array, scale, zero)
     return None if found is None else Dequantized(array, found[0], found[1], scale.dtype, *found[2:])
 

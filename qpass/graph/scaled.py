@@ -101,10 +101,9 @@ class Dequantized(Scaled):
     """(base − zero) · scale, computed in float32 and rounded to `dtype`; base holds integers or small floats."""
 
     def compute(self, values: Array, scale: Array, zero: Array | None) -> Array:
-        if zero is None:
-            floats = values.astype(np.float32)
-        else:
-            floats = (values.astype(np.int32) - zero.astype(np.int32)).astype(np.float32)
+        floats = values.astype(np.float32)
+        if zero is not None:
+            floats -= zero.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             return np.multiply(floats, scale).astype(self.dtype, copy=False)
 

@@ -126,10 +126,12 @@ def _integers(q: Lazy, bits: int, offset: int, name: str) -> Lazy:
     n, k = q.shape
 
     def convert(block: Array) -> tuple[Array]:
-        signed = (block.astype(np.int16) - offset).astype(np.int8) if offset else block.astype(np.int8)
-        return (pack_int4(signed) if bits == 4 else np.ascontiguousarray(signed),)
+        signed = np.subtract(block, np.uint8(offset), order="C").view(np.int8)  # modulo 256, as two's complement is
+        return (pack_int4(signed) if bits == 4 else signed,)
 
-    return Blockwise(q, convert, [((n, k * bits // 8), INT8)], name).results[0]
+    # bytes, so that the writer's blocks are measured by what they take in memory
+    codes = q if q.dtype == np.uint8 else q.astype(np.int8).astype(np.uint8)
+    return Blockwise(codes, convert, [((n, k * bits // 8), INT8)], name).results[0]
 
 
 def _zeros(d: Dequantized, offset: int) -> Array | None:

@@ -50,6 +50,13 @@ FORMS: dict[str, tuple[Any, Any, Any, dict[str, int]]] = {
     "int32": (RANDOM.integers(-(2**30), 2**30, 8).astype(np.int32), scales(8), None, {"axis": 0}),
     "int4": (integers(INT4, 6, 8), scales(8), integers(INT4, 8), {}),
     "uint4": (integers(UINT4, 6, 8), scales(6), None, {"axis": 0}),
+    "float8": (RANDOM.standard_normal((6, 8)).astype(ml_dtypes.float8_e4m3fn), scales(), None, {}),
+    "float8, a zero": (
+        RANDOM.standard_normal((6, 8)).astype(ml_dtypes.float8_e4m3fn),
+        scales(8),
+        np.zeros(8, ml_dtypes.float8_e4m3fn),
+        {},
+    ),
     "blocks along 0": (integers(INT4, 64, 6), scales(4, 6), integers(INT4, 4, 6), {"axis": 0, "block_size": 16}),
     "blocks along 1": (integers("int8", 6, 64), scales(6, 4, dtype=np.float16), None, {"axis": 1, "block_size": 16}),
     "an unfull block": (integers("uint8", 6, 40), scales(6, 3), integers("uint8", 6, 3), {"axis": 1, "block_size": 16}),

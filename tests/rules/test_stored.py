@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -171,6 +172,25 @@ DECLINED: dict[str, tuple[dict[str, Any], str]] = {
     "blocks of N": ({"dtype": INT4, "axis": 1, "block": 16}, "int4, with a scale for each 16 output channels"),
     "odd K": ({"dtype": INT4, "shape": (63, N)}, "int4; K=63 is odd, and int4 packs two weights of a row into a byte"),
 }
+
+
+def test_float8_stays() -> None:
+    g = Quantized()
+    w = g.op("DequantizeLinear", g.const(g.random.standard_normal((K, N)), ml_dtypes.float8_e4m3fn), g.const(0.1))
+    done, result = run(g.model(g.op("MatMul", g.input("x", ["B", K]), w, out="y")))
+    reason = "its weight came quantized: float8_e4m3fn; qpass has ops for int8 and int4"
+    assert (site(done, "linear").status, site(done, "linear").reason) == ("declined", reason)
+    assert ops(result) == ["DequantizeLinear", "MatMul"]
+
+
+def test_a_head_that_is_the_quantized_embedding() -> None:
+    g = Quantized()
+    table, scale = g.const(g.integers(np.int8, N, K), np.int8), g.const(0.01)
+    x = g.op("DequantizeLinear", g.op("Gather", table, g.input("ids", ["B"], 7)), scale)
+    head = g.op("Transpose", g.op("DequantizeLinear", table, scale), perm=[1, 0])
+    done, result = run(g.model(g.op("MatMul", x, head, out="y")))
+    assert site(done, "linear").status == "excluded"
+    assert ops(result)[-1] == "MatMul"
 
 
 @pytest.mark.parametrize("preset", ["w8a16", "w8a8"])
