@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper
 
+import qpass
 from qpass.quant_mode import QuantMode
 from tests.rules.kit import error, ops, recipe, run, site
 from tests.rules.quantized import INT4, PER_CHANNEL, PRESETS, K, N, Quantized, check
@@ -196,3 +199,26 @@ def test_twins_stay(twin: str) -> None:
     assert ops(result)[-3:] == ["QuantizeLinear", "DequantizeLinear", PER_CHANNEL]
     check(g, result, result.graph.node[-1], w)
     assert error(proto, result) < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w8a8-static"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_calibration_smooths_no_stored_integers(norm: bool, preset: str, tmp_path: Path) -> None:
+    """Activations that the model leaves as they are get the spec's quantization; the weight is what it was."""
+    g = Quantized(17)
+    x = g.input("x", ["B", K])
+    if norm:
+        x = g.op("LayerNormalization", x, g.gain(K), g.gain(K))
+    w = g.dequantize(np.int8)
+    proto = g.model(g.op("MatMul", x, w, out="y"))
+    onnx.save(proto, tmp_path / "model.onnx")
+    np.savez(tmp_path / "sample.npz", x=g.random.standard_normal((32, K)).astype(np.float32))
+    stats = qpass.calibrate(tmp_path / "model.onnx", [tmp_path / "sample.npz"], tmp_path / "stats.npz")
+    done, result = run(proto, preset, calibration=stats)
+    gemm = result.graph.node[-1]
+    assert attributes(gemm)["has_per_token_scaling"] == int(preset == "w8a8")
+    check(g, result, gemm, w)
+    reason = site(done, "linear").reason
+    assert reason is not None
+    assert reason.startswith("its weight came quantized: int8; unsmoothed")
+    assert error(proto, result) < 0.03
