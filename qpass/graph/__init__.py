@@ -5,11 +5,13 @@ from qpass.graph.lazy import Given, Joined, Kept, Lazy
 from qpass.graph.model import Model
 from qpass.graph.promise import Blockwise, Promised
 from qpass.graph.save import SaveResult
+from qpass.graph.scaled import Dequantized
 from qpass.graph.stored import Stored
 
 __all__ = [
     "Blockwise",
     "Const",
+    "Dequantized",
     "Given",
     "Joined",
     "Kept",

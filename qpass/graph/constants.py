@@ -7,12 +7,15 @@ without a use, and the rewriter takes those out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
-from qpass.graph.dtypes import DType, to_numpy
+from qpass.graph.dtypes import DType, to_numpy, to_onnx
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Given, Lazy
+from qpass.graph.scaled import LIMITS, Dequantized, Quantized, scales_of
 
 
 class Constants:
@@ -25,8 +28,8 @@ class Constants:
         """The tensor as a constant, or None.
 
         Constant are initializers, outputs of Constant nodes, and what Identity, Transpose, Cast, Reshape
-        (with a constant target), Squeeze and Unsqueeze make of these. Not constant is an initializer that is
-        a graph input too: that is a default, and a caller may feed another value.
+        (with a constant target), Squeeze, Unsqueeze, QuantizeLinear and DequantizeLinear make of these. Not
+        constant is an initializer that is a graph input too: that is a default, and a caller may feed another value.
         """
         if isinstance(tensor, Const):
             return tensor
@@ -38,7 +41,7 @@ class Constants:
         return found
 
     def _made_by(self, node: Node, tensor: Value) -> Const | None:
-        if node.domain not in (None, "", "ai.onnx"):
+        if node.domain not in (None, "", "ai.onnx") and (node.domain, node.op) not in _FOREIGN:
             return None
         if node.op == "Constant":
             array = _constant_node(node)
@@ -52,12 +55,18 @@ class Constants:
         array = look(self, node, base.array)
         return None if array is None else Const(tensor.name, array, root=base.root, via=(*base.via, node))
 
+    def input(self, node: Node, index: int) -> Const | None:
+        """A node's input as a constant, None where it is left out or not constant."""
+        return self.of(node.inputs[index]) if _given(node, index) else None
+
     def integers(self, node: Node, index: int) -> list[int] | None:
         """The values of a node's integer input, None where it is left out or not constant."""
-        if index >= len(node.inputs) or node.inputs[index].is_empty():
-            return None
-        const = self.of(node.inputs[index])
+        const = self.input(node, index)
         return None if const is None else [int(v) for v in const.load().reshape(-1)]
+
+
+def _given(node: Node, index: int) -> bool:
+    return index < len(node.inputs) and not node.inputs[index].is_empty()
 
 
 def _constant_node(node: Node) -> Lazy | None:
@@ -142,10 +151,40 @@ def _unsqueeze(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
     return array.reshape(*(1 if i in new else next(dims) for i in range(ndim)))
 
 
+def _dequantize(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
+    scale, zero = constants.input(node, 1), constants.input(node, 2)
+    if scale is None or (zero is None and _given(node, 2)) or array.dtype.kind == "O":
+        return None
+    if node.attrs.get("output_dtype", 0) not in (0, to_onnx(scale.dtype)):
+        return None  # the product is rounded twice there
+    found = _scales(node, array, scale, zero)
+    return None if found is None else Dequantized(array, found[0], found[1], scale.dtype, *found[2:])
+
+
+def _quantize(constants: Constants, node: Node, array: Lazy) -> Lazy | None:
+    scale, zero = constants.input(node, 1), constants.input(node, 2)
+    if scale is None or (zero is None and _given(node, 2)) or array.dtype.kind not in "fV":
+        return None
+    said = node.attrs.get("output_dtype", 0) or TensorProto.UINT8
+    dtype = to_numpy(said) if zero is None else zero.dtype
+    found = _scales(node, array, scale, zero) if dtype.name in LIMITS else None
+    return None if found is None else Quantized(array, found[0], found[1], dtype, *found[2:])
+
+
+def _scales(node: Node, array: Lazy, scale: Const, zero: Const | None) -> Any:
+    axis, block = node.attrs.get("axis", 1), node.attrs.get("block_size", 0)
+    return scales_of(array, scale.array, None if zero is None else zero.array, axis, block)
+
+
+_FOREIGN = frozenset({("com.microsoft", "DequantizeLinear"), ("com.microsoft", "QuantizeLinear")})
+"""Operators of other domains that are those of the same name here, for types that came into the standard later."""
+
 _VIEWS: dict[str, Callable[[Constants, Node, Lazy], Lazy | None]] = {
     "Identity": _identity,
+    "QuantizeLinear": _quantize,
     "Transpose": _transpose,
     "Cast": _cast,
+    "DequantizeLinear": _dequantize,
     "Reshape": _reshape,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,

@@ -45,6 +45,8 @@ def _strip(graph: GraphProto) -> None:
     for tensor in graph.initializer:
         _strip_tensor(tensor)
     for node in graph.node:
+        if node.domain == "com.microsoft":
+            _stand_in(node, graph)
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _strip_tensor(attribute.t)
@@ -52,12 +54,40 @@ def _strip(graph: GraphProto) -> None:
                 _strip(attribute.g)
 
 
+def _stand_in(node: NodeProto, graph: GraphProto) -> None:
+    """Make an operator that onnx does not know one whose results have the same types and shapes.
+
+    onnx's inference gives up behind every operator of which it has no schema. Attributes stay: nobody looks at them.
+    """
+    if node.op_type == "QuantizeLinear":
+        node.domain = ""
+    elif node.op_type == "DequantizeLinear":
+        node.domain, node.op_type, node.input[:] = "", "CastLike", node.input[:2]
+    elif node.op_type == "MatMulNBits":
+        dims = [a.i for name in ("K", "N") for a in node.attribute if a.name == name]
+        weight = _stub(f"{node.output[0]}/weight", dims, TensorProto.FLOAT)
+        graph.initializer.append(weight)
+        node.domain, node.op_type, node.input[:] = "", "MatMul", [node.input[0], weight.name]
+    elif node.op_type == "GatherBlockQuantized":
+        named = {t.name: t for t in graph.initializer}
+        data, scales = named.get(node.input[0]), named.get(node.input[2])
+        attrs = {a.name: a.i for a in node.attribute}
+        if data is None or scales is None or attrs.get("gather_axis", 0) != 0:
+            return
+        packed = 8 // attrs.get("bits", 4) if data.data_type == TensorProto.UINT8 else 1
+        table = _stub(f"{node.output[0]}/table", [*data.dims[:-1], data.dims[-1] * packed], scales.data_type)
+        graph.initializer.append(table)
+        node.domain, node.op_type, node.input[:] = "", "Gather", [table.name, node.input[1]]
+
+
 def _strip_tensor(tensor: TensorProto) -> None:
     if tensor.ByteSize() > SMALL or tensor.data_location == TensorProto.EXTERNAL:
-        kept = TensorProto(
-            name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=TensorProto.EXTERNAL
-        )
-        tensor.CopyFrom(kept)
+        tensor.CopyFrom(_stub(tensor.name, tensor.dims, tensor.data_type))
+
+
+def _stub(name: str, dims: Iterable[int], data_type: int) -> TensorProto:
+    """A tensor without its values."""
+    return TensorProto(name=name, dims=dims, data_type=data_type, data_location=TensorProto.EXTERNAL)
 
 
 def import_model(path: Path, proto: ModelProto, weights: Weights) -> gs.Graph:

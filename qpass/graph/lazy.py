@@ -321,6 +321,11 @@ class _Cast:
             return array.astype(self.dtype)
 
 
+def is_cast(array: Lazy) -> bool:
+    """Whether it is made by `astype`."""
+    return isinstance(array, Elementwise) and isinstance(array.fn, _Cast)
+
+
 def _resolve_shape(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
     known = math.prod(d for d in new if d != -1)
     if new.count(-1) == 1 and known:

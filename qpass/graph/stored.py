@@ -151,11 +151,24 @@ class Stored(Lazy):
 
     def columns(self, start: int, stop: int) -> Array:
         count, width = self.shape
-        if packed_bits(self.dtype) is not None or (start, stop) == (0, width) or not self.nbytes:
+        if (start, stop) == (0, width) or not self.nbytes:
             return self.load()[:, start:stop]
+        if (bits := packed_bits(self.dtype)) is not None:
+            return self._packed_columns(start, stop, bits)
         item = self.dtype.itemsize
         pieces = self.source.pieces(self.offset + start * item, (stop - start) * item, width * item, count)
         return pieces.view(self.dtype)
+
+    def _packed_columns(self, start: int, stop: int, bits: int) -> Array:
+        """Columns of which several share a byte: whole bytes are read where every row begins with one."""
+        count, width = self.shape
+        if 8 % bits or width * bits % 8:
+            return self.load()[:, start:stop]
+        first, last = start * bits // 8, -(-stop * bits // 8)
+        pieces = self.source.pieces(self.offset + first, last - first, width * bits // 8, count)
+        skipped = first * 8 // bits
+        columns = unpack(np.ascontiguousarray(pieces), self.dtype, (count, (last - first) * 8 // bits))
+        return columns[:, start - skipped : stop - skipped]
 
     def load(self) -> Array:
         return unpack(self.source.read(self.offset, self.nbytes), self.dtype, self.shape)

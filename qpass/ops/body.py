@@ -121,12 +121,15 @@ class Body:
         return self.node("Round", self.node("DequantizeLinear", x, 1.0))
 
     def to_int8(self, x: Value, scale: Value, zero: Value | None = None) -> Value:
-        """clip(rint(x / scale) + zero, -128, 127), ties to even; the zero point, or 0, where scale is 0."""
+        """clip(rint(x / scale) + zero, -128, 127), ties to even; zero, or 0, where scale is 0.
+
+        The zero point is added by hand: TensorRT's own quantization has none.
+        """
         unless_zero = self.node("Where", self.node("Equal", scale, 0.0), np.inf, scale)
-        y = x / unless_zero
+        q = x / unless_zero
         if zero is not None:
-            y = self.node("Round", y) + self.from_int8(zero)
-        return self.node("QuantizeLinear", y, 1.0, self.constant(np.int8(0)))
+            q = self.node("Round", q) + self.from_int8(zero)
+        return self.node("QuantizeLinear", q, 1.0, self.constant(np.int8(0)))
 
     def over_last(self, reduce: str, x: Value) -> Value:
         """ReduceMax or ReduceMean over the last axis, which is kept."""

@@ -12,7 +12,7 @@ from qpass.ops.norm_quantization import NormQuantization
 class LayernormQuantization(NormQuantization):
     doc = (
         "y = (x - mean(x)) / sqrt(var(x) + epsilon) · gamma + beta over the last axis; "
-        "q = clip(rint(y / smoother / scale), -128, 127)"
+        "q = clip(rint(y / smoother / scale) + zero, -128, 127)"
     )
 
     def build_norm(self, b: Body, x: Value) -> Value:

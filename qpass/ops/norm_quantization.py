@@ -22,6 +22,7 @@ class NormQuantization(Op):
         Input("beta", "T", "K", When("has_beta")),
         Input("smoother", "float32", "K", When("has_smoother")),
         Input("scale", "float32", "1", When("dyn_act_scaling", on=False), tag="static"),
+        Input("zero", "int8", "1", When("has_zero"), needs="scale"),
     )
     outputs = (
         Output("q", "int8", "... K"),
@@ -35,6 +36,7 @@ class NormQuantization(Op):
         flag("has_beta", "the norm adds a beta"),
         flag("has_smoother", "y is divided by a smoother before it is quantized"),
         flag("dyn_act_scaling", "1: a scale per token is an output; 0: one scale is an input"),
+        flag("has_zero", "a zero point is added to the rounded values; for static scales"),
         flag("has_y", "the norm's result is an output too, without the smoother, for a residual"),
         flag("has_sum", "x + residual is an output too, for the next residual"),
     )
@@ -56,7 +58,7 @@ class NormQuantization(Op):
             y = y + b.float32("beta")
         smoother, scale = b.get("smoother"), b.get("scale")
         smoothed = y / smoother if smoother else y
-        quantized = [b.to_int8(smoothed, scale)] if scale else b.per_token(smoothed)
+        quantized = [b.to_int8(smoothed, scale, b.get("zero"))] if scale else b.per_token(smoothed)
         return [*quantized, *([y] if b.attrs["has_y"] else []), *([x] if b.attrs["has_sum"] else [])]
 
     def compute(self, given: Tensors, attrs: Mapping[str, Attr]) -> Sequence[Array]:
@@ -67,5 +69,8 @@ class NormQuantization(Op):
         if "beta" in given:
             y = y + given["beta"]
         smoothed = y / given["smoother"] if "smoother" in given else y
-        quantized = [quantize(smoothed, given["scale"])] if "scale" in given else quantize_per_token(smoothed)
+        if "scale" in given:
+            quantized = [quantize(smoothed, given["scale"], given.get("zero"))]
+        else:
+            quantized = list(quantize_per_token(smoothed))
         return [*quantized, *([y] if attrs["has_y"] else []), *([x] if attrs["has_sum"] else [])]

@@ -1,7 +1,8 @@
 """Activations to int8: the arithmetic that reference, ONNX body and kernel share bit by bit.
 
-q = clip(rint(x / scale), -128, 127) in float32, ties to even; a division, not a product with the reciprocal.
-A scale of 0 (nothing but zeros was seen) gives q = 0.
+q = clip(rint(x / scale) + zero, -128, 127) in float32, ties to even; a division, not a product with the reciprocal;
+rounded before the zero point is added, as ONNX's QuantizeLinear has it. There is no zero point but where a model came
+with one. A scale of 0 (nothing but zeros was seen) gives q = 0.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ def scale_of(amax: Array) -> Array:
 
 
 def quantize(x: Array, scale: Array, zero: Array | None = None) -> Array:
-    """x [..., K] float32 as int8, by scales that broadcast against it; a zero point, int8, is added after rounding."""
+    """x [..., K] float32 as int8, by scales and int8 zero points that broadcast against it."""
     unless_zero = np.where(scale == 0, np.float32(np.inf), scale)
     with np.errstate(over="ignore"):  # beyond float32 is beyond 127
         q = np.divide(x, unless_zero, dtype=np.float32)
     np.rint(q, out=q)
     if zero is not None:
-        q += zero
+        q += zero.astype(np.float32)
     np.clip(q, -128, 127, out=q)
     return q.astype(np.int8)
 

@@ -68,13 +68,21 @@ def _deduce(node: Node, view: View) -> list[Value]:
     return told
 
 
+_FOREIGN = {
+    ("com.microsoft", "MatMulNBits"): (("T", "", "T", "", "", "T"), ("T",)),
+    ("com.microsoft", "GatherBlockQuantized"): (("", "", "T", ""), ("T",)),
+    ("com.microsoft", "DequantizeLinear"): (("", "T", ""), ("T",)),
+}
+"""The same of operators that onnx does not know: inputs, and outputs."""
+
+
 @cache
 def _type_variables(op_type: str, opset: int, domain: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The type variable of each input and output ("" for a fixed type), or None for an operator onnx does not know."""
     try:
         schema = onnx.defs.get_schema(op_type, opset, domain)
     except onnx.defs.SchemaError:
-        return None
+        return _FOREIGN.get((domain, op_type))
 
     def names(parameters: Iterable[onnx.defs.OpSchema.FormalParameter]) -> tuple[str, ...]:
         return tuple(p.type_str if p.is_homogeneous and "(" not in p.type_str else "" for p in parameters)

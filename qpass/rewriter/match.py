@@ -14,7 +14,7 @@ from qpass.rewriter.fanout import fan_out
 from qpass.rewriter.inputs import arguments
 from qpass.rewriter.location import PatternError
 from qpass.rewriter.miss import Kind, Miss
-from qpass.rewriter.pattern import COMMUTATIVE, MAY_BE_NOOP, Alt, Literal, MaybeCast, Op, Pat, Pattern, Var
+from qpass.rewriter.pattern import COMMUTATIVE, MAY_BE_NOOP, Absent, Alt, Literal, MaybeCast, Op, Pat, Pattern, Var
 from qpass.rewriter.view import MOVES_ONLY, View, describe, domain_of, named, producer
 
 STEP_BUDGET = 20_000
@@ -139,6 +139,10 @@ class Search:
             return self._solve_op(p, v, goals, done)
         if isinstance(p, Literal):
             return self._solve_number(p, v, goals, done, p.value, p.value)
+        if isinstance(p, Absent):
+            if v.name:
+                return self._fail(p, lambda: f"wants no such input, got {describe(v, self.view)}", goals)
+            return self._solve(goals[1:], done)
         assert isinstance(p, Var)
         if p.kind == "scalar":
             assert p.bounds is not None

@@ -124,6 +124,12 @@ class Alt(Pat):
         self.starts = frozenset().union(*starts) if len(starts) == len(options) else None
 
 
+class Absent(Pat):
+    """An optional input that is left out though later ones are there."""
+
+    __slots__ = ()
+
+
 class MaybeCast(Alt):
     """A value or a Cast of it. Used twice it is one value too, but one use may have the Cast and the other not."""
 
@@ -221,6 +227,11 @@ def scalar(low: float = float("-inf"), high: float = float("inf")) -> Any:
 def attr() -> Any:
     """As a keyword of an op: captures the attribute (its default where it is left out)."""
     return Var("attr")
+
+
+def absent() -> Any:
+    """In place of an input: it is left out. `zero | absent()` takes both; at the end of a node nothing is written."""
+    return Absent()
 
 
 def cast(p: Any) -> Any:

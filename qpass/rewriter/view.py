@@ -29,8 +29,9 @@ SHAPE_OPS = frozenset({"Shape", "Size"})
 KEEPS_LAST = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Ops that leave rows as they are where the last dim comes out unchanged."""
 
-MOVES_ONLY = KEEPS_LAST | {"Identity", "Cast", "Transpose"}
-"""Ops whose result may stay for others when a match claims them: keeping one more costs nothing worth a decline."""
+MOVES_ONLY = KEEPS_LAST | {"Identity", "Cast", "Transpose", "QuantizeLinear", "DequantizeLinear"}
+"""Ops that move or convert, whose result may stay for others when a match claims them: keeping one more costs nothing
+worth a decline."""
 
 RANDOM = frozenset({"Bernoulli", "Dropout", "Multinomial"}) | {
     f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")
@@ -88,7 +89,7 @@ class View:
         return signature(node.op, self.opset(domain), domain)
 
     def constant(self, v: Value) -> Const | None:
-        """The constant behind a value, seen through Identity, Transpose, Cast and Reshape."""
+        """The constant behind a value, seen through nodes that move or convert."""
         return self.model.constant(v)
 
     def is_output(self, v: Value) -> bool:

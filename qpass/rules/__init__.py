@@ -11,12 +11,19 @@ from qpass.rules.activations import LIFT_ACTIVATIONS, LIFT_GATES
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.mlp import quantize_activation
 from qpass.rules.norms import LIFT_NORMS
+from qpass.rules.quantized_linears import LIFT_QUANTIZED, LIFT_STATIC
 from qpass.rules.siblings import MERGE
 from qpass.rules.sites import Found, Survey
 from qpass.rules.smooth_quant import quantize_input, quantize_norm
 from qpass.rules.weight_only import WEIGHT_ONLY
 
-LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS, LIFT_ACTIVATIONS, LIFT_GATES)
+LIFT: tuple[Stage, ...] = (
+    (*LIFT_NORMS, *LIFT_LINEARS, *LIFT_QUANTIZED),
+    LIFT_VIEWS,
+    LIFT_STATIC,
+    LIFT_ACTIVATIONS,
+    LIFT_GATES,
+)
 SMOOTH_QUANT: tuple[Stage, ...] = ((quantize_norm,), (quantize_activation,), (quantize_input,))
 RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
 

@@ -15,7 +15,9 @@ from qpass.graph import Node
 from qpass.rewriter.view import View, domain_of
 from qpass.rules.unlifted import NORMS, WEIGHTED
 
-_SEES_THROUGH = frozenset({"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
+_SEES_THROUGH = frozenset(
+    {"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"}
+)
 
 
 @dataclass(frozen=True)

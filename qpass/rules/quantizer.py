@@ -11,15 +11,17 @@ import numpy as np
 
 from qpass.calibrate import ActivationStats, Stats
 from qpass.errors import QpassError
-from qpass.graph import Blockwise, Const, Given, Kept, Lazy, Value
+from qpass.graph import Blockwise, Const, Given, Kept, Lazy, Node, Value
 from qpass.graph.dtypes import to_onnx
 from qpass.quantize import weight as numbers
 from qpass.quantize.activation import scale_of
 from qpass.rewriter import Pattern, derived, exclude, keep, need
 from qpass.rules.linears import Linear
+from qpass.rules.quantized_linears import Static, static
 from qpass.rules.sites import Found, Survey
 from qpass.rules.smoothing import Choice, choose
-from qpass.rules.weights import blocks, naming
+from qpass.rules.stored import StoredWeight, find, stored
+from qpass.rules.weights import BLOCK, blocks, naming
 from qpass.spec import LinearSpec, QuantSpec
 
 INT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
@@ -43,6 +45,8 @@ class Activation:
     scale: Lazy | None
     """float32 [1], static; None for a scale per token."""
     note: str
+    zero: Lazy | None = None
+    """int8 [1], of a static scale that the model came with."""
 
     def folded(self, c: Const | None) -> Const | None:
         """A norm's gamma or beta, divided by the smoother."""
@@ -70,14 +74,17 @@ class Quantizer:
                 if f.lifted is not None:
                     self._specs[f] = resolved
         resolver.check()
-        if stats is None and any(not isinstance(s, str) and s.needs_calibration for s in self._specs.values()):
+        self._weights: dict[Any, QuantizedWeight] = {}
+        self._stored: dict[Any, StoredWeight | str | None] = {}
+        self._activations: dict[Any, Activation] = {}
+        self._remarks: Counter[str] = Counter()
+        lifted = ((f.lifted, f.weight) for f in self._specs if f.lifted is not None and f.weight is not None)
+        wanted = (self._activation_quantization(linear, w) for linear, w in lifted)
+        if stats is None and any(isinstance(s, LinearSpec) and s.needs_calibration for s in wanted):
             raise QpassError(
                 f"{spec.name} needs activation statistics for its static scales; make them with "
                 "`qpass calibrate MODEL --data FOLDER -o stats.npz` and pass --calibration stats.npz"
             )
-        self._weights: dict[Any, QuantizedWeight] = {}
-        self._activations: dict[Any, Activation] = {}
-        self._remarks: Counter[str] = Counter()
 
     # -- the spec
 
@@ -108,17 +115,36 @@ class Quantizer:
         return any(s.merge_siblings for s in self._specs.values() if not isinstance(s, str))
 
     def quantized_alike(self, heads: Sequence[Linear]) -> list[Linear]:
-        """Of Linears on one activation, those that share the first spec that quantizes activations."""
-        wanted: LinearSpec | None = None
+        """Of Linears on one activation, those that quantize it as the first does that quantizes it at all."""
+        wanted: LinearSpec | Static | None = None
         out = []
         for h in heads:
-            s = self.spec_of(h)
-            if not isinstance(s, LinearSpec) or not s.mode.has_act_and_weight_quant():
-                continue
-            wanted = wanted or s
-            if s == wanted:
+            how = self.activation_quantization(h)
+            wanted = wanted or how
+            if how is not None and how == wanted:
                 out.append(h)
         return out
+
+    def activation_quantization(self, m: Linear) -> LinearSpec | Static | None:
+        """How the activation that a Linear reads is quantized: as the model came, or by the spec; None if it is not.
+
+        A weight that came quantized is not smoothed, which would change its integers.
+        """
+        return self._activation_quantization(m.root, m.w)
+
+    def _activation_quantization(self, linear: Node, w: Const) -> LinearSpec | Static | None:
+        sites = self._survey.by_lifted.get(linear)
+        s = self._specs.get(sites[0]) if sites else None
+        if not isinstance(s, LinearSpec) or not s.mode:
+            return None
+        came = self._came(w)
+        if came is None:
+            return s if s.mode.has_act_and_weight_quant() else None
+        if isinstance(came, str) or not came.is_symmetric_int8:
+            return None
+        if (given := static(linear)) is not None:
+            return given
+        return s.model_copy(update={"smoothing": None}) if s.mode.has_act_and_weight_quant() else None
 
     def remarks(self) -> list[str]:
         """What a user should know of the whole run."""
@@ -143,7 +169,43 @@ class Quantizer:
         """The Linear's bias in the dtype of its output."""
         return self.like(m.b, m.y)
 
+    def corrected_bias(self, m: Linear, act: Activation, w: QuantizedWeight | StoredWeight) -> Const:
+        """The bias with what the activation's zero point adds to the sums taken out: the int8 GEMM knows of none.
+
+        Σ (q - zero) · w · scale_a · scale_w[n] = (Σ q · w - zero · Σ w) · scale_a · scale_w[n], float32.
+        """
+        assert act.zero is not None
+        assert act.scale is not None
+        assert m.y.dtype is not None
+        zero, scale, (n, _) = act.zero, act.scale, w.weight.shape
+
+        def make() -> Any:
+            step = max(1, BLOCK // max(m.w.shape[0], 1))
+            sums = [w.weight.rows(i, min(i + step, n)).sum(axis=1, dtype=np.int64) for i in range(0, n, step)]
+            total = -np.concatenate(sums) * int(zero.load()[0]) * (scale.load().astype(np.float64) * w.scale.load())
+            return (total if m.b is None else total + m.b.load().reshape(-1)).astype(FLOAT32)
+
+        array = Kept((n,), FLOAT32, make).astype(m.y.dtype)
+        return derived(m.b, array) if m.b is not None else Const(f"{m.w.origin}.bias", array)
+
     # -- weights: promises of [N, K]
+
+    def came(self, m: Linear) -> StoredWeight | None:
+        """The weight of a Linear as the model came with it, where that was quantized.
+
+        Raises:
+            Decline: it was, in a way that no op of qpass has.
+        """
+        found = self._came(m.w)
+        need(not isinstance(found, str), str(found))
+        assert not isinstance(found, str)
+        return found
+
+    def _came(self, w: Const) -> StoredWeight | str | None:
+        key = _view_of(w)
+        if key not in self._stored:
+            self._stored[key] = stored(w)
+        return self._stored[key]
 
     def int8(self, w: Const, smoother: Lazy | None = None, per_channel: bool = True) -> QuantizedWeight:
         """int8 of w [K, N], of w · smoother where there is one: scale [N], or [1] where not per output channel."""
@@ -226,7 +288,12 @@ class Quantizer:
         return self._activations[key]
 
     def _decide(self, x: Value, heads: Sequence[Linear]) -> Activation:
-        spec = self.spec(heads[0])
+        spec = self.activation_quantization(heads[0])
+        if isinstance(spec, Static):
+            zero = np.array([spec.zero], np.int8) if spec.zero else None
+            scale = Given(np.array([spec.scale], np.float32))
+            return Activation(None, scale, "static scale from the model", None if zero is None else Given(zero))
+        assert spec is not None
         stats = self._stats_of(x, heads)
         static = spec.needs_calibration
         need(not static or stats is not None, f"the calibration has no statistics of '{x.name}'")
@@ -259,5 +326,7 @@ class Quantizer:
 
 
 def _view_of(w: Const) -> Any:
-    """What tells two views of a tensor apart: its root, the nodes between and the shape."""
-    return id(w.root), tuple((n.op, str(n.attrs)) for n in w.via), w.shape
+    """What tells two views of a tensor apart: its root, the nodes between, the scales if it is quantized, the shape."""
+    quantized = find(w.array)
+    scales = () if quantized is None else tuple(map(id, quantized.sources))
+    return id(w.root), tuple((n.op, str(n.attrs)) for n in w.via), scales, w.shape

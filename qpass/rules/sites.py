@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qpass.filters import SiteNames
-from qpass.graph import Const, Node
+from qpass.graph import Const, Lazy, Node
 from qpass.ops import DOMAIN
 from qpass.rewriter import LIFTED, Kind, Outcome, Rewriter, Site, Weight
 from qpass.rewriter.view import producer
 from qpass.rules.functions import Functions
 from qpass.rules.parts import ACTIVATIONS, Mlp
+from qpass.rules.stored import find
 from qpass.rules.tied import Embeddings
-from qpass.rules.unlifted import Reasons, kind_of, nearly_norms
+from qpass.rules.unlifted import Reasons, kind_of, nearly_norms, operands
 
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
 
@@ -124,7 +125,7 @@ class Survey:
             yield _unlifted(site, node, made)
         elif (found := self._reasons.of(node, r.view)) is not None:
             status, reason = found
-            constants = (r.view.constant(v) for v in node.inputs[:2] if v.name) if kind == "linear" else ()
+            constants = (r.view.constant(v) for v in operands(node)) if kind == "linear" else ()
             weight = next((c for c in constants if c is not None), None)
             yield _unlifted(Site(kind, [label], status, reason=reason, weight=_weight(weight)), node)
 
@@ -185,11 +186,16 @@ def _unlifted(site: Site, node: Node, made: Sequence[Node] = ()) -> Found:
 
 
 def _weight(c: Const | None) -> Weight | None:
-    """The tensor behind a weight as the original has it."""
+    """The tensor behind a weight as the original has it; the bytes are those of its scales and zero points too."""
     if c is None:
         return None
-    root = c.root if isinstance(c.root, Const) else c
-    return Weight(c.origin, list(root.shape), str(root.dtype), root.array.nbytes, root.array.nbytes)
+    root = c.root.array if isinstance(c.root, Const) else c.array
+    scales: tuple[Lazy, ...] = ()
+    if (quantized := find(c.array)) is not None:
+        scales = quantized.sources
+        root = root if isinstance(c.root, Const) else quantized.base
+    size = root.nbytes + sum(s.nbytes for s in scales)
+    return Weight(c.origin, list(root.shape), str(root.dtype), size, size)
 
 
 def _heirs(graphs: Iterable[Rewriter], outcome: Outcome) -> dict[Node, list[Node]]:

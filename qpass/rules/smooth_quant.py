@@ -65,6 +65,7 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
         **inputs,
         smoother=act.smoother if wide else None,
         scale=act.scale,
+        zero=act.zero,
         epsilon=m.epsilon,
         outputs=" ".join(outputs),
     )
@@ -91,9 +92,10 @@ def _adds_rows(m: NormFanout) -> bool:
 @rule
 def quantize_input(m: InputFanout, new: Emit, cfg: Quantizer) -> Replacement:
     """Linears that no norm feeds get one QuantizePerToken or QuantizeTensor, and SmoothQuantGemms behind it."""
-    spec = cfg.spec(m)
-    if not spec.mode.has_act_and_weight_quant():
-        keep("the spec quantizes its weights alone")
+    cfg.spec(m)
+    if cfg.activation_quantization(m) is None:
+        came = cfg.came(m)
+        keep("the spec quantizes its weights alone" if came is None else f"{came.came}, its activations did not")
     need((why := unfit(m)) is None, why or "")
     heads = [h for h in cfg.quantized_alike(m.heads) if h.x is m.x and unfit(h) is None]
     if all(h.root is not m.root for h in heads):  # its siblings' spec is another: it goes alone
@@ -103,22 +105,23 @@ def quantize_input(m: InputFanout, new: Emit, cfg: Quantizer) -> Replacement:
     if scale is None:
         q, scale = new.QuantizePerToken(m.x, smoother=act.smoother)
     else:
-        q = new.QuantizeTensor(m.x, smoother=act.smoother, scale=scale)
+        q = new.QuantizeTensor(m.x, smoother=act.smoother, scale=scale, zero=act.zero)
     return {h.y: gemm(h, m.x, new, cfg, act, q, scale) for h in heads}
 
 
 def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Value, scale: object) -> Value:
     """One Linear's SmoothQuantGemm over `q`, the quantized `x`; reshaped where it read x's rows regrouped."""
     at = new.at(h)
-    at.note(act.note)
-    per_channel = cfg.spec(h).mode.has_per_channel_scaling()
-    w = cfg.int8(h.w, act.smoother, per_channel)
+    came = cfg.came(h)
+    at.note("; ".join(filter(None, ["" if came is None else came.came, act.note])))
+    per_channel = came is not None or cfg.spec(h).mode.has_per_channel_scaling()
+    w = came or cfg.int8(h.w, act.smoother, per_channel)
     y: Value = at.SmoothQuantGemm(
         q,
         weight=w.weight,
         scale_a=scale,
         scale_w=w.scale,
-        bias=cfg.bias(h),
+        bias=cfg.bias(h) if act.zero is None else cfg.corrected_bias(h, act, w),
         output_type=cfg.onnx_dtype(h.y),
         has_per_token_scaling=int(act.scale is None),
         has_per_channel_scaling=int(per_channel),

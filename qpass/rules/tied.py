@@ -13,7 +13,11 @@ from qpass.graph import Const, Lazy
 from qpass.rewriter import Rewriter
 from qpass.rewriter.view import domain_of
 
-_TABLES = {("", "Gather"): (0,), ("com.microsoft", "EmbedLayerNormalization"): (2, 3, 4)}
+_TABLES = {
+    ("", "Gather"): (0,),
+    ("com.microsoft", "EmbedLayerNormalization"): (2, 3, 4),
+    ("com.microsoft", "GatherBlockQuantized"): (0,),
+}
 """Where operators take the tables that they look rows up in."""
 
 _FIRST, _BLOCK = 1 << 14, 1 << 20
@@ -38,8 +42,13 @@ class Embeddings:
 def _tables(r: Rewriter) -> Iterator[Const]:
     for n in r.position:
         for i in _TABLES.get((domain_of(n), n.op), ()):
-            if i < len(n.inputs) and (c := r.view.constant(n.inputs[i])) is not None and c.dtype.kind in "fV":
+            if i < len(n.inputs) and (c := r.view.constant(n.inputs[i])) is not None and _may_be_table(c):
                 yield c
+
+
+def _may_be_table(c: Const) -> bool:
+    """Whether it holds floats, or what a weight is quantized to; the rest is shapes and indices."""
+    return c.dtype.kind in "fV" or (c.dtype.itemsize == 1 and len(c.shape) == 2)
 
 
 def equal(a: Lazy, b: Lazy) -> bool:

@@ -11,6 +11,8 @@ from qpass.rules.norms import SPELT_NORMS
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
 NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
+QUANTIZED = {"MatMulInteger": 1, "QLinearMatMul": 3}
+"""Operators over integers, and which of their inputs is the weight."""
 FUSED = {
     "FusedMatMul": "linear",
     "FusedGemm": "linear",
@@ -20,16 +22,32 @@ FUSED = {
     "EmbedLayerNormalization": "norm",
 }
 """What ONNX Runtime's optimizers merge norms and Linears into, in domain com.microsoft."""
+FUSED_QUANTIZED = {
+    "MatMulNBits": 1,
+    "MatMulBnb4": 1,
+    "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
+    "QAttention": 1,
+    "QGemm": 3,
+}
+"""What its quantizers and optimizers make of Linears, in the same domain, and which of their inputs is the weight."""
 
 
 def kind_of(node: Node) -> str | None:
     """ "linear" or "norm" for an operator that may be one, else None."""
     domain = domain_of(node)
     if domain == "com.microsoft":
-        return FUSED.get(node.op)
+        return "linear" if node.op in FUSED_QUANTIZED else FUSED.get(node.op)
     if domain:
         return None
-    return "linear" if node.op in WEIGHTED else "norm" if node.op in NORMS else None
+    return "linear" if node.op in WEIGHTED or node.op in QUANTIZED else "norm" if node.op in NORMS else None
+
+
+def operands(node: Node) -> list[Value]:
+    """The inputs of a Linear that may be its weight."""
+    at = (FUSED_QUANTIZED if domain_of(node) else QUANTIZED).get(node.op)
+    found = node.inputs[:2] if at is None else node.inputs[at : at + 1]
+    return [v for v in found if v.name]
 
 
 _MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
@@ -69,13 +87,18 @@ class Reasons:
 
     def of(self, node: Node, view: View) -> tuple[str, str] | None:
         """(status, reason) of an unlifted node; None for a product of two activations, which is no site."""
-        if domain_of(node):
-            if kind_of(node) == "linear" and not any(view.constant(v) for v in node.inputs if v.name):
+        quantized = node.op in (FUSED_QUANTIZED if domain_of(node) else QUANTIZED)
+        if quantized or domain_of(node):
+            among = operands(node) if quantized else [v for v in node.inputs if v.name]
+            if kind_of(node) == "linear" and not any(view.constant(v) for v in among):
                 return None
-            what = f"{node.domain}.{node.op}"
-            return "declined", f"qpass has no rule for {what}; give it the model from before ONNX Runtime's optimizer"
         if node in self._declined:
             return "declined", self._declined[node]
+        what = f"{node.domain}.{node.op}" if domain_of(node) else node.op
+        if quantized:
+            return "declined", f"qpass has no rule for {what}; give it the model with Q/DQ nodes, or as MatMulNBits"
+        if domain_of(node):
+            return "declined", f"qpass has no rule for {what}; give it the model from before ONNX Runtime's optimizer"
         if node.op in WEIGHTED:
             why = self._no_linear(node, view)
             return None if why is None else ("declined", why)

@@ -131,7 +131,9 @@ def test_quantization_at_the_edges(edge: str, dtype: np.dtype[np.generic]) -> No
     for scale in (0.0, 1.0, 2.0**-20, 1e-38, 1e30):
         op = REGISTRY["QuantizeTensor"]
         attrs = op.attributes_for({"x", "scale"}, {"q"}, {})
-        cases.append(Case(op, attrs, [x, None, np.array([scale], F32)]))
+        cases.append(Case(op, attrs, [x, None, np.array([scale], F32), None]))
+        attrs = op.attributes_for({"x", "scale", "zero"}, {"q"}, {})
+        cases += [Case(op, attrs, [x, None, np.array([scale], F32), np.array([z], INT8)]) for z in (-128, 7, 127)]
     op = REGISTRY["QuantizePerToken"]
     cases.append(Case(op, op.attributes_for({"x"}, {"q", "scale"}, {}), [x, None]))
     smoother = np.linspace(1e-3, 1e3, k).astype(F32)
@@ -139,7 +141,7 @@ def test_quantization_at_the_edges(edge: str, dtype: np.dtype[np.generic]) -> No
     for name in "LayernormQuantization", "RmsnormQuantization":
         op = REGISTRY[name]
         attrs = op.attributes_for({"x", "gamma"}, {"q", "scale", "y"}, {"epsilon": 1e-6})
-        cases.append(Case(op, attrs, [x, None, np.ones(k, dtype), None, None, None]))
+        cases.append(Case(op, attrs, [x, None, np.ones(k, dtype), None, None, None, None]))
     for optimised in (False, True):
         for case, actual in zip(cases, run(cases, 17, optimised), strict=True):
             assert_agree(case, actual)
@@ -151,7 +153,7 @@ def test_float32_at_the_edges() -> None:
     per_token, tensor = REGISTRY["QuantizePerToken"], REGISTRY["QuantizeTensor"]
     attrs = tensor.attributes_for({"x", "scale"}, {"q"}, {})
     cases = [Case(per_token, per_token.attributes_for({"x"}, {"q", "scale"}, {}), [x, None])]
-    cases += [Case(tensor, attrs, [x, None, np.array([s], F32)]) for s in (1e-40, 1e-10, 1e38)]
+    cases += [Case(tensor, attrs, [x, None, np.array([s], F32), None]) for s in (1e-40, 1e-10, 1e38)]
     for optimised in (False, True):
         for case, actual in zip(cases, run(cases, 17, optimised), strict=True):
             assert_agree(case, actual)
@@ -160,10 +162,27 @@ def test_float32_at_the_edges() -> None:
 def test_ties_go_to_even() -> None:
     op = REGISTRY["QuantizeTensor"]
     x = np.array([-128.5, -127.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 127.5, 200.0], F32)
-    case = Case(op, op.attributes_for({"x", "scale"}, {"q"}, {}), [x, None, np.ones(1, F32)])
+    case = Case(op, op.attributes_for({"x", "scale"}, {"q"}, {}), [x, None, np.ones(1, F32), None])
     expected = np.array([-128, -128, -2, -2, 0, 0, 2, 2, 126, 127, 127])
     assert np.array_equal(case.reference[0], expected)
     assert np.array_equal(run([case], 13, True)[0][0], expected)
+
+
+def test_a_zero_point_is_added_behind_the_rounding() -> None:
+    """As ONNX's own QuantizeLinear does it: ties go by the value before, not by the sum."""
+    op = REGISTRY["QuantizeTensor"]
+    x = np.array([-1e30, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 200.0], F32)
+    for zero in (-128, -3, 0, 1, 127):
+        z = np.array([zero], INT8)
+        case = Case(op, op.attributes_for({"x", "scale", "zero"}, {"q"}, {}), [x, None, np.ones(1, F32), z])
+        inputs = [onnx.helper.make_tensor_value_info("x", 1, [len(x)])]
+        node = onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+        given: dict[str, Array] = {"s": np.array(1, F32), "z": np.array(zero, INT8)}
+        constants = [onnx.numpy_helper.from_array(v, k) for k, v in given.items()]
+        graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_empty_tensor_value_info("q")], constants)
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+        assert np.array_equal(case.reference[0], session(model, False).run(None, {"x": x})[0])
+        assert np.array_equal(case.reference[0], run([case], 13, True)[0][0])
 
 
 def test_it_is_a_division_not_a_product_with_the_reciprocal() -> None:
@@ -172,7 +191,7 @@ def test_it_is_a_division_not_a_product_with_the_reciprocal() -> None:
     products = np.rint(halves * (np.float32(1) / scale))
     assert np.any(products != np.rint(halves / scale)), "this data does not tell the two apart"
     op = REGISTRY["QuantizeTensor"]
-    case = Case(op, op.attributes_for({"x", "scale"}, {"q"}, {}), [halves, None, np.array([scale])])
+    case = Case(op, op.attributes_for({"x", "scale"}, {"q"}, {}), [halves, None, np.array([scale]), None])
     assert np.array_equal(case.reference[0], np.rint(halves / scale))
     assert_agree(case, run([case], 21, True)[0])
 
@@ -188,7 +207,7 @@ def test_a_chain_of_ops_is_not_fused_away(opset: int, dtype: np.dtype[np.generic
     first = Case(
         norm,
         norm.attributes_for({"x", "gamma", "beta"}, {"q", "scale", "y"}, {}),
-        [x, None, gamma, beta, None, None],
+        [x, None, gamma, beta, None, None, None],
     )
     q, scale, _ = first.reference
     attrs = gemm.attributes_for({"q", "weight", "scale_a", "scale_w", "bias"}, {"y"}, {"output_type": output_type})
@@ -205,7 +224,7 @@ def test_a_chain_of_ops_is_not_fused_away(opset: int, dtype: np.dtype[np.generic
     last = Case(
         linear,
         linear.attributes_for({"x", "weight", "scale"}, {"y"}, {"weight_type_id": 1}),
-        [h, w, np.full(32, 0.01, F32), None],
+        [h, w, np.full(32, 0.01, F32), None, None],
     )
     graph = graph_of([first, second, third, last], opset)
     for a, b in {

@@ -13,12 +13,12 @@ from qpass.ops.shapes import Shape
 from tests.ops.running import BF16, F16, F32, INT8, every_case, signatures
 
 NORM = (
-    "x residual? gamma beta? smoother? scale?",
+    "x residual? gamma beta? smoother? scale? zero?",
     "q scale? y? sum?",
-    "epsilon has_residual has_beta has_smoother dyn_act_scaling has_y has_sum",
+    "epsilon has_residual has_beta has_smoother dyn_act_scaling has_zero has_y has_sum",
 )
 TABLE = {
-    "QuantizeTensor": ("x smoother? scale", "q", "has_smoother"),
+    "QuantizeTensor": ("x smoother? scale zero?", "q", "has_smoother has_zero"),
     "QuantizePerToken": ("x smoother?", "q scale", "has_smoother"),
     "Dequantize": ("q scale", "x", "output_type"),
     "LayernormQuantization": NORM,
@@ -33,11 +33,11 @@ TABLE = {
         "y",
         "output_type has_per_token_scaling has_per_channel_scaling has_bias",
     ),
-    "WeightOnlyQuantMatmul": ("x weight scale bias?", "y", "weight_type_id has_bias"),
+    "WeightOnlyQuantMatmul": ("x weight scale zero? bias?", "y", "weight_type_id has_zero has_bias"),
     "WeightOnlyGroupwiseQuantMatmul": (
         "x pre_quant_scale? weight scale zero? bias?",
         "y",
-        "quant_algo group_size",
+        "quant_algo group_size weight_type_id",
     ),
 }
 
@@ -72,7 +72,7 @@ def test_flags_follow_from_the_tensors() -> None:
         ({"bias", "zero", "pre_quant_scale"}, 7),
     ):
         attrs = op.attributes_for(need | extra, {"y"}, {"group_size": 32})
-        assert attrs == {"quant_algo": algo, "group_size": 32} | PLUGIN
+        assert attrs == {"quant_algo": algo, "group_size": 32, "weight_type_id": 2} | PLUGIN
 
     op = REGISTRY["LayernormQuantization"]
     attrs = op.attributes_for({"x", "gamma", "beta"}, {"q", "scale", "y"}, {"epsilon": 1e-12})
@@ -82,6 +82,7 @@ def test_flags_follow_from_the_tensors() -> None:
         "has_beta": 1,
         "has_smoother": 0,
         "dyn_act_scaling": 1,
+        "has_zero": 0,
         "has_y": 1,
         "has_sum": 0,
     } | {"plugin_version": "1", "plugin_namespace": "qpass"}
@@ -99,6 +100,7 @@ def test_flags_follow_from_the_tensors() -> None:
         ("QuantizePerToken", "x", "q scale", {"axis": 1}, "has no attribute 'axis'; it has has_smoother"),
         ("QuantizePerToken", "x", "q scale", {"has_smoother": 1}, "has_smoother=1, but the tensors make it 0"),
         ("LayernormQuantization", "x gamma scale", "q scale", {}, "'scale' cannot be an output here"),
+        ("LayernormQuantization", "x gamma zero", "q scale", {}, "'zero' needs the input 'scale' too"),
         ("Dequantize", "q scale", "x", {}, "needs its attribute 'output_type'"),
         ("Dequantize", "q scale", "x", {"output_type": 7}, r"output_type=7, wants one of \[1, 10, 16\]"),
         ("ActivationQuantization", "x", "q scale", {}, "needs its attribute 'activation': 0 gelu, 1 gelu_tanh"),
@@ -132,7 +134,7 @@ def test_shapes_are_solved_from_what_is_known() -> None:
 
     norm = REGISTRY["RmsnormQuantization"]
     attrs = norm.attributes_for({"x", "gamma"}, {"q", "scale", "y"}, {})
-    results = norm.infer([(BF16, ("b", "s", None)), None, (BF16, (96,)), None, None, None], attrs)
+    results = norm.infer([(BF16, ("b", "s", None)), None, (BF16, (96,)), None, None, None, None], attrs)
     assert results == [(INT8, ("b", "s", 96)), (F32, ("b", "s", 1)), (BF16, ("b", "s", 96))]
 
 
@@ -152,7 +154,7 @@ def test_shapes_are_solved_from_what_is_known() -> None:
 def test_a_residual_broadcasts_over_leading_dims(x: Shape, residual: Shape, total: Shape) -> None:
     norm = REGISTRY["RmsnormQuantization"]
     attrs = norm.attributes_for({"x", "residual", "gamma"}, {"q", "scale", "sum"}, {})
-    q, _, s = norm.infer([(F16, x), (F16, residual), (F16, (8,)), None, None, None], attrs)
+    q, _, s = norm.infer([(F16, x), (F16, residual), (F16, (8,)), None, None, None, None], attrs)
     assert q[1] == s[1] == total
 
 
@@ -160,7 +162,7 @@ def test_a_residual_that_does_not_fit() -> None:
     norm = REGISTRY["RmsnormQuantization"]
     attrs = norm.attributes_for({"x", "residual", "gamma"}, {"q", "scale"}, {})
     with pytest.raises(ValueError, match=r"residual has shape \[3, 8\], wants \[~..., K\], K=8, ...=\[2\]"):
-        norm.infer([(F16, (2, 8)), (F16, (3, 8)), (F16, (8,)), None, None, None], attrs)
+        norm.infer([(F16, (2, 8)), (F16, (3, 8)), (F16, (8,)), None, None, None, None], attrs)
     with pytest.raises(ValueError, match="'sum' needs the input 'residual' too"):
         norm.attributes_for({"x", "gamma"}, {"q", "scale", "sum"}, {})
 
@@ -223,10 +225,10 @@ def test_a_body_declares_all_attributes_and_the_models_opset() -> None:
 def test_overloads() -> None:
     op = REGISTRY["WeightOnlyGroupwiseQuantMatmul"]
     attrs = op.attributes_for({"x", "weight", "scale", "zero", "bias"}, {"y"}, {"group_size": 128})
-    assert op.body(attrs, [F16, None, INT8, F32, INT8, F16], 17).overload == "f16.g128.zero.bias.o17"
+    assert op.body(attrs, [F16, None, INT8, F32, INT8, F16], 17).overload == "f16.g128.int4.zero.bias.o17"
     op = REGISTRY["LayernormQuantization"]
     attrs = op.attributes_for({"x", "gamma", "beta", "scale"}, {"q", "y"}, {})
-    assert op.body(attrs, [BF16, None, BF16, BF16, None, F32], 21).overload == "bf16.beta.static.y.o21"
+    assert op.body(attrs, [BF16, None, BF16, BF16, None, F32, None], 21).overload == "bf16.beta.static.y.o21"
     op = REGISTRY["Dequantize"]
     attrs = op.attributes_for({"q", "scale"}, {"x"}, {"output_type": 1})
     assert op.body(attrs, [INT8, F32], 13).overload == "f32.o13"
@@ -242,13 +244,13 @@ def test_opsets_without_bodies_are_refused(opset: int) -> None:
 def test_signatures_are_all_there_are() -> None:
     count = {name: sum(1 for _ in signatures(op)) for name, op in REGISTRY.items()}
     assert count == {
-        "QuantizeTensor": 2,
+        "QuantizeTensor": 4,
         "QuantizePerToken": 2,
         "Dequantize": 3,
-        "LayernormQuantization": 48,
-        "RmsnormQuantization": 48,
+        "LayernormQuantization": 72,
+        "RmsnormQuantization": 72,
         "ActivationQuantization": 7 * 24,
         "SmoothQuantGemm": 24,
-        "WeightOnlyQuantMatmul": 4,
-        "WeightOnlyGroupwiseQuantMatmul": 24,
+        "WeightOnlyQuantMatmul": 8,
+        "WeightOnlyGroupwiseQuantMatmul": 48,
     }

@@ -312,7 +312,7 @@ def mine(m: Linear, new: Emit, cfg: Quantizer) -> Value:
     """A rule as one writes it."""
     need(m.b is not None and m.w.shape[0] > 1, "no bias")
     q = cfg.int8(m.w)
-    return new.WeightOnlyQuantMatmul(m.x, q.weight, q.scale, m.b, weight_type_id=1)
+    return new.WeightOnlyQuantMatmul(m.x, q.weight, q.scale, bias=m.b, weight_type_id=1)
 
 
 @rule
