@@ -178,9 +178,7 @@ def lift_gated(m: Gated, new: Emit, cfg: object) -> Replacement:
 @rule
 def lift_glu(m: GatedLinearUnit, new: Emit, cfg: object) -> Replacement:
     """sigmoid(gate) · up, where up is not the gate itself: that were a kind of swish."""
-    maker = producer(m.x)
-    swish = m.up is m.x or (maker is not None and maker.domain != LIFTED and any(v is m.up for v in maker.inputs))
-    need(not swish, "the sigmoid is of what it is multiplied with: a swish, and of none of the known slopes")
+    need(not _computed_from(m.x, m.up), "the sigmoid is of what it is multiplied with: a swish of no known slope")
     return _gated(new, m, m.x, m.up, "sigmoid")
 
 
@@ -195,6 +193,25 @@ def _gated(new: Emit, m: Pattern, gate: Value, up: Value, kind: str) -> Value:
     need(gate.dtype == up.dtype, f"the gate is {gate.dtype}, what it is multiplied with {up.dtype}")
     need(same_shape(gate, up), "gate and up are not known to be of one shape: one may be broadcast")
     return new.lifted("GatedActivation", gate, up, like=m.y, kind=kind)
+
+
+def _computed_from(v: Value | Const, source: Value | Const, nodes: int = 16) -> bool:
+    """Whether `v` is `source` or computed from it, by no more than so many nodes and no norm or Linear."""
+    source, todo = _uncast(source), [v]
+    while todo and nodes:
+        v = _uncast(todo.pop())
+        if v is source:
+            return True
+        maker, nodes = producer(v), nodes - 1
+        if maker is not None and maker.domain != LIFTED:
+            todo += maker.inputs
+    return False
+
+
+def _uncast(v: Value | Const) -> Value | Const:
+    while (maker := producer(v)) is not None and maker.op in ("Cast", "Identity") and not domain_of(maker):
+        v = maker.inputs[0]
+    return v
 
 
 def same_shape(a: Value | Const, b: Value | Const) -> bool:
