@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from qpass.graph import Const, Node, Value
-from qpass.rewriter import LIFTED, Domain, Emit, Pattern, Replacement, attr, ir, need, op, rule, val
+from qpass.rewriter import LIFTED, Domain, Emit, Miss, Pattern, Replacement, attr, ir, need, op, rule, val
 from qpass.rewriter.view import domain_of, producer, width
 from qpass.rules.norms import in_dtype
 
@@ -280,3 +281,11 @@ LIFT_ACTIVATIONS = (
     lift_squared_relu,
 )
 LIFT_GATES = (lift_gated, lift_glu)
+
+_RULES = {r.name for r in (*LIFT_ACTIVATIONS, *LIFT_GATES)}
+_TELLING = frozenset({"Erf", "Tanh", "Sigmoid", "Exp", "Activation"})
+
+
+def telling(misses: Iterable[Miss]) -> list[Miss]:
+    """All misses but those of an activation of which only a product or a sum was in sight: any Mul may be that."""
+    return [m for m in misses if m.rule not in _RULES or not _TELLING.isdisjoint(n.op for n in m.nodes)]

@@ -113,7 +113,7 @@ def write(g: Graph, x: str, up: str, s: Spelling, *, slip: str = "", other: str 
     if s.casts in ("around", "before_gate"):
         x = g.op("Cast", x, to=FULL)
         other = g.op("Cast", other, to=FULL) if other else ""
-        up = g.op("Cast", up, to=FULL) if s.casts == "around" else up
+        up = g.op("Cast", up, to=FULL) if up and s.casts == "around" else up
     writer = _Writer(g, s, slip, x, other or x)
     y = writer.activation()
     if slip == "leak":
