@@ -6,7 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 
@@ -48,7 +50,8 @@ class Spelling:
     side: str = "right"
     """Of constants in sums and products."""
     casts: str = "none"
-    """Where float16 meets float32: nowhere, float16 throughout, around all of it, before the gate, behind it all."""
+    """Where float16 meets float32: nowhere, float16 throughout, around all of it, before the gate, behind it all. And
+    bfloat16 throughout, which ONNX Runtime does not run."""
     half: str = "x_first"
     inner: str = ""
     cube: str = ""
@@ -136,7 +139,8 @@ class _Writer:
     """A value that nothing but the activation may need."""
 
     def const(self, value: float) -> str:
-        return self.g.const(value, np.float16 if self.s.casts == "float16" else np.float32)
+        narrow: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+        return self.g.const(value, narrow.get(self.s.casts, np.float32))
 
     def times(self, v: str, value: float) -> str:
         return self.product(v, self.const(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -66,6 +67,26 @@ def test_random_spellings() -> None:
 def test_all_spellings() -> None:
     for batch in batches((s, "") for s in ALL):
         check(batch)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_constants_rounded_to_bfloat16(kind: str) -> None:
+    chosen = [s for s in ALL if s.kind == kind and s.casts == "float16"]
+    for s in random.Random(2).sample(chosen, 20):
+        g = Graph(18)
+        x, up = (g.input(name, [2, 8], TensorProto.BFLOAT16) for name in ("x", "up"))
+        made = write(g, x, up, replace(s, casts="bfloat16"))
+        assert [n.outputs[0].name for n in lifted(g.model(made))] == [made], as_text(s)
+
+
+def test_constants_that_were_float16() -> None:
+    """A constant is as exact as the least exact dtype that it has had."""
+    for stored, found in ((np.float16, 1), (np.float32, 0)):
+        g = Graph(18)
+        x = g.input("x", [2, 8])
+        slope = g.op("Cast", g.const(np.float16(1.702), stored), to=TensorProto.FLOAT)
+        g.op("Mul", x, g.op("Sigmoid", g.op("Mul", x, slope)), out="y")
+        assert len(lifted(g.model("y"))) == found
 
 
 def test_near_spellings() -> None:
