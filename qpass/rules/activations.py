@@ -16,6 +16,7 @@ MS = Domain("com.microsoft")
 
 CUBIC = 0.044715
 ROOT = math.sqrt(2 / math.pi)
+_SLOPES = {1.0: "silu", 1.702: "quick_gelu"}
 
 
 def half(v: Any) -> Any:
@@ -151,11 +152,10 @@ def lift_quick_gelu(m: QuickGelu, new: Emit, cfg: object) -> Replacement:
 def lift_quick_gelu_node(m: QuickGeluNode, new: Emit, cfg: object) -> Replacement:
     """ONNX Runtime's QuickGelu, with the slope of a SiLU or of a quick GELU."""
     slope = 1.702 if m.alpha is None else m.alpha
-    for known, kind in ((1, "silu"), (1.702, "quick_gelu")):
-        if math.isclose(slope, known, rel_tol=1e-6):
-            return _lifted(new, m, m.x, kind)
-    need(False, f"alpha is {slope:g}; 1 is a SiLU, 1.702 a quick GELU")
-    raise AssertionError
+    kinds = (kind for known, kind in _SLOPES.items() if math.isclose(slope, known, rel_tol=1e-6))
+    kind = next(kinds, "")
+    need(kind, f"alpha is {slope:g}; 1 is a SiLU, 1.702 a quick GELU")
+    return _lifted(new, m, m.x, kind)
 
 
 @rule
@@ -245,12 +245,12 @@ def _same_target(x: Node, y: Node) -> bool:
 
 def _rows_of(v: Value | Const) -> Value | Const:
     """The value furthest up that has all dims of `v` but the last."""
-    while (node := producer(v)) is not None and keeps_rows(node):
+    while (node := producer(v)) is not None and keeps_leading(node):
         v = node.inputs[0]
     return v
 
 
-def keeps_rows(node: Node) -> bool:
+def keeps_leading(node: Node) -> bool:
     """Whether a node gives its first input's dims, but maybe for the last one."""
     if node.domain == LIFTED:
         return True  # norms, Linears and activations alike
