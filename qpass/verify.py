@@ -415,6 +415,8 @@ def _sites(
         listed = Ledger.from_json(path.read_text()).sites
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise QpassError(f"{path} is no ledger ({error}); rewrite the model again") from error
+    # an activation that is as it was tells no more than the Linear before it
+    listed = [s for s in listed if s.kind not in ("mlp", "activation") or s.status == "rewritten"]
     sites = [_Site(s.name, tensor_of.get(s.name, ""), s.kind, s.op) for s in listed]
     if lost := [s for s in sites if s.tensor not in both]:
         notes.append(

@@ -7,7 +7,7 @@ from typing import Any
 
 from qpass.graph import Model, Node
 from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
-from qpass.rules.activations import LIFT_ACTIVATIONS, LIFT_GATES
+from qpass.rules.activations import LIFT_ACTIVATIONS, LIFT_GATES, telling
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.mlp import quantize_activation
 from qpass.rules.norms import LIFT_NORMS
@@ -31,7 +31,7 @@ __all__ = ["LIFT", "MERGE", "RULES", "Found", "Lifted", "Survey"]
 
 
 class Lifted:
-    """A model with its norms and Linears lifted, and the survey of its sites.
+    """A model with its norms, Linears and activations lifted, and the survey of its sites.
 
     `early` are rules that see the graph before lifting.
     """
@@ -42,6 +42,7 @@ class Lifted:
         self.graphs = list(_rewriters(model, model.graph, "", self.outcome, Pool(model)))
         for stage in ((early,) if early else ()) + LIFT:
             self.run(stage, config)
+        self.outcome.misses[:] = telling(self.outcome.misses)
         self.survey = Survey(self.graphs, self.outcome)
 
     def run(self, stage: Stage, config: object) -> None:

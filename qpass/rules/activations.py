@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from qpass.graph import Const, Node, Value
-from qpass.rewriter import LIFTED, Domain, Emit, Pattern, Replacement, attr, ir, need, op, rule, val
+from qpass.rewriter import LIFTED, Domain, Emit, Miss, Pattern, Replacement, attr, ir, need, op, rule, val
 from qpass.rewriter.view import domain_of, producer, width
 from qpass.rules.norms import in_dtype
 
@@ -15,6 +16,7 @@ MS = Domain("com.microsoft")
 
 CUBIC = 0.044715
 ROOT = math.sqrt(2 / math.pi)
+_SLOPES = {1.0: "silu", 1.702: "quick_gelu"}
 
 
 def half(v: Any) -> Any:
@@ -150,11 +152,10 @@ def lift_quick_gelu(m: QuickGelu, new: Emit, cfg: object) -> Replacement:
 def lift_quick_gelu_node(m: QuickGeluNode, new: Emit, cfg: object) -> Replacement:
     """ONNX Runtime's QuickGelu, with the slope of a SiLU or of a quick GELU."""
     slope = 1.702 if m.alpha is None else m.alpha
-    for known, kind in ((1, "silu"), (1.702, "quick_gelu")):
-        if math.isclose(slope, known, rel_tol=1e-6):
-            return _lifted(new, m, m.x, kind)
-    need(False, f"alpha is {slope:g}; 1 is a SiLU, 1.702 a quick GELU")
-    raise AssertionError
+    kinds = (kind for known, kind in _SLOPES.items() if math.isclose(slope, known, rel_tol=1e-6))
+    kind = next(kinds, "")
+    need(kind, f"alpha is {slope:g}; 1 is a SiLU, 1.702 a quick GELU")
+    return _lifted(new, m, m.x, kind)
 
 
 @rule
@@ -178,9 +179,7 @@ def lift_gated(m: Gated, new: Emit, cfg: object) -> Replacement:
 @rule
 def lift_glu(m: GatedLinearUnit, new: Emit, cfg: object) -> Replacement:
     """sigmoid(gate) · up, where up is not the gate itself: that were a kind of swish."""
-    maker = producer(m.x)
-    swish = m.up is m.x or (maker is not None and maker.domain != LIFTED and any(v is m.up for v in maker.inputs))
-    need(not swish, "the sigmoid is of what it is multiplied with: a swish, and of none of the known slopes")
+    need(not _computed_from(m.x, m.up), "the sigmoid is of what it is multiplied with: a swish of no known slope")
     return _gated(new, m, m.x, m.up, "sigmoid")
 
 
@@ -195,6 +194,25 @@ def _gated(new: Emit, m: Pattern, gate: Value, up: Value, kind: str) -> Value:
     need(gate.dtype == up.dtype, f"the gate is {gate.dtype}, what it is multiplied with {up.dtype}")
     need(same_shape(gate, up), "gate and up are not known to be of one shape: one may be broadcast")
     return new.lifted("GatedActivation", gate, up, like=m.y, kind=kind)
+
+
+def _computed_from(v: Value | Const, source: Value | Const, nodes: int = 16) -> bool:
+    """Whether `v` is `source` or computed from it, by no more than so many nodes and no norm or Linear."""
+    source, todo = _uncast(source), [v]
+    while todo and nodes:
+        v = _uncast(todo.pop())
+        if v is source:
+            return True
+        maker, nodes = producer(v), nodes - 1
+        if maker is not None and maker.domain != LIFTED:
+            todo += maker.inputs
+    return False
+
+
+def _uncast(v: Value | Const) -> Value | Const:
+    while (maker := producer(v)) is not None and maker.op in ("Cast", "Identity") and not domain_of(maker):
+        v = maker.inputs[0]
+    return v
 
 
 def same_shape(a: Value | Const, b: Value | Const) -> bool:
@@ -227,12 +245,12 @@ def _same_target(x: Node, y: Node) -> bool:
 
 def _rows_of(v: Value | Const) -> Value | Const:
     """The value furthest up that has all dims of `v` but the last."""
-    while (node := producer(v)) is not None and keeps_rows(node):
+    while (node := producer(v)) is not None and keeps_leading(node):
         v = node.inputs[0]
     return v
 
 
-def keeps_rows(node: Node) -> bool:
+def keeps_leading(node: Node) -> bool:
     """Whether a node gives its first input's dims, but maybe for the last one."""
     if node.domain == LIFTED:
         return True  # norms, Linears and activations alike
@@ -263,3 +281,11 @@ LIFT_ACTIVATIONS = (
     lift_squared_relu,
 )
 LIFT_GATES = (lift_gated, lift_glu)
+
+_RULES = {r.name for r in (*LIFT_ACTIVATIONS, *LIFT_GATES)}
+_TELLING = frozenset({"Erf", "Tanh", "Sigmoid", "Exp", "Activation"})
+
+
+def telling(misses: Iterable[Miss]) -> list[Miss]:
+    """All misses but those of an activation of which only a product or a sum was in sight: any Mul may be that."""
+    return [m for m in misses if m.rule not in _RULES or not _TELLING.isdisjoint(n.op for n in m.nodes)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qpass.graph import Node, Value
 from qpass.rewriter import LIFTED, View
 from qpass.rewriter.view import producer
-from qpass.rules.activations import keeps_rows
+from qpass.rules.activations import keeps_leading
 
 ACTIVATIONS = frozenset({"Activation", "GatedActivation"})
 
@@ -50,7 +50,7 @@ def _linear_behind(v: Value, view: View) -> Node | None:
     while (node := producer(v)) is not None:
         if _is_linear(node):
             return node
-        if node.domain == LIFTED or not (view.keeps_rows(node) or keeps_rows(node)):
+        if node.domain == LIFTED or not (view.keeps_rows(node) or keeps_leading(node)):
             return None
         v = node.inputs[0]
     return None

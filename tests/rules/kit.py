@@ -136,6 +136,40 @@ def spell_linear(m: Linear, new: Emit, cfg: object) -> Value:
     return y if m.b is None else new.onnx("Add", y, m.b.array.astype(m.y.dtype), dtype=m.y.dtype)
 
 
+class AnyActivation(Pattern):
+    x: Value = val()
+    up: Value | None = val()
+    kind: str = attr()
+    y = ir.GatedActivation(x, up, kind=kind) | ir.Activation(x, kind=kind)
+
+
+@rule
+def spell_activation(m: AnyActivation, new: Emit, cfg: object) -> Value:
+    """A lifted activation written out in float32."""
+    x = _cast(new, m.x, np.float32)
+
+    def node(op: str, *inputs: Any) -> Value:
+        given = (np.float32(i) if isinstance(i, float) else i for i in inputs)
+        return new.onnx(op, *given, dtype=np.dtype(np.float32))
+
+    if m.kind.startswith("relu"):
+        y = node("Relu", x)
+        y = node("Mul", y, y) if m.kind == "relu2" else y
+    elif m.kind.startswith("gelu"):
+        if m.kind == "gelu":
+            t = node("Erf", node("Mul", x, 0.5**0.5))
+        else:
+            cubed = node("Mul", node("Mul", x, node("Mul", x, x)), 0.044715)
+            t = node("Tanh", node("Mul", node("Add", x, cubed), (2 / np.pi) ** 0.5))
+        y = node("Mul", x, node("Add", node("Mul", t, 0.5), 0.5))
+    else:
+        y = node("Sigmoid", node("Mul", x, 1.702) if m.kind == "quick_gelu" else x)
+        y = y if m.kind == "sigmoid" else node("Mul", x, y)
+    if m.up is not None:
+        y = node("Mul", y, _cast(new, m.up, np.float32))
+    return _cast(new, y, m.y.dtype)
+
+
 def _cast(new: Emit, x: Value, dtype: Any) -> Value:
     return x if x.dtype == np.dtype(dtype) else new.onnx("Cast", x, dtype=np.dtype(dtype), to=to_onnx(np.dtype(dtype)))
 
@@ -202,7 +236,7 @@ def check_lift(
 
     The inputs have 5 where dims are symbolic.
     """
-    done, result = run(proto, rules=[spell_norm, spell_linear], only_rules=True)
+    done, result = run(proto, rules=[spell_norm, spell_linear, spell_activation], only_rules=True)
     stats = done.outcome.stats
     if norms is not None:
         assert stats["spell_norm"].hits == norms, [str(m) for m in done.outcome.misses]

@@ -11,10 +11,12 @@ import onnx
 import pytest
 
 from qpass.testing import feeds
+from tests.rules import activation_spelling
 from tests.rules.kit import Graph, check_lift, outputs, run
 from tests.rules.spelling import CHOICES, Spelling, write
 
 K = 8
+ACTIVATIONS = [s for s in activation_spelling.every() if s.casts == "none"]
 Dims = list[int | str]
 
 
@@ -44,7 +46,7 @@ class Walk:
     def model(self, length: int) -> onnx.ModelProto:
         steps: list[Callable[[str, Dims], tuple[str, Dims] | None]] = [
             self.matmul, self.matmul, self.gemm, self.norm, self.norm, self.conv1d, self.reshape, self.reshape,
-            self.unary, self.add, self.by_shape, self.turn, self.attend, self.widen,
+            self.unary, self.add, self.by_shape, self.turn, self.attend, self.widen, self.activation, self.activation,
         ]  # fmt: skip
         for _ in range(length):
             made = self.random.choice(steps)(*self.random.choice(self.values[-4:]))
@@ -108,6 +110,14 @@ class Walk:
             return self.g.op("Slice", x, *(self.g.const(v, np.int64) for v in ([0], [2**63 - 1], [-1], [1]))), d
         return (self.g.op("Cast", x, to=1) if op == "Cast" else self.g.op(op, x)), d
 
+    def activation(self, x: str, d: Dims) -> tuple[str, Dims]:
+        s = self.random.choice(ACTIVATIONS)
+        up = self.random.choice([v for v, e in self.values if e == d])
+        if self.random.random() < 0.5:
+            gate, up = (self.g.op("MatMul", x, self.weight(int(d[-1]), K)) for _ in range(2))
+            return activation_spelling.write(self.g, gate, up, s), [*d[:-1], K]
+        return activation_spelling.write(self.g, x, up, s), d
+
     def add(self, x: str, d: Dims) -> tuple[str, Dims]:
         return self.g.op("Add", x, self.random.choice([v for v, e in self.values if e == d])), d
 
@@ -147,6 +157,9 @@ def check(seed: int) -> None:
         if n.op_type == "LayerNormalization" or (n.op_type in ("MatMul", "Gemm") and n.input[1] in known):
             assert named[n.name] == 1, n.name
     assert [s.nodes for s in done.ledger.of("linear") if s.status == "near_miss"] == []
+    for s in (*done.ledger.of("mlp"), *done.ledger.of("activation")):
+        assert [n for n in s.nodes if named[n] != 1] == []
+        assert {done.ledger.sites[i].kind for i in s.parts} <= {"linear"}
 
 
 @pytest.mark.parametrize("start", range(0, 120, 10))

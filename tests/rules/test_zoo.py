@@ -21,10 +21,6 @@ from tests import zoo
 PRESETS = ("w8a16", "w4a16", "w4a16-g128", "w4a16-g128-zp", "w8a8")
 
 
-MLPS = {"t5": 4, "distilbert": 3}
-"""Blocks of fc → activation → projection, where they are not the two of the two layers."""
-
-
 def spec(preset: str) -> QuantSpec:
     """A preset as the zoo's round-to-nearest numbers were made: groups of 32, scales from the amax."""
     return QuantSpec.preset(preset, 32 if "g128" in preset else None).model_copy(update={"rounding": "amax"})
@@ -50,24 +46,24 @@ def test_mlps(path: Path) -> None:
     """One of each layer; whisper's convolutions and BERT's head, whose activation feeds a norm, are none."""
     done = rewrite(path, spec="w8a8", dry_run=True)
     mlps, sites = done.ledger.of("mlp"), done.ledger.sites
-    layers = MLPS.get(path.stem.rpartition("_")[0].removesuffix("_ts"), 2)
+    truth = zoo.truth(path)
+    roles = Counter(x["role"] for x in truth["linears"])
+    layers = roles["fc2"] + roles["down"]
+    if truth["architecture"] == "distilbert":  # its classifier is behind a Linear and a ReLU too
+        layers += 1
     assert [s.status for s in mlps] == ["rewritten"] * layers
     assert done.ledger.of("activation") == []
-    gated = any(name in path.stem for name in ("gemma", "gated", "llama", "mistral", "qwen2"))
     linears = {name for s in done.ledger.of("linear") for name in s.nodes}
     norms = {name for s in done.ledger.of("norm") for name in s.nodes}
     for s in mlps:
         assert s.op == "ActivationQuantization"
         parts = [sites[i] for i in s.parts]
-        assert [p.kind for p in parts] == ["linear"] * (3 if gated else 2)
+        assert [p.kind for p in parts] == ["linear"] * (3 if roles["gate"] else 2)
         *columns, row = parts
         assert row.op == "SmoothQuantGemm"
         assert row.fed_by is None
-        assert all(c.weight and row.weight and c.weight.shape != row.weight.shape for c in columns) or layers == 3
+        assert all(c.weight and row.weight and c.weight.name != row.weight.name for c in columns)
         assert not (linears | norms).intersection(s.nodes)
-    quantized = Counter(n for s in done.ledger.of("linear") for n in s.new_nodes if ".Quantize" in n)
-    roles = Counter(x["fed_by_norm"] is None and not x["tied_embedding"] for x in zoo.truth(path)["linears"])
-    assert quantized.total() <= roles[True] - layers
 
 
 @zoo.each()
