@@ -85,7 +85,7 @@ class TestFile:
         shutil.copy(model, alone)
         shutil.copy(model.with_name("recipe.yaml"), tmp_path)
         data = data_of(written(run, alone, "report.html", "inspect"))
-        assert (data["written"], len(data["sites"])) == (None, 22)
+        assert (data["written"], len(data["sites"])) == (None, 25)
         assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "recipe.yaml", "report.html"}
 
     def test_same_run_same_bytes(self, run: Run, model: Path) -> None:
@@ -195,16 +195,16 @@ class TestInTheBrowser:
         assert page.title == "tiny & <model>.onnx · qpass"
 
     def test_search(self, page: webdriver.Chrome) -> None:
-        assert len(rows(page)) == 22
+        assert len(rows(page)) == 25
         search_for(page, "q_proj")
-        assert column(page, "index") == ["1", "8", "15"]
+        assert column(page, "index") == ["1", "9", "17"]
         search_for(page, " LAYERS.1")
-        assert column(page, "index") == ["8"]
-        assert page.find_element(By.ID, "count").text == "1 of 22 sites"
+        assert column(page, "index") == ["9"]
+        assert page.find_element(By.ID, "count").text == "1 of 25 sites"
         search_for(page, " nothing")
         assert rows(page) == []
         click(page, "#clear")
-        assert len(rows(page)) == 22
+        assert len(rows(page)) == 25
 
     def test_sort(self, page: webdriver.Chrome) -> None:
         def sizes() -> list[int]:
@@ -221,9 +221,9 @@ class TestInTheBrowser:
         assert sizes() == sorted(sizes())
         assert len(set(sizes())) > 2
         click(page, "#by-name button")
-        assert column(page, "index") != [str(i) for i in range(22)]
+        assert column(page, "index") != [str(i) for i in range(25)]
         click(page, "#by-index button")
-        assert column(page, "index") == [str(i) for i in range(22)]
+        assert column(page, "index") == [str(i) for i in range(25)]
 
     def test_filters(self, page: webdriver.Chrome) -> None:
         click(page, "#statuses button[data-value=near_miss]")
@@ -259,14 +259,14 @@ class TestInTheBrowser:
         page.switch_to.active_element.send_keys("down", Keys.ARROW_DOWN)
         page.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
         page.switch_to.active_element.send_keys(Keys.ENTER)
-        assert [e.get_attribute("id") for e in page.find_elements(By.CSS_SELECTOR, "tr.detail")] == ["detail-13"]
-        assert page.switch_to.active_element.get_attribute("data-index") == "13"
+        assert [e.get_attribute("id") for e in page.find_elements(By.CSS_SELECTOR, "tr.detail")] == ["detail-15"]
+        assert page.switch_to.active_element.get_attribute("data-index") == "15"
 
     def test_fed_by_leads_to_the_norm_even_if_filtered_out(self, page: webdriver.Chrome) -> None:
         click(page, "#kinds button[data-value=linear]")
-        click(page, "#rows tr[data-index='16'] td.fed button")
+        click(page, "#rows tr[data-index='18'] td.fed button")
         (found,) = page.find_elements(By.CSS_SELECTOR, "tr.found")
-        assert found.get_attribute("data-index") == "14"
+        assert found.get_attribute("data-index") == "16"
         assert found == page.switch_to.active_element
         assert found.is_displayed()
 
@@ -274,19 +274,19 @@ class TestInTheBrowser:
         (item,) = page.find_elements(By.CSS_SELECTOR, "#miss-list > li")
         assert "/model/layers.1/post_norm/LayerNormalization near miss\naxis is 1, wants the last axis" in item.text
         click(page, "#miss-list button")
-        assert page.find_element(By.CSS_SELECTOR, "tr.found").get_attribute("data-index") == "11"
+        assert page.find_element(By.CSS_SELECTOR, "tr.found").get_attribute("data-index") == "12"
 
     def test_layers(self, page: webdriver.Chrome) -> None:
         tree = page.find_element(By.ID, "tree")
         layer = next(e for e in tree.find_elements(By.CLASS_NAME, "branch") if e.text.startswith("layers.1"))
         steps = [e.text.split("\n") for e in layer.find_elements(By.CLASS_NAME, "step")]
-        assert steps == [["input_norm"], ["q_proj", "k_proj"], ["o_proj"], ["post_norm"], ["up"], ["down"]]
+        assert steps == [["input_norm"], ["q_proj", "k_proj"], ["o_proj"], ["post_norm"], ["up"], ["act"], ["down"]]
         assert "near_miss" in (layer.find_elements(By.CLASS_NAME, "chip")[4].get_attribute("class") or "")
         assert "attn" not in tree.text
         layer.find_element(By.CSS_SELECTOR, "button[aria-expanded]").click()
         assert "attn" in tree.text
         layer.find_elements(By.CLASS_NAME, "chip")[1].click()
-        assert page.find_element(By.CSS_SELECTOR, "tr.found").get_attribute("data-index") == "8"
+        assert page.find_element(By.CSS_SELECTOR, "tr.found").get_attribute("data-index") == "9"
         layer.find_element(By.CSS_SELECTOR, "button[aria-expanded]").click()
         assert "attn" not in tree.text
 

@@ -94,7 +94,7 @@ def about_site(done: Rewritten, name: str) -> list[str]:
     found = found or [(i, s) for i, s in numbered if any(fnmatchcase(n, name) for n in s.nodes)]
     if not found:
         names = _listed((s.name for s in done.ledger.sites), 3)
-        raise QpassError(f"--site {name}: no norm or Linear holds such a node; the sites are {names or 'none at all'}")
+        raise QpassError(f"--site {name}: no site holds such a node; the sites are {names or 'none at all'}")
     near = misses(done)
     lines = []
     for i, s in found:

@@ -43,6 +43,7 @@ def quantize_activation(m: ActivationFanout, new: Emit, cfg: Quantizer) -> Repla
         up=m.up,
         smoother=act.smoother,
         scale=act.scale,
+        zero=act.zero,
         activation=Kind[m.kind.upper()],
         outputs=" ".join(outputs),
     )

@@ -201,6 +201,10 @@ class Quantizer:
         assert not isinstance(found, str)
         return found
 
+    def came_quantized(self, m: Linear) -> bool:
+        """Whether the model came with integers for a Linear's weight, be they of use or not."""
+        return self._came(m.w) is not None
+
     def _came(self, w: Const) -> StoredWeight | str | None:
         key = _view_of(w)
         if key not in self._stored:

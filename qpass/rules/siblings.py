@@ -1,7 +1,7 @@
 """Merging siblings: Linears on one input, such as q, k, v or gate, up, become one Linear, its result split after.
 
 A wide GEMM keeps a GPU busier than three narrow ones. Every output channel has scales of its own, so the integers and
-the results are those of the Linears apart.
+the results are those of the Linears apart. Weights that came quantized stay apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def merge_siblings(m: Siblings, new: Emit, cfg: Quantizer) -> Replacement:
     spec = cfg.spec(m)
     if not spec.merge_siblings:
         keep("the spec merges no siblings")
-    heads = cfg.in_order([h for h in m.heads if h.x is m.x and cfg.spec_of(h) == spec and _joins(h, m)])
+    beside = [h for h in m.heads if h.x is m.x and cfg.spec_of(h) == spec and _joins(h, m)]
+    heads = cfg.in_order([h for h in beside if not cfg.came_quantized(h)])
     if len(heads) < 2:
         keep("it has no sibling to be merged with")
     first = new.at(heads[0])
