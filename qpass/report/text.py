@@ -107,16 +107,18 @@ def profile(stats: dict[str, RuleStats], all_rules: Iterable[tuple[str, Rule[Any
     """What each rule did and cost in this run, the dearest first."""
     at = {r.name: r.location for _, r in all_rules}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("rule", "at", "tries", "hits", "declines", "ms", "share"):
+    for name in ("rule", "at", "tries", "hits", "declines", "match ms", "ms", "share"):
         table.add_column(name, justify="left" if name in ("rule", "at") else "right")
     whole = sum(s.seconds for s in stats.values())
     for name, s in sorted(stats.items(), key=lambda item: -item[1].seconds):
         counts = (str(n) for n in (s.tries, s.hits, s.declines))
         share = s.seconds / whole if whole else 0.0
-        table.add_row(name, str(at.get(name, "")), *counts, f"{s.seconds * 1e3:.1f}", f"{share:.0%}")
+        times = (f"{t * 1e3:.1f}" for t in (s.matching, s.seconds))
+        table.add_row(name, str(at.get(name, "")), *counts, *times, f"{share:.0%}")
     table.add_section()
     counts = (str(sum(getattr(s, k) for s in stats.values())) for k in ("tries", "hits", "declines"))
-    table.add_row("all rules", "", *counts, f"{whole * 1e3:.1f}", "")
+    matching = sum(s.matching for s in stats.values())
+    table.add_row("all rules", "", *counts, f"{matching * 1e3:.1f}", f"{whole * 1e3:.1f}", "")
     return table
 
 

@@ -52,6 +52,8 @@ class RuleStats:
     hits: int = 0
     declines: int = 0
     seconds: float = 0.0
+    matching: float = 0.0
+    """Of the seconds those that went into finding matches; the others into what the rule did with them."""
 
 
 @dataclass
@@ -136,6 +138,7 @@ class Rewriter:
         try:
             search = Search(r.pattern, node, self.view)
             m = search.run()
+            stats.matching += time.perf_counter() - start
             if m is None:
                 if search.near and (miss := search.miss(r.name)) is not None:
                     self.outcome.misses.append(self._labelled(miss))

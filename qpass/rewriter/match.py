@@ -62,6 +62,7 @@ class Search:
         self.aside: dict[Node, Pat] = {}  # twins of used nodes, and Casts between them
         self.dims: dict[str, int] = {}
         self.fanout: dict[str, Any] = {}
+        self.starts: dict[Value, tuple[str, str] | None] = {}
         self.trail: list[tuple[dict[Any, Any], Any, Any]] = []
         self.steps = 0
         self.stop: _Stop | None = None
@@ -243,9 +244,12 @@ class Search:
         starts = [self._start(i) for i in found.inputs]
         for turn in (1, -1) if swap else (1,):
             args = tuple(zip(p.args, found.inputs[::turn], strict=True))
-            pairs = zip(args, starts[::turn], strict=True)
-            odd = next((a for a, s in pairs if a[0].starts is not None and s not in a[0].starts), None)
-            if odd is not None:  # refused at once, not when it is its turn
+            for odd, start in zip(args, starts[::turn], strict=True):
+                if odd[0].starts is not None and start not in odd[0].starts:
+                    break  # refused at once, not when it is its turn
+            else:
+                odd = None
+            if odd is not None:
                 self._fail(odd[0], lambda odd=odd: self._wants(*odd), goals, Kind.OP)  # type: ignore[misc]
                 continue
             inner = len(self.trail)
@@ -257,8 +261,10 @@ class Search:
 
     def _start(self, v: Value) -> tuple[str, str] | None:
         """The domain and op of a value's producer, as patterns see it."""
-        node = producer(self.view.uncast(v)[0] if self.free_casts else self.view.through(v))
-        return None if node is None else (domain_of(node), node.op)
+        if v not in self.starts:  # alternatives ask again
+            node = producer(self.view.uncast(v)[0] if self.free_casts else self.view.through(v))
+            self.starts[v] = None if node is None else (domain_of(node), node.op)
+        return self.starts[v]
 
     def _wants(self, p: Pat, v: Value) -> str:
         ops = " or ".join(sorted({op for _, op in p.starts or ()}))
