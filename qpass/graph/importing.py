@@ -20,6 +20,7 @@ from qpass.errors import QpassError
 from qpass.graph.dtypes import DType, to_numpy
 from qpass.graph.ir import Const, Node, Shape, Value
 from qpass.graph.load import Weights, default_opset
+from qpass.graph.stand_ins import stand_in
 from qpass.graph.wire import SMALL
 
 Scope = Mapping[str, Value | Const]
@@ -33,6 +34,7 @@ def infer_shapes(proto: ModelProto) -> ModelProto:
     stub = ModelProto()
     stub.CopyFrom(proto)
     _strip(stub.graph)
+    stand_in(stub)
     for data_prop in (True, False):  # some models make data propagation throw
         try:
             return onnx.shape_inference.infer_shapes(stub, strict_mode=False, data_prop=data_prop)

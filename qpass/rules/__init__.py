@@ -1,4 +1,4 @@
-"""The rule families, and the order in which they run: lift, then quantize, then put back what is left."""
+"""The rule families, and the order in which they run: unfuse and lift, then quantize, then put back what is left."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.norms import LIFT_NORMS
 from qpass.rules.sites import Found, Survey
 from qpass.rules.smooth_quant import SMOOTH_QUANT
+from qpass.rules.unfused import UNFUSE
 from qpass.rules.weight_only import WEIGHT_ONLY
 
-LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
+LIFT: tuple[Stage, ...] = (*UNFUSE, (*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
 RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
 
 

@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from qpass.graph import Node, Value
+from qpass.graph import Const, Node, Value
 from qpass.rewriter import Kind, Miss, Outcome, Rewriter
+from qpass.rewriter.contrib import MICROSOFT
 from qpass.rewriter.edit import first_output
 from qpass.rewriter.view import View, domain_of, producer
 from qpass.rules.norms import SPELT_NORMS
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
+PRODUCTS = WEIGHTED | {"FusedMatMul"}
 NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
+
+
+@dataclass(frozen=True)
+class Fused:
+    """An operator of ONNX Runtime's that holds a norm or Linears."""
+
+    kind: str
+    weights: tuple[int, ...] = ()
+    """The inputs that are a Linear's weights, where they are constants."""
+    why: str = ""
+    """What keeps qpass from taking it, where no rule is for it."""
+
+
+_NOT_UNPACKED = "qpass does not take its Linears out of it"
+_QUANTIZED = "its weight is quantized already"
+
 FUSED = {
-    "FusedMatMul": "linear",
-    "FusedGemm": "linear",
-    "GemmFastGelu": "linear",
-    "SkipLayerNormalization": "norm",
-    "SkipSimplifiedLayerNormalization": "norm",
-    "EmbedLayerNormalization": "norm",
+    "FusedMatMul": Fused("linear", (0, 1)),
+    "FusedMatMulActivation": Fused("linear", (0, 1)),
+    "FusedGemm": Fused("linear", (0, 1)),
+    "GemmFastGelu": Fused("linear", (0, 1)),
+    "Attention": Fused("linear", (1,)),
+    "DecoderAttention": Fused("linear", (2, 3), _NOT_UNPACKED),
+    "DecoderMaskedSelfAttention": Fused("linear", (1,), _NOT_UNPACKED),
+    "LongformerAttention": Fused("linear", (1, 4), _NOT_UNPACKED),
+    "PackedAttention": Fused("linear", (1,), _NOT_UNPACKED),
+    "MoE": Fused("linear", (2, 4, 6), "qpass does not take the weights of its experts out of it"),
+    "QMoE": Fused("linear", (2, 5, 8), _QUANTIZED),
+    "QAttention": Fused("linear", (1,), _QUANTIZED),
+    "QGemm": Fused("linear", (3,), _QUANTIZED),
+    "DynamicQuantizeMatMul": Fused("linear", (1,), _QUANTIZED),
+    "MatMulIntegerToFloat": Fused("linear", (1,), _QUANTIZED),
+    "SkipLayerNormalization": Fused("norm"),
+    "SkipSimplifiedLayerNormalization": Fused("norm"),
+    "EmbedLayerNormalization": Fused("norm"),
+    "QEmbedLayerNormalization": Fused("norm", (), "its embeddings are quantized already"),
+    "SkipGroupNorm": Fused("norm", (), "qpass knows no GroupNorm"),
 }
 """What ONNX Runtime's optimizers merge norms and Linears into, in domain com.microsoft."""
 
@@ -26,11 +59,18 @@ FUSED = {
 def kind_of(node: Node) -> str | None:
     """ "linear" or "norm" for an operator that may be one, else None."""
     domain = domain_of(node)
-    if domain == "com.microsoft":
-        return FUSED.get(node.op)
+    if domain == MICROSOFT:
+        return FUSED[node.op].kind if node.op in FUSED else None
     if domain:
         return None
     return "linear" if node.op in WEIGHTED else "norm" if node.op in NORMS else None
+
+
+def weights(node: Node, view: View) -> list[Const]:
+    """The constants that may be a Linear's weight."""
+    at = FUSED[node.op].weights if domain_of(node) else (0, 1)
+    values = [node.inputs[i] for i in at if i < len(node.inputs) and node.inputs[i].name]
+    return [c for v in values if (c := view.constant(v)) is not None]
 
 
 _MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
@@ -67,17 +107,22 @@ class Reasons:
                 if n not in self._nearest or miss.rank > self._nearest[n].rank:
                     self._nearest[n] = miss
         self._activations = _activations(graphs)
+        self._spelt = {n: [new for new, _ in e.new] for e in outcome.events if e.respelt for n in e.claimed}
 
     def of(self, node: Node, view: View) -> tuple[str, str] | None:
         """(status, reason) of an unlifted node; None for a product of two activations, which is no site."""
-        if domain_of(node):
-            if kind_of(node) == "linear" and not any(view.constant(v) for v in node.inputs if v.name):
-                return None
-            what = f"{node.domain}.{node.op}"
-            return "declined", f"qpass has no rule for {what}; give it the model from before ONNX Runtime's optimizer"
         if node in self._declined:
             return "declined", self._declined[node]
-        if node.op in WEIGHTED:
+        if node in self._spelt:  # what became of the nodes that say the same
+            alike = [n for n in self._spelt[node] if kind_of(n) == kind_of(node)]
+            return next((found for n in alike if (found := self.of(n, view)) is not None), None)
+        fused = domain_of(node) == MICROSOFT
+        if fused and kind_of(node) == "linear" and not weights(node, view):
+            return None
+        if fused and FUSED[node.op].why:
+            mend = "give qpass the model from before the optimizer"
+            return "declined", f"{node.domain}.{node.op}: {FUSED[node.op].why}; {mend}"
+        if node.op in PRODUCTS:
             why = self._no_linear(node, view)
             return None if why is None else ("declined", why)
         miss = self._nearest.get(node)
@@ -91,7 +136,7 @@ class Reasons:
                 dims = "1 dim" if len(b.shape) == 1 else f"{len(b.shape)} dims"
                 return f"the constant '{b.origin}' has {dims}, {list(b.shape)}; a Linear's weight has two"
             miss = self._nearest.get(node)
-            if node.op == "Gemm" and node.attrs.get("transA"):
+            if node.attrs.get("transA"):
                 return "transA is set: the rows of the input are its columns"
             return miss.why if miss is not None else f"no pattern takes its weight, {list(b.shape)}"
         if a is not None:
