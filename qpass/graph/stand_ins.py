@@ -117,6 +117,15 @@ def _attention(call: Call) -> Body:
         yield split
 
 
+def _quantized(call: Call) -> Body:
+    """[..., K] and a packed weight give [..., N]: as many columns of the input as the attribute says."""
+    zero = helper.make_tensor("zero", TensorProto.INT64, [1], [0])
+    width = helper.make_tensor("width", TensorProto.INT64, [1], [call.attrs["N"]])
+    yield helper.make_node("Constant", [], ["width"], value=width)
+    yield helper.make_node("ConstantOfShape", ["width"], ["columns"], value=zero)
+    yield helper.make_node("Gather", ["i0", "columns"], ["o0"], axis=-1)
+
+
 def _nodes(graph: GraphProto) -> Iterator[tuple[NodeProto, Set[str]]]:
     """Every node, those of inner graphs too, with the matrices of its graph."""
     matrices = {t.name for t in graph.initializer if len(t.dims) == 2}
@@ -139,6 +148,7 @@ _MAKERS: dict[tuple[str, str], Callable[[Call], Body]] = {
     **_microsoft(_sum, "BiasGelu", "BiasAdd"),
     **_microsoft(_product, "FusedMatMul", "FusedMatMulActivation", "GemmFastGelu"),
     **_microsoft(_gemm, "FusedGemm"),
+    **_microsoft(_quantized, "MatMulNBits", "MatMulBnb4"),
     **_microsoft(_grouped_query, "GroupQueryAttention"),
     **_microsoft(_multi_head, "MultiHeadAttention"),
     **_microsoft(_attention, "Attention"),

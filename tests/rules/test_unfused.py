@@ -273,10 +273,10 @@ class TestProducts:
 
         def build(g: Graph, fused: bool) -> Results:
             inputs = [g.input("x", ["B", K]), g.weight(8, K) if turned else g.weight(K, 8), g.gain(8)]
-            gemm = {"alpha": 0.5, "beta": 2.0, "transB": turned}
-            given = {k: numbers[k] for k in ACTIVATIONS[activation]}
+            gemm: dict[str, Any] = {"alpha": 0.5, "beta": 2.0, "transB": turned}
+            given: dict[str, Any] = {k: numbers[k] for k in ACTIVATIONS[activation]}
             if fused:
-                own = {f"activation_{k}": v for k, v in given.items()}
+                own: dict[str, Any] = {f"activation_{k}": v for k, v in given.items()}
                 g.op("FusedGemm", *inputs, domain=MS, out="y", activation=activation, **gemm, **own)
             else:
                 g.op(activation, g.op("Gemm", *inputs, **gemm), out="y", **given)
@@ -309,7 +309,7 @@ class TestProducts:
             x, w = g.input("x", ["B", "S", K]), g.weight(8, K)
             given = dict.fromkeys(ACTIVATIONS[activation], 0.25)
             if fused:
-                own = {f"activation_{k}": v for k, v in given.items()}
+                own: dict[str, Any] = {f"activation_{k}": v for k, v in given.items()}
                 g.op("FusedMatMulActivation", x, w, domain=MS, out="y", activation=activation, transB=1, **own)
             else:
                 g.op(activation, g.op("MatMul", x, g.op("Transpose", w, perm=[1, 0])), out="y", **given)
