@@ -146,7 +146,7 @@ _MAKERS: dict[tuple[str, str], Callable[[Call], Body]] = {
     **_microsoft(_like_first, "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
     **_microsoft(_like_first, "Gelu", "FastGelu", "QuickGelu", "RotaryEmbedding"),
     **_microsoft(_sum, "BiasGelu", "BiasAdd"),
-    **_microsoft(_product, "FusedMatMul", "FusedMatMulActivation", "GemmFastGelu"),
+    **_microsoft(_product, "FusedMatMul", "FusedMatMulActivation", "TransposeMatMul", "GemmFastGelu"),
     **_microsoft(_gemm, "FusedGemm"),
     **_microsoft(_quantized, "MatMulNBits", "MatMulBnb4"),
     **_microsoft(_grouped_query, "GroupQueryAttention"),

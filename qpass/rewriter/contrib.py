@@ -46,6 +46,7 @@ CONTRIB = {
     (MICROSOFT, "FastGelu"): _signature("X bias"),
     (MICROSOFT, "QuickGelu"): _signature("X", alpha=1.7020000219345093),
     (MICROSOFT, "FusedMatMul"): _signature("A B", **_TRANSPOSES, **_BATCHES),
+    (MICROSOFT, "TransposeMatMul"): _signature("A B", **_TRANSPOSES),
     (MICROSOFT, "FusedMatMulActivation"): _signature(
         "A B", **_TRANSPOSES, **_BATCHES, **_ACTIVATION, activation_axis=None
     ),

@@ -120,6 +120,12 @@ class FusedMatMulActivation(Pattern):
     y = fused("FusedMatMulActivation", 2, a, b)
 
 
+class TransposeMatMul(Pattern):
+    a: Value = val()
+    b: Value = val()
+    y = fused("TransposeMatMul", 2, a, b)
+
+
 class Attention(Pattern):
     """Attention with the packed projection of q, k and v in it: x [B, S, K], w [K, Q + K + V]."""
 
@@ -211,6 +217,13 @@ def unfuse_matmul_activation(m: FusedMatMulActivation, new: Emit, cfg: object) -
     """FusedMatMulActivation: a FusedMatMul and the activation that it names."""
     kept = {k: v for k, v in _attributes(m).items() if k == "alpha" or k.startswith("trans")}
     return _activated(new.onnx("FusedMatMul", m.a, m.b, like=m.y, domain=MICROSOFT, **kept), m, new)
+
+
+@respelling
+@rule
+def unfuse_transpose_matmul(m: TransposeMatMul, new: Emit, cfg: object) -> Replacement:
+    """TransposeMatMul: FusedMatMul's name in older models."""
+    return new.onnx("FusedMatMul", m.a, m.b, like=m.y, domain=MICROSOFT, **_attributes(m))
 
 
 @respelling
@@ -315,8 +328,9 @@ _RULES = (
     unfuse_gemm_fast_gelu,
     unfuse_gemm,
     unfuse_matmul_activation,
+    unfuse_transpose_matmul,
     unfuse_attention,
 )
 
-UNFUSE = (_RULES, _RULES)
-"""Twice: a norm loses its bias first, then its sum; where later only the bias is claimed, the rest goes back as one."""
+UNFUSE = (_RULES, (unfuse_skip_norm,))
+"""A norm loses its bias first, then its sum: where only the bias is claimed later, the rest goes back as one."""

@@ -33,6 +33,7 @@ _QUANTIZED = "its weight is quantized already"
 
 FUSED = {
     "FusedMatMul": Fused("linear", (0, 1)),
+    "TransposeMatMul": Fused("linear", (0, 1)),
     "FusedMatMulActivation": Fused("linear", (0, 1)),
     "FusedGemm": Fused("linear", (0, 1)),
     "GemmFastGelu": Fused("linear", (0, 1)),
@@ -46,12 +47,13 @@ FUSED = {
     "QAttention": Fused("linear", (1,), _QUANTIZED),
     "QGemm": Fused("linear", (3,), _QUANTIZED),
     "DynamicQuantizeMatMul": Fused("linear", (1,), _QUANTIZED),
+    "MatMulBnb4": Fused("linear", (1,), _QUANTIZED),
+    "MatMulFpQ4": Fused("linear", (1,), _QUANTIZED),
     "MatMulIntegerToFloat": Fused("linear", (1,), _QUANTIZED),
     "SkipLayerNormalization": Fused("norm"),
     "SkipSimplifiedLayerNormalization": Fused("norm"),
     "EmbedLayerNormalization": Fused("norm"),
     "QEmbedLayerNormalization": Fused("norm", (), "its embeddings are quantized already"),
-    "SkipGroupNorm": Fused("norm", (), "qpass knows no GroupNorm"),
 }
 """What ONNX Runtime's optimizers merge norms and Linears into, in domain com.microsoft."""
 

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
+import qpass
 from qpass.graph import Model
 from qpass.graph.emit import emit
 from qpass.pipeline import Rewritten, rewrite
@@ -170,6 +171,21 @@ def test_attention_and_embedding(mask: bool, half: bool, tmp_path: Path) -> None
     if mask:  # the optimizer takes for granted that padding is on the right
         inputs["attention_mask"] = np.tri(5, dtype=np.int64)[[4, 2]]
     compare(path, out, inputs)
+
+
+def test_calibrated(tmp_path: Path) -> None:
+    """Statistics are of tensors that the fused model has."""
+    path, folder = tmp_path / "bert.onnx", tmp_path / "optimized"
+    folder.mkdir()
+    onnx.save(classic_bert(mask=False), path)
+    out = transformers(path, folder, "bert", HEADS, WIDTH)
+    inputs = feeds(onnx.load(path), B=2, S=5)
+    np.savez(tmp_path / "sample.npz", allow_pickle=False, **inputs)
+    stats = qpass.calibrate(out, [tmp_path / "sample.npz"], tmp_path / "stats.npz")
+    done = rewrite(out, folder / "static.onnx", spec="w8a8-static", calibration=stats)
+    assert Counter(s.status for s in done.ledger.of("linear")) == {"rewritten": 4}
+    for x, y in zip(results(out, inputs), results(done.output, inputs), strict=True):
+        assert np.linalg.norm(x - y) <= 0.05 * np.linalg.norm(x)
 
 
 def classic_bert(mask: bool) -> onnx.ModelProto:

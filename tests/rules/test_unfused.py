@@ -320,12 +320,13 @@ class TestProducts:
     @pytest.mark.parametrize("turned", [0, 1])
     @pytest.mark.parametrize("alpha", [1.0, 0.125])
     @pytest.mark.parametrize("bias", [False, True])
-    def test_fused_matmul(self, turned: int, alpha: float, bias: bool) -> None:
+    @pytest.mark.parametrize("type_", ["FusedMatMul", "TransposeMatMul"])
+    def test_fused_matmul(self, turned: int, alpha: float, bias: bool, type_: str) -> None:
         def build(g: Graph, fused: bool) -> Results:
             x = g.op("LayerNormalization", g.input("x", ["B", "S", K]), g.gain(K))
             w, b = g.weight(8, K) if turned else g.weight(K, 8), g.gain(8)
             if fused:
-                h = g.op("FusedMatMul", x, w, domain=MS, transB=turned, alpha=alpha, out="" if bias else "y")
+                h = g.op(type_, x, w, domain=MS, transB=turned, alpha=alpha, out="" if bias else "y")
             else:
                 w = g.op("Transpose", w, perm=[1, 0]) if turned else w
                 h = g.op("MatMul", x, g.op("Mul", w, g.const(alpha)), out="" if bias else "y")
