@@ -110,11 +110,11 @@ class TestRewrite:
     def test_profile_rules(self, run: Run, tiny: Path) -> None:
         r = run("rewrite", tiny, "--profile-rules")
         rows = {words[0]: words for line in r.out.splitlines() if (words := line.split())}
-        assert rows["rule"] == ["rule", "at", "tries", "hits", "declines", "ms", "share"]
-        at, tries, hits, declines, ms, share = rows["lift_matmul"][1:]
+        assert rows["rule"] == ["rule", "at", "tries", "hits", "declines", "match", "ms", "ms", "share"]
+        at, tries, hits, declines, matching, ms, share = rows["lift_matmul"][1:]
         assert at.startswith("linears.py:")
         assert (int(tries), int(hits), int(declines)) == (2, 2, 0)
-        assert float(ms) >= 0
+        assert 0 <= float(matching) <= float(ms)
         known = {r.name for stage in (*LIFT, *RULES) for r in stage}
         shares = [float(words[-1].rstrip("%")) for name, words in rows.items() if name in known]
         assert sum(shares) == pytest.approx(100, abs=len(shares))

@@ -20,6 +20,7 @@ from qpass.errors import QpassError
 from qpass.graph.dtypes import DType, to_numpy
 from qpass.graph.ir import Const, Node, Shape, Value
 from qpass.graph.load import Weights, default_opset
+from qpass.graph.stand_ins import stand_in
 from qpass.graph.wire import SMALL
 
 Scope = Mapping[str, Value | Const]
@@ -33,6 +34,7 @@ def infer_shapes(proto: ModelProto) -> ModelProto:
     stub = ModelProto()
     stub.CopyFrom(proto)
     _strip(stub.graph)
+    stand_in(stub)
     for data_prop in (True, False):  # some models make data propagation throw
         try:
             return onnx.shape_inference.infer_shapes(stub, strict_mode=False, data_prop=data_prop)
@@ -45,39 +47,11 @@ def _strip(graph: GraphProto) -> None:
     for tensor in graph.initializer:
         _strip_tensor(tensor)
     for node in graph.node:
-        if node.domain == "com.microsoft":
-            _stand_in(node, graph)
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _strip_tensor(attribute.t)
             elif attribute.type == AttributeProto.GRAPH:
                 _strip(attribute.g)
-
-
-def _stand_in(node: NodeProto, graph: GraphProto) -> None:
-    """Make an operator that onnx does not know one whose results have the same types and shapes.
-
-    onnx's inference gives up behind every operator of which it has no schema. Attributes stay: nobody looks at them.
-    """
-    if node.op_type == "QuantizeLinear":
-        node.domain = ""
-    elif node.op_type == "DequantizeLinear":
-        node.domain, node.op_type, node.input[:] = "", "CastLike", node.input[:2]
-    elif node.op_type == "MatMulNBits":
-        dims = [a.i for name in ("K", "N") for a in node.attribute if a.name == name]
-        weight = _stub(f"{node.output[0]}/weight", dims, TensorProto.FLOAT)
-        graph.initializer.append(weight)
-        node.domain, node.op_type, node.input[:] = "", "MatMul", [node.input[0], weight.name]
-    elif node.op_type == "GatherBlockQuantized":
-        named = {t.name: t for t in graph.initializer}
-        data, scales = named.get(node.input[0]), named.get(node.input[2])
-        attrs = {a.name: a.i for a in node.attribute}
-        if data is None or scales is None or attrs.get("gather_axis", 0) != 0:
-            return
-        packed = 8 // attrs.get("bits", 4) if data.data_type == TensorProto.UINT8 else 1
-        table = _stub(f"{node.output[0]}/table", [*data.dims[:-1], data.dims[-1] * packed], scales.data_type)
-        graph.initializer.append(table)
-        node.domain, node.op_type, node.input[:] = "", "Gather", [table.name, node.input[1]]
 
 
 def _strip_tensor(tensor: TensorProto) -> None:

@@ -1,12 +1,12 @@
 """The rule language and the machine that applies it.
 
-`pattern.py` and `domains.py` declare, `view.py` is the graph as patterns see it, `match.py`, `fanout.py` and
-`inputs.py` match, `miss.py` tells why not, `rule.py` emits, `apply.py` runs rules, `edit.py` changes the graph,
+`pattern.py`, `domains.py` and `contrib.py` declare, `view.py` is the graph as patterns see it, `match.py`, `fanout.py`
+and `inputs.py` match, `miss.py` tells why not, `rule.py` emits, `apply.py` runs rules, `edit.py` changes the graph,
 `ledger.py` accounts.
 """
 
 from qpass.rewriter.apply import Event, Outcome, Rewriter, RuleStats, Stage
-from qpass.rewriter.domains import Domain, ir, op
+from qpass.rewriter.domains import Domain, ir, ms, op
 from qpass.rewriter.edit import Pool
 from qpass.rewriter.ledger import Ledger, Site, Weight
 from qpass.rewriter.location import Location, PatternError
@@ -36,6 +36,7 @@ from qpass.rewriter.rule import (
     Replacement,
     Rule,
     derived,
+    emitting,
     exclude,
     keep,
     need,
@@ -76,11 +77,13 @@ __all__ = [
     "cast",
     "const",
     "derived",
+    "emitting",
     "every",
     "exclude",
     "ir",
     "keep",
     "match",
+    "ms",
     "need",
     "op",
     "others",

@@ -1,4 +1,4 @@
-"""Operators by name: `op.MatMul(x, w)`, `ir.Linear(x, w)`, `Domain("com.microsoft").FusedMatMul(x, w)`."""
+"""Operators by name: `op.MatMul(x, w)`, `ir.Linear(x, w)`, `ms.FusedMatMul(x, w)`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 
+from qpass.rewriter.contrib import MICROSOFT
 from qpass.rewriter.location import PatternError, caller
 from qpass.rewriter.pattern import LIFTED, Op
 
@@ -49,3 +50,6 @@ op = Standard("")
 
 ir = Domain(LIFTED)
 """Lifted nodes: `ir.Linear(x, w, b)`, `ir.Norm(x, gamma, beta, kind=…, epsilon=…)`."""
+
+ms = Domain(MICROSOFT)
+"""Nodes that ONNX Runtime's optimizers write: `ms.SkipLayerNormalization(x, skip, gamma)`."""

@@ -128,6 +128,11 @@ def respelling(r: Rule[M, C]) -> Rule[M, C]:
     return replace(r, respells=True)
 
 
+def emitting(*op_types: str) -> Callable[[Rule[M, C]], Rule[M, C]]:
+    """Over `@rule`: it may emit these, though they root rules of its stage, which leaves the new ones alone."""
+    return lambda r: replace(r, emits=r.emits | set(op_types))
+
+
 @dataclass(eq=False)
 class Draft:
     """A node to be: it becomes part of the graph only when its rule has succeeded."""

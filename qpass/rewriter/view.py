@@ -6,7 +6,6 @@ A view, not a change: nothing here touches the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,6 +15,7 @@ from onnx import TensorProto
 
 from qpass.graph import Const, Model, Node, Value
 from qpass.graph.dtypes import to_numpy
+from qpass.rewriter.contrib import CONTRIB, Signature
 from qpass.rewriter.pattern import LIFTED, MAY_BE_NOOP
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
@@ -45,21 +45,13 @@ SMALL = 4096
 """Bytes up to which two constants are compared by value."""
 
 
-@dataclass(frozen=True)
-class Signature:
-    """Input names and attribute defaults of an operator at an opset."""
-
-    inputs: tuple[str, ...]
-    defaults: dict[str, Any]  # None where the attribute has no default
-
-
 @cache
 def signature(op_type: str, opset: int, domain: str) -> Signature | None:
-    """The schema's signature, or None where onnx does not know the operator."""
+    """The schema's signature, or None where neither onnx knows the operator nor CONTRIB does."""
     try:
         schema = onnx.defs.get_schema(op_type, opset, domain)
     except onnx.defs.SchemaError:
-        return None
+        return CONTRIB.get((domain, op_type))
     defaults = {}
     for name, a in schema.attributes.items():
         value = onnx.helper.get_attribute_value(a.default_value) if a.default_value.name else None

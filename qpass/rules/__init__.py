@@ -1,4 +1,4 @@
-"""The rule families, and the order in which they run: lift, then quantize, then put back what is left."""
+"""The rule families, and the order in which they run: unfuse and lift, then quantize, then put back what is left."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from qpass.rules.quantized_linears import LIFT_QUANTIZED, LIFT_STATIC
 from qpass.rules.siblings import MERGE
 from qpass.rules.sites import Found, Survey
 from qpass.rules.smooth_quant import quantize_input, quantize_norm
+from qpass.rules.unfused import UNFUSE
 from qpass.rules.weight_only import WEIGHT_ONLY
 
 LIFT: tuple[Stage, ...] = (
+    *UNFUSE,
     (*LIFT_NORMS, *LIFT_LINEARS, *LIFT_QUANTIZED),
     LIFT_VIEWS,
     LIFT_STATIC,

@@ -6,7 +6,7 @@ import numpy as np
 
 from qpass.graph import Const, Value
 from qpass.ops.body import FLOATS
-from qpass.rewriter import Emit, Pattern, Replacement, attr, const, derived, ir, need, op, rule, transposed, val
+from qpass.rewriter import Emit, Pattern, Replacement, attr, const, derived, ir, ms, need, op, rule, transposed, val
 
 
 class Linear(Pattern):
@@ -38,6 +38,18 @@ class GemmLinear(Pattern):
     )
 
 
+class FusedMatMulLinear(Pattern):
+    """ONNX Runtime's MatMul with a factor and a transposition in it."""
+
+    x: Value = val("... K")
+    w: Const | None = const("K N")
+    turned: Const | None = const("N K")
+    b: Const | None = const("N")
+    alpha: float = attr()
+    mm = ms.FusedMatMul(x, w, alpha=alpha) | ms.FusedMatMul(x, turned, alpha=alpha, transB=1)
+    y = mm + b | mm
+
+
 class FlatLinear(Pattern):
     """[B, S, K] → [B·S, K] → Linear → [B, S, N], as Conv1D layers are exported."""
 
@@ -64,13 +76,16 @@ def lift_matmul(m: MatMulLinear, new: Emit, cfg: object) -> Replacement:
 @rule
 def lift_gemm(m: GemmLinear, new: Emit, cfg: object) -> Replacement:
     """Gemm with a constant second operand, either transB; alpha and beta fold into weight and bias."""
-    w = transposed(m.w) if m.transposed else m.w
-    k, n = w.shape
-    known = m.x.shape[-1] if m.x.shape is not None else None
-    need(not isinstance(known, int) or known == k, f"the weight has K={k}, the input K={known}")
-    if m.alpha != 1:
-        w = derived(w, w.array.astype(np.float32) * m.alpha)
-    return new.lifted("Linear", m.x, w, _bias(m.c, n, m.beta), like=m.y)
+    w = _scaled(transposed(m.w) if m.transposed else m.w, m.x, m.alpha)
+    return new.lifted("Linear", m.x, w, _bias(m.c, w.shape[1], m.beta), like=m.y)
+
+
+@rule
+def lift_fused_matmul(m: FusedMatMulLinear, new: Emit, cfg: object) -> Replacement:
+    """com.microsoft.FusedMatMul with a constant second operand, either transB; alpha folds into the weight."""
+    w = m.w if m.turned is None else transposed(m.turned)
+    assert w is not None
+    return new.lifted("Linear", m.x, _scaled(w, m.x, m.alpha), m.b, like=m.y)
 
 
 @rule
@@ -86,6 +101,13 @@ def unfit(m: Linear) -> str | None:
         if dtype not in FLOATS:
             return f"its {what} is {dtype or 'of unknown dtype'}, wants float32, float16 or bfloat16"
     return None
+
+
+def _scaled(w: Const, x: Value, alpha: float) -> Const:
+    """The weight [K, N] times alpha; declines where the input's K is another."""
+    k, known = w.shape[0], x.shape[-1] if x.shape is not None else None
+    need(not isinstance(known, int) or known == k, f"the weight has K={k}, the input K={known}")
+    return w if alpha == 1 else derived(w, w.array.astype(np.float32) * alpha)
 
 
 def _bias(c: Const | None, n: int, beta: float) -> Const | None:
@@ -110,5 +132,5 @@ def _unfolds(x: Value, y: Value, n: int) -> bool:
     return not clash and unproven <= isinstance(x.shape[-1], int)
 
 
-LIFT_LINEARS = (lift_matmul, lift_gemm)
+LIFT_LINEARS = (lift_matmul, lift_gemm, lift_fused_matmul)
 LIFT_VIEWS = (lift_flat,)

@@ -18,7 +18,7 @@ from qpass.rules.functions import Functions
 from qpass.rules.parts import ACTIVATIONS, Mlp
 from qpass.rules.stored import find
 from qpass.rules.tied import Embeddings
-from qpass.rules.unlifted import Reasons, kind_of, nearly_norms, operands
+from qpass.rules.unlifted import Reasons, kind_of, nearly_norms, weights
 
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
 
@@ -105,9 +105,16 @@ class Survey:
             if n.domain == LIFTED:
                 yield from self._originals(r, n)
             else:
-                yield from (o for o in (n, *self._heirs.get(n, ())) if o in r.before)
+                yield from self._before(r, n)
         for c in r.consts[node]:
             yield from (n for n in c.via if n in r.before)
+
+    def _before(self, r: Rewriter, node: Node) -> Iterator[Node]:
+        """The nodes of the original graph that a node stands for; it may have been put in another's place twice."""
+        if node in r.before:
+            yield node
+        for original in self._heirs.get(node, ()):
+            yield from self._before(r, original)
 
     def _rest(self, prefix: str, r: Rewriter, node: Node) -> Iterator[Found]:
         """Sites that were not lifted: claimed by a rule of the user's, in a function's body, or of no known form."""
@@ -125,9 +132,9 @@ class Survey:
             yield _unlifted(site, node, made)
         elif (found := self._reasons.of(node, r.view)) is not None:
             status, reason = found
-            constants = (r.view.constant(v) for v in operands(node)) if kind == "linear" else ()
-            weight = next((c for c in constants if c is not None), None)
-            yield _unlifted(Site(kind, [label], status, reason=reason, weight=_weight(weight)), node)
+            constants = weights(node, r.view) if kind == "linear" else []
+            weight = _weight(constants[0]) if constants else None
+            yield _unlifted(Site(kind, [label], status, reason=reason, weight=weight), node)
 
     def _spelt_norms(self, prefix: str, r: Rewriter, outcome: Outcome, held: set[Node]) -> Iterator[Found]:
         """Norms written out in a form that nearly is one that qpass knows: the nearest miss of each."""
@@ -205,12 +212,15 @@ def _heirs(graphs: Iterable[Rewriter], outcome: Outcome) -> dict[Node, list[Node
     """
     stood = {n for r in graphs for nodes in r.stands_for.values() for n in nodes}
     out: dict[Node, list[Node]] = {}
-    for event in outcome.events:
+    for event in reversed(outcome.events):  # what an heir stands for may be new itself
         sites = [n for n in event.claimed if kind_of(n) is not None]
         helpers = [n for n in event.claimed if kind_of(n) is None]
         new = [n for n, _ in event.new if n in stood and kind_of(n) is not None]
         for heir, original in zip(new, reversed(sites), strict=False):
             out[heir], helpers = [original, *helpers], []
+            stood.add(original)
+        if event.respelt and not sites and (last := event.new[-1][0]) in stood:  # an activation with a bias
+            out[last] = helpers
     return out
 
 

@@ -36,7 +36,10 @@ class Embeddings:
         """Whether the weight [K, N] of a Linear is an embedding [N, K]."""
         if id(w.root) in self._roots:
             return True
-        return any(c.shape == w.shape[::-1] and equal(c.array, w.array.T) for c in self._matrices)
+        forms = [w.array.T]
+        if isinstance(w.root, Const) and len(w.root.shape) == 2 and w.root.array is not w.array:
+            forms += [w.root.array, w.root.array.T]  # before a factor was folded into it
+        return any(c.shape == f.shape and equal(c.array, f) for c in self._matrices for f in forms)
 
 
 def _tables(r: Rewriter) -> Iterator[Const]:

@@ -3,51 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from qpass.graph import Node, Value
+from qpass.graph import Const, Node, Value
 from qpass.rewriter import Kind, Miss, Outcome, Rewriter
+from qpass.rewriter.contrib import MICROSOFT
 from qpass.rewriter.view import View, domain_of, named, producer
 from qpass.rules.norms import SPELT_NORMS
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
+PRODUCTS = WEIGHTED | {"FusedMatMul"}
 NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
-QUANTIZED = {"MatMulInteger": 1, "QLinearMatMul": 3}
-"""Operators over integers, and which of their inputs is the weight."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """An operator of ONNX Runtime's that holds a norm or Linears."""
+
+    kind: str
+    weights: tuple[int, ...] = ()
+    """The inputs that are a Linear's weights, where they are constants."""
+    why: str = ""
+    """What keeps qpass from taking it, where no rule is for it."""
+
+
+_UNFUSED = "give qpass the model from before the optimizer"
+_NOT_UNPACKED = f"its Linears are not taken out of it; {_UNFUSED}"
+_INTEGERS = "it computes with integers; give qpass the model with Q/DQ nodes, or as MatMulNBits"
+
 FUSED = {
-    "FusedMatMul": "linear",
-    "FusedGemm": "linear",
-    "GemmFastGelu": "linear",
-    "SkipLayerNormalization": "norm",
-    "SkipSimplifiedLayerNormalization": "norm",
-    "EmbedLayerNormalization": "norm",
+    "FusedMatMul": Fused("linear", (0, 1)),
+    "TransposeMatMul": Fused("linear", (0, 1)),
+    "FusedMatMulActivation": Fused("linear", (0, 1)),
+    "FusedGemm": Fused("linear", (0, 1)),
+    "GemmFastGelu": Fused("linear", (0, 1)),
+    "Attention": Fused("linear", (1,)),
+    "DecoderAttention": Fused("linear", (2, 3), _NOT_UNPACKED),
+    "DecoderMaskedSelfAttention": Fused("linear", (1,), _NOT_UNPACKED),
+    "LongformerAttention": Fused("linear", (1, 4), _NOT_UNPACKED),
+    "PackedAttention": Fused("linear", (1,), _NOT_UNPACKED),
+    "MoE": Fused("linear", (2, 4, 6), f"its experts are not taken out of it; {_UNFUSED}"),
+    "QMoE": Fused("linear", (2, 5, 8), _INTEGERS),
+    "QAttention": Fused("linear", (1,), _INTEGERS),
+    "QGemm": Fused("linear", (3,), _INTEGERS),
+    "DynamicQuantizeMatMul": Fused("linear", (1,), _INTEGERS),
+    "MatMulNBits": Fused("linear", (1,)),
+    "MatMulBnb4": Fused("linear", (1,), _INTEGERS),
+    "MatMulFpQ4": Fused("linear", (1,), _INTEGERS),
+    "MatMulIntegerToFloat": Fused("linear", (1,), _INTEGERS),
+    "SkipLayerNormalization": Fused("norm"),
+    "SkipSimplifiedLayerNormalization": Fused("norm"),
+    "EmbedLayerNormalization": Fused("norm"),
+    "QEmbedLayerNormalization": Fused("norm", (), f"its embeddings are quantized already; {_UNFUSED}"),
 }
-"""What ONNX Runtime's optimizers merge norms and Linears into, in domain com.microsoft."""
-FUSED_QUANTIZED = {
-    "MatMulNBits": 1,
-    "MatMulBnb4": 1,
-    "MatMulIntegerToFloat": 1,
-    "DynamicQuantizeMatMul": 1,
-    "QAttention": 1,
-    "QGemm": 3,
+"""What ONNX Runtime's optimizers and quantizers make of norms and Linears, in domain com.microsoft."""
+
+INTEGER = {
+    "MatMulInteger": Fused("linear", (1,), _INTEGERS),
+    "QLinearMatMul": Fused("linear", (3,), _INTEGERS),
 }
-"""What its quantizers and optimizers make of Linears, in the same domain, and which of their inputs is the weight."""
+"""Operators over integers in the standard domain."""
 
 
 def kind_of(node: Node) -> str | None:
     """ "linear" or "norm" for an operator that may be one, else None."""
     domain = domain_of(node)
-    if domain == "com.microsoft":
-        return "linear" if node.op in FUSED_QUANTIZED else FUSED.get(node.op)
+    if (known := _fused(node)) is not None:
+        return known.kind
     if domain:
         return None
-    return "linear" if node.op in WEIGHTED or node.op in QUANTIZED else "norm" if node.op in NORMS else None
+    return "linear" if node.op in WEIGHTED else "norm" if node.op in NORMS else None
 
 
-def operands(node: Node) -> list[Value]:
-    """The inputs of a Linear that may be its weight."""
-    at = (FUSED_QUANTIZED if domain_of(node) else QUANTIZED).get(node.op)
-    found = node.inputs[:2] if at is None else node.inputs[at : at + 1]
-    return [v for v in found if v.name]
+def _fused(node: Node) -> Fused | None:
+    return {MICROSOFT: FUSED, "": INTEGER}.get(domain_of(node), {}).get(node.op)
+
+
+def weights(node: Node, view: View) -> list[Const]:
+    """The constants that may be a Linear's weight."""
+    known = _fused(node)
+    at = (0, 1) if known is None else known.weights
+    values = [node.inputs[i] for i in at if i < len(node.inputs) and node.inputs[i].name]
+    return [c for v in values if (c := view.constant(v)) is not None]
 
 
 _MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
@@ -84,22 +121,21 @@ class Reasons:
                 if n not in self._nearest or miss.rank > self._nearest[n].rank:
                     self._nearest[n] = miss
         self._activations = _activations(graphs)
+        self._spelt = {n: [new for new, _ in e.new] for e in outcome.events if e.respelt for n in e.claimed}
 
     def of(self, node: Node, view: View) -> tuple[str, str] | None:
         """(status, reason) of an unlifted node; None for a product of two activations, which is no site."""
-        quantized = node.op in (FUSED_QUANTIZED if domain_of(node) else QUANTIZED)
-        if quantized or domain_of(node):
-            among = operands(node) if quantized else [v for v in node.inputs if v.name]
-            if kind_of(node) == "linear" and not any(view.constant(v) for v in among):
-                return None
         if node in self._declined:
             return "declined", self._declined[node]
-        what = f"{node.domain}.{node.op}" if domain_of(node) else node.op
-        if quantized:
-            return "declined", f"qpass has no rule for {what}; give it the model with Q/DQ nodes, or as MatMulNBits"
-        if domain_of(node):
-            return "declined", f"qpass has no rule for {what}; give it the model from before ONNX Runtime's optimizer"
-        if node.op in WEIGHTED:
+        if node in self._spelt:  # what became of the nodes that say the same
+            alike = [n for n in self._spelt[node] if kind_of(n) == kind_of(node)]
+            return next((found for n in alike if (found := self.of(n, view)) is not None), None)
+        known = _fused(node)
+        if known is not None and known.kind == "linear" and not weights(node, view):
+            return None
+        if known is not None and known.why:
+            return "declined", f"no rule for {node.op}: {known.why}"
+        if node.op in PRODUCTS:
             why = self._no_linear(node, view)
             return None if why is None else ("declined", why)
         miss = self._nearest.get(node)
@@ -113,7 +149,7 @@ class Reasons:
                 dims = "1 dim" if len(b.shape) == 1 else f"{len(b.shape)} dims"
                 return f"the constant '{b.origin}' has {dims}, {list(b.shape)}; a Linear's weight has two"
             miss = self._nearest.get(node)
-            if node.op == "Gemm" and node.attrs.get("transA"):
+            if node.attrs.get("transA"):
                 return "transA is set: the rows of the input are its columns"
             return miss.why if miss is not None else f"no pattern takes its weight, {list(b.shape)}"
         if a is not None:

@@ -24,6 +24,7 @@ from qpass.rewriter import (
     attr,
     cast,
     const,
+    emitting,
     every,
     match,
     need,
@@ -334,6 +335,18 @@ class TestRules:
 
         with pytest.raises(PatternError, match="forever emits Relu, which roots forever of the same stage"):
             run(forever, "g (float[B, 8] x) => (float[B, 8] r) { r = Relu(x) }", tmp_path)
+
+    def test_emitting_says_that_it_may(self, tmp_path: Path) -> None:
+        """What a rule emits is not matched in the same stage: once more is enough."""
+
+        @emitting("Relu")
+        @rule
+        def once(m: Fanout, new: Emit, cfg: object) -> Value:
+            return new.onnx("Relu", m.x, like=m.y)
+
+        m, outcome = run(once, "g (float[B, 8] x) => (float[B, 8] r) { r = Relu(x) }", tmp_path)
+        assert [n.op for n in m.graph.nodes] == ["Relu"]
+        assert outcome.stats["once"].hits == 1
 
     def test_a_shape_is_read_elsewhere_only_where_nothing_else_is(self, tmp_path: Path) -> None:
         @rule

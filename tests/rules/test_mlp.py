@@ -154,13 +154,16 @@ class TestForms:
         assert error(proto, result) < 0.03
         assert [n.attrs["kind"] for n in lifted(proto) if n.op == "Activation"] == ([kind] if kind else [])
 
-    def test_one_with_a_bias_of_its_own_stays(self) -> None:
+    def test_one_with_a_bias_of_its_own_gives_it_to_the_linear_before(self) -> None:
         g = Graph()
         h = g.op("MatMul", g.input("x", ["B", 3, K]), g.weight(K, N))
         y = g.op("FastGelu", h, g.weight(N), domain="com.microsoft")
         proto = g.model(g.op("MatMul", y, g.weight(N, 4), out="y"), dims=["B", 3, 4])
-        _, result = run(proto, "w8a8")
-        assert "FastGelu" in ops(result)
+        done, result = run(proto, "w8a8")
+        assert ops(result) == ["QuantizePerToken", "SmoothQuantGemm", "ActivationQuantization", "SmoothQuantGemm"]
+        (mlp,) = done.ledger.of("mlp")
+        assert (mlp.nodes, mlp.parts) == ([f"n_{y}"], [0, 2])
+        assert error(proto, result) < 0.04
 
 
 class TestFanout:

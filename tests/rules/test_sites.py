@@ -15,7 +15,7 @@ from qpass.quant_mode import QuantMode
 from qpass.rewriter import Emit, Ledger, Pattern, const, need, op, rule, val
 from qpass.rules.tied import equal
 from qpass.testing import model
-from tests.rules.kit import Array, Graph, error, recipe, run, site
+from tests.rules.kit import Array, Graph, error, ops, recipe, remarks, run, site
 from tests.rules.spelling import Spelling, write
 
 HEAD = '<ir_version: 10, opset_import: ["" : 18]>\n'
@@ -98,20 +98,39 @@ class TestStatuses:
         assert "LayerNormalization" in [n.op_type for n in result.graph.node]
 
     def test_optimized_by_onnx_runtime(self) -> None:
-        """Its fused operators are declined, and what is not fused is rewritten."""
+        """Its fused operators are sites under their own names, a product of two activations is none."""
         g = Graph()
         x = g.input("x", [2, 3, D])
         h = g.op("SkipLayerNormalization", x, x, g.gain(D), g.gain(D), domain="com.microsoft", epsilon=1e-5)
         f = g.op("FusedMatMul", h, g.weight(D, D), domain="com.microsoft", transB=1)
-        g.op("FusedMatMul", f, f, domain="com.microsoft", transB=1)
-        g.op("MatMul", f, g.weight(D, 4), out="y")
+        p = g.op("FusedMatMul", f, f, domain="com.microsoft", transB=1)
+        g.op("MatMul", p, g.weight(3, 4), out="y")
         done, _ = run(g.model("y", dims=[2, 3, 4]), "w8a8")
-        what = "qpass has no rule for com.microsoft.{}; give it the model from before ONNX Runtime's optimizer"
-        assert [(s.kind, s.status, s.reason) for s in done.ledger.sites] == [
-            ("norm", "declined", what.format("SkipLayerNormalization")),
-            ("linear", "declined", what.format("FusedMatMul")),
-            ("linear", "rewritten", None),
+        assert [(s.kind, s.status, s.nodes, s.fed_by) for s in done.ledger.sites] == [
+            ("norm", "rewritten", [f"n_{h}"], None),
+            ("linear", "rewritten", [f"n_{f}"], 0),
+            ("linear", "rewritten", ["n_y"], None),
         ]
+
+    @pytest.mark.parametrize(
+        ("op", "inputs", "reason"),
+        [
+            ("QAttention", "x qw b s s", "it computes with integers; "),
+            ("PackedAttention", "x w b i i", "its Linears are not taken out of it; "),
+            ("MoE", "x x e e e", "its experts are not taken out of it; "),
+        ],
+    )
+    def test_fused_operators_without_a_rule(self, op: str, inputs: str, reason: str) -> None:
+        g = Graph()
+        x = g.input("x", [2, D])
+        given = {"x": x, "w": g.weight(D, 3 * D), "b": g.weight(3 * D), "s": g.const(1.0), "e": g.weight(2, D, D)}
+        given |= {"qw": g.const(np.ones((D, 3 * D)), np.int8), "i": g.const([0, 1], np.int32)}
+        g.op(op, *(given[i] for i in inputs.split()), out="y", domain="com.microsoft", num_heads=1)
+        done, result = run(g.model("y", dims=[2, D]), "w8a16")
+        (told,) = remarks(done, "linear")
+        assert told.startswith(f"no rule for {op}: {reason}give qpass the model ")
+        assert site(done, "linear").status == "declined"
+        assert ops(result) == [op]
 
 
 class TestWeights:

@@ -66,6 +66,26 @@ def test_if(spec: str) -> None:
     assert kinds == ({"QuantizePerToken", "SmoothQuantGemm"} if spec == "w8a8" else {"WeightOnlyQuantMatmul"})
 
 
+@pytest.mark.parametrize("spec", ["w8a16", "w8a8"])
+def test_fused_operators_in_a_branch(spec: str) -> None:
+    """What ONNX Runtime fused in a branch is found there too, behind values whose shapes only stand-ins tell."""
+    ms = "com.microsoft"
+    nodes = [
+        helper.make_node("SkipLayerNormalization", ["x", "x", "g"], ["h"], "norm", domain=ms, epsilon=1e-5),
+        helper.make_node("FusedMatMul", ["h", "w"], ["t"], "product", domain=ms, transB=1, alpha=0.5),
+    ]
+    then = branch("then", "t", nodes, tensor("g", K), tensor("w", K, K))
+    g = Graph()
+    g.op("Gelu", g.input("x", ["B", K]), domain=ms)  # so that the model imports the domain
+    proto = choice(then, branch("else", "e", [helper.make_node("Relu", ["x"], ["e"])]), g)
+    done, result = run(proto, spec)
+    assert [(s.kind, s.status, s.nodes) for s in done.ledger.sites] == [
+        ("norm", "rewritten" if spec == "w8a8" else "kept", ["pick/then_branch/norm"]),
+        ("linear", "rewritten", ["pick/then_branch/product"]),
+    ]
+    assert both(proto, result) < 0.02
+
+
 def test_unnamed_nodes_with_graphs_inside_have_paths_of_their_own() -> None:
     g = Graph()
     x = g.input("x", ["B", K])
