@@ -18,6 +18,7 @@ from qpass.errors import QpassError
 from qpass.graph import Model, Node, SaveResult
 from qpass.ops import DOMAIN, REGISTRY
 from qpass.rewriter import LIFTED, Ledger, Outcome, Rule
+from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rewriter.pattern import Op, Pat, reached
 from qpass.rules import RULES, Lifted
 from qpass.rules.quantizer import Quantizer
@@ -184,7 +185,8 @@ def check_coverage(ledger: Ledger, least: float) -> str | None:
     got = ledger.coverage()
     if got >= least:
         return None
-    left = [s.name for s in ledger.of("linear") if s.status not in ("rewritten", "excluded")]
+    weighted = (s for s in ledger.sites if s.kind in WEIGHTED_KINDS)
+    left = [s.name for s in weighted if s.status not in ("rewritten", "excluded")]
     return (
         f"coverage is {got:.1%}, below {least:.1%}; not rewritten: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}"
     )

@@ -119,7 +119,7 @@ def _taps(model: Model, say: Note) -> list[Tap]:
     taps: dict[str, Tap] = {}
     inner = 0
     for found in lifted.survey.found:
-        if found.lifted is None or found.weight is None:
+        if found.lifted is None or found.weight is None or found.site.kind != "linear":
             continue
         x = found.lifted.inputs[0]
         if found.tensor != x.name:

@@ -1,7 +1,8 @@
 """The model: load, lazy weights, constants seen through their helpers, streaming atomic save."""
 
+from qpass.graph.constants import rows_of
 from qpass.graph.ir import Const, Node, Value
-from qpass.graph.lazy import Given, Kept, Lazy
+from qpass.graph.lazy import Given, Joined, Kept, Lazy
 from qpass.graph.model import Model
 from qpass.graph.promise import Blockwise, Promised
 from qpass.graph.save import SaveResult
@@ -11,6 +12,7 @@ __all__ = [
     "Blockwise",
     "Const",
     "Given",
+    "Joined",
     "Kept",
     "Lazy",
     "Model",
@@ -19,4 +21,5 @@ __all__ = [
     "SaveResult",
     "Stored",
     "Value",
+    "rows_of",
 ]

@@ -205,7 +205,7 @@ def producer(v: Value) -> Node | None:
 def width(v: Value | Const) -> int | None:
     """The size of the last dim, where it is known: by the shape, or by the weight of the norm or Linear before."""
     shape, maker = v.shape, producer(v)
-    if not shape and maker is not None and maker.domain == LIFTED:
+    if not shape and maker is not None and maker.domain == LIFTED and maker.op in ("Linear", "Norm"):
         shape = maker.inputs[1].shape
     return shape[-1] if shape and isinstance(shape[-1], int) else None
 

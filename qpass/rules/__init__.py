@@ -7,14 +7,15 @@ from typing import Any
 
 from qpass.graph import Model, Node
 from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
+from qpass.rules.experts import EXPERTS, LIFT_EXPERTS
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.norms import LIFT_NORMS
 from qpass.rules.sites import Found, Survey
 from qpass.rules.smooth_quant import SMOOTH_QUANT
 from qpass.rules.weight_only import WEIGHT_ONLY
 
-LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), LIFT_VIEWS)
-RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
+LIFT: tuple[Stage, ...] = ((*LIFT_NORMS, *LIFT_LINEARS), (*LIFT_VIEWS, *LIFT_EXPERTS))
+RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, (*WEIGHT_ONLY, *EXPERTS))
 
 
 class Lifted:

@@ -11,11 +11,13 @@ import numpy as np
 
 from qpass.calibrate import ActivationStats, Stats
 from qpass.errors import QpassError
-from qpass.graph import Blockwise, Const, Given, Kept, Lazy, Node, Value
+from qpass.graph import Blockwise, Const, Given, Joined, Kept, Lazy, Node, Value, rows_of
 from qpass.graph.dtypes import to_onnx
+from qpass.quant_mode import QuantMode
 from qpass.quantize import weight as numbers
 from qpass.quantize.activation import scale_of
 from qpass.rewriter import Pattern, derived, exclude, keep, need
+from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rules.linears import Linear
 from qpass.rules.sites import Survey
 from qpass.rules.smoothing import Choice, choose
@@ -52,7 +54,7 @@ class Activation:
 
 
 class Quantizer:
-    """Resolves the spec for every Linear of a model and promises quantized weights.
+    """Resolves the spec for every Linear and every stack of experts of a model and promises quantized weights.
 
     Raises:
         QpassError: a filter of the spec that matches nothing, or static scales asked for without statistics.
@@ -63,11 +65,14 @@ class Quantizer:
         self._stats = stats
         resolver = spec.resolver()
         self._specs: dict[Node, LinearSpec | str] = {}
+        self._notes: dict[Node, str] = {}
         for f in survey.found:
-            if f.site.kind == "linear":
+            if f.site.kind in WEIGHTED_KINDS:
                 resolved = resolver.linear(f.names)
                 if f.lifted is not None:
                     self._specs[f.lifted] = resolved
+                    if f.site.kind == "experts":
+                        self._specs[f.lifted], self._notes[f.lifted] = _weights_alone(resolved)
         resolver.check()
         if stats is None and any(not isinstance(s, str) and s.needs_calibration for s in self._specs.values()):
             raise QpassError(
@@ -81,10 +86,10 @@ class Quantizer:
     # -- the spec
 
     def spec(self, m: Linear | Pattern) -> LinearSpec:
-        """What the spec wants of a lifted Linear.
+        """What the spec wants of a lifted Linear, or of lifted experts.
 
         Raises:
-            Exclude, Keep: it excludes the Linear, or asks nothing of it.
+            Exclude, Keep: it excludes the site, or asks nothing of it.
         """
         resolved = self._specs[m.root]
         if isinstance(resolved, str):
@@ -92,6 +97,10 @@ class Quantizer:
         if not resolved.mode:
             keep("the spec leaves it in full precision")
         return resolved
+
+    def note(self, m: Pattern) -> str:
+        """What the ledger should say of how the spec was applied to a site."""
+        return self._notes.get(m.root, "")
 
     def quantized_alike(self, heads: Sequence[Linear]) -> list[Linear]:
         """Of Linears on one activation, those that share the first spec that quantizes activations."""
@@ -177,6 +186,24 @@ class Quantizer:
 
         return self._cached((_view_of(w), "groups", group, spec.rounding, spec.zero_point), make)
 
+    def experts(self, w: Const, spec: LinearSpec) -> QuantizedWeight:
+        """A stack w [E, N, K], quantized like E Linears: weight [E, N, K] (or K/2), scale [E, N] or [E, N, groups]."""
+        e, n, k = w.shape
+        matrices = Joined([w.array.cut(i, i + 1).reshape(n, k) for i in range(e)])  # each is streamed by itself
+        rows = Const(w.name, matrices.T, root=w.root, via=(*w.via, Node("Reshape", attrs={"stack": e})))
+        if spec.mode.is_int8_weight_only():
+            q = self.int8(rows)
+        else:
+            q = self.int4_groups(rows, spec) if spec.mode.has_per_group_scaling() else self.int4(rows, spec)
+
+        def stacked(a: Lazy) -> Lazy:
+            return a.reshape(e, n, *a.shape[1:])
+
+        def make() -> QuantizedWeight:
+            return QuantizedWeight(stacked(q.weight), stacked(q.scale), None if q.zero is None else stacked(q.zero))
+
+        return self._cached(("stacked", id(q.weight)), make)
+
     def _cached(self, key: Any, make: Callable[[], QuantizedWeight]) -> QuantizedWeight:
         """Linears that share a weight share its quantized form too."""
         if key not in self._weights:
@@ -241,10 +268,20 @@ class Quantizer:
         """A Linear outside `heads` that uses one of their weights; both could not have their own smoother."""
         mine = {h.root for h in heads}
         for h in heads:
-            for node in self._survey.sharers.get(id(h.w.root), ()):
-                if node not in mine:
+            start, stop = rows_of(h.w)
+            for node, other in self._survey.sharers.get(id(h.w.root), ()):
+                first, last = rows_of(other)
+                if node not in mine and start < last and first < stop:
                     return node.name
         return None
+
+
+def _weights_alone(spec: LinearSpec | str) -> tuple[LinearSpec | str, str]:
+    """What experts get of a spec, and a remark where that is not all of it."""
+    if isinstance(spec, str) or not spec.mode.has_act_and_weight_quant():
+        return spec, ""
+    note = "weights alone, int8 per output channel: each token has experts of its own, so activations stay as they are"
+    return LinearSpec(mode=QuantMode.use_weight_only()), note
 
 
 def _view_of(w: Const) -> Any:

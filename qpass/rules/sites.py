@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qpass.filters import SiteNames
-from qpass.graph import Const, Node
+from qpass.graph import Const, Node, rows_of
+from qpass.graph.constants import ROWS
+from qpass.graph.dtypes import file_bytes
 from qpass.ops import DOMAIN
 from qpass.rewriter import LIFTED, Kind, Outcome, Rewriter, Site, Weight
+from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rewriter.view import producer
 from qpass.rules.functions import Functions
 from qpass.rules.tied import Embeddings
-from qpass.rules.unlifted import Reasons, kind_of, nearly_norms
+from qpass.rules.unlifted import Reasons, gathered_stack, kind_of, nearly_norms
 
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
 
@@ -63,16 +66,16 @@ class Survey:
             here.sort(key=lambda f: max((r.before[n] for n in f.originals), default=len(r.before)))
             self.found += here
         self.by_lifted = {f.lifted: f for f in self.found if f.lifted is not None}
-        self.sharers: dict[int, list[Node]] = defaultdict(list)
-        """Root tensor of a weight (by id) → the lifted Linears that use it, in whatever view."""
+        self.sharers: dict[int, list[tuple[Node, Const]]] = defaultdict(list)
+        """Root tensor of a weight (by id) → the lifted nodes that use it, each with its view."""
         for f in self.found:
             if f.weight is not None and f.lifted is not None:
-                self.sharers[id(f.weight.root)].append(f.lifted)
+                self.sharers[id(f.weight.root)].append((f.lifted, f.weight))
 
     def _lifted(self, prefix: str, r: Rewriter, node: Node) -> Found:
         originals = sorted(set(self._originals(r, node)), key=r.before.__getitem__)
-        linear = node.op == "Linear"
-        weight = r.view.constant(node.inputs[1]) if linear else None
+        weighted = node.op.lower() in WEIGHTED_KINDS
+        weight = r.view.constant(node.inputs[1]) if weighted else None
         names = SiteNames(
             nodes=tuple(prefix + r.labels[n] for n in originals) or (prefix + r.edit.label(node),),
             weight=weight.origin if weight is not None else None,
@@ -80,7 +83,7 @@ class Survey:
             tied=weight is not None and self._embeddings.tied(weight),
         )
         site = Site(node.op.lower(), list(names.nodes), weight=_weight(weight))
-        tensor = node.inputs[0] if linear else node.outputs[0]
+        tensor = node.inputs[0] if weighted else node.outputs[0]
         return Found(site, names, tuple(originals), node, weight, tensor=prefix + tensor.name)
 
     def _originals(self, r: Rewriter, node: Node) -> Iterator[Node]:
@@ -98,7 +101,9 @@ class Survey:
         label = prefix + r.labels[node]
         for inside in self._functions.inside(node, label, r.view):
             yield _unlifted(Site(inside.kind, [inside.path], "declined", reason=inside.reason), node)
-        if (kind := kind_of(node)) is None:
+        stack = gathered_stack(node, r.view)
+        kind = "experts" if stack is not None else kind_of(node)
+        if kind is None:
             return
         if (event := self._claimed.get(node)) is not None:
             mine = [n for n in event.claimed if n in r.before and (n is node or kind_of(n) is None)]
@@ -110,7 +115,7 @@ class Survey:
         elif (found := self._reasons.of(node, r.view)) is not None:
             status, reason = found
             constants = (r.view.constant(v) for v in node.inputs[:2] if v.name) if kind == "linear" else ()
-            weight = next((c for c in constants if c is not None), None)
+            weight = stack if stack is not None else next((c for c in constants if c is not None), None)
             yield _unlifted(Site(kind, [label], status, reason=reason, weight=_weight(weight)), node)
 
     def _spelt_norms(self, prefix: str, r: Rewriter, outcome: Outcome, held: set[Node]) -> Iterator[Found]:
@@ -160,10 +165,15 @@ def _unlifted(site: Site, node: Node, made: Sequence[Node] = ()) -> Found:
 
 
 def _weight(c: Const | None) -> Weight | None:
-    """The tensor behind a weight as the original has it."""
+    """The tensor behind a weight as the original has it, or those of its rows that are the weight."""
     if c is None:
         return None
     root = c.root if isinstance(c.root, Const) else c
+    if any(n.op == ROWS for n in c.via):
+        start, stop = rows_of(c)
+        part = f"{c.origin}[{start}]" if stop - start == 1 else f"{c.origin}[{start}:{stop}]"
+        nbytes = file_bytes(root.dtype, c.shape)
+        return Weight(part, list(c.shape), str(root.dtype), nbytes, nbytes)
     return Weight(c.origin, list(root.shape), str(root.dtype), root.array.nbytes, root.array.nbytes)
 
 

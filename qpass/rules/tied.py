@@ -24,9 +24,9 @@ class Embeddings:
     """The tables of a model that rows are looked up in."""
 
     def __init__(self, graphs: Iterable[Rewriter]) -> None:
-        tables = [c for r in graphs for c in _tables(r)]
+        tables = [c for r in graphs for c in _tables(r) if len(c.shape) == 2]  # of three dims they are experts
         self._roots = {id(c.root) for c in tables}
-        self._matrices = list({id(c.root): c for c in tables if len(c.shape) == 2}.values())
+        self._matrices = list({id(c.root): c for c in tables}.values())
 
     def tied(self, w: Const) -> bool:
         """Whether the weight [K, N] of a Linear is an embedding [N, K]."""
@@ -37,6 +37,8 @@ class Embeddings:
 
 def _tables(r: Rewriter) -> Iterator[Const]:
     for n in r.position:
+        if all(r.view.constant(v) is not None for v in n.inputs if v.name):
+            continue  # no lookup: a part of a constant
         for i in _TABLES.get((domain_of(n), n.op), ()):
             if i < len(n.inputs) and (c := r.view.constant(n.inputs[i])) is not None and c.dtype.kind in "fV":
                 yield c

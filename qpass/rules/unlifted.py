@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qpass.graph import Node, Value
+from qpass.graph import Const, Node, Value
+from qpass.ops.body import FLOATS
 from qpass.rewriter import Kind, Miss, Outcome, Rewriter
 from qpass.rewriter.edit import first_output
-from qpass.rewriter.view import View, domain_of, producer
+from qpass.rewriter.view import KEEPS_LAST, View, domain_of, producer
 from qpass.rules.norms import SPELT_NORMS
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
@@ -31,6 +32,39 @@ def kind_of(node: Node) -> str | None:
     if domain:
         return None
     return "linear" if node.op in WEIGHTED else "norm" if node.op in NORMS else None
+
+
+_GATHERS = frozenset({"Gather", "GatherND"})
+_MOVES_ALL = KEEPS_LAST | {"Cast", "Identity", "Transpose"}
+
+
+def gather_behind(v: Value) -> Node | None:
+    """The Gather that a value comes from, by nodes that move or cast."""
+    node = producer(v)
+    while node is not None and node.op in _MOVES_ALL and not domain_of(node):
+        node = producer(node.inputs[0])
+    return node if node is not None and node.op in _GATHERS and not domain_of(node) else None
+
+
+def gathered_stack(node: Node, view: View) -> Const | None:
+    """The stack of matrices that a Gather chooses an operand of a product from: the product is a site of experts."""
+    if node.op not in ("MatMul", "Einsum") or domain_of(node) or len(node.inputs) != 2:
+        return None
+    for gather in (gather_behind(v) for v in node.inputs if view.constant(v) is None):
+        w = view.constant(gather.inputs[0]) if gather is not None else None
+        if w is not None and len(w.shape) == 3 and w.dtype in FLOATS:
+            return w
+    return None
+
+
+def _odd_way(product: Node, stack: Const) -> str:
+    """What of the way from the Gather to a product no pattern has."""
+    way: list[str] = []
+    node = next(producer(v) for v in product.inputs if gather_behind(v) is not None)
+    while node is not None and node.op not in _GATHERS:
+        way.append(f"{node.op} '{node.name or first_output(node)}'")
+        node = producer(node.inputs[0])
+    return f"no pattern takes experts {list(stack.shape)} by way of {', '.join(way[::-1]) or product.op}"
 
 
 _MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
@@ -60,6 +94,7 @@ class Reasons:
     def __init__(self, graphs: Sequence[Rewriter], outcome: Outcome) -> None:
         self._declined = {n: e.why for e in outcome.events if e.status == "declined" for n in e.match.nodes}
         self._nearest: dict[Node, Miss] = {}
+        self._experts = {m.root: m for m in outcome.misses if m.rule == "lift_experts"}
         for miss in outcome.misses:
             for n in {miss.root, *miss.nodes}:
                 if kind_of(n) is None:
@@ -77,6 +112,9 @@ class Reasons:
             return "declined", f"qpass has no rule for {what}; give it the model from before ONNX Runtime's optimizer"
         if node in self._declined:
             return "declined", self._declined[node]
+        if (stack := gathered_stack(node, view)) is not None:
+            near = self._experts.get(node)
+            return "declined", near.why if near is not None else _odd_way(node, stack)
         if node.op in WEIGHTED:
             why = self._no_linear(node, view)
             return None if why is None else ("declined", why)
@@ -89,6 +127,9 @@ class Reasons:
         if b is not None:
             if len(b.shape) < 2 or b.array.size != b.shape[-2] * b.shape[-1]:
                 dims = "1 dim" if len(b.shape) == 1 else f"{len(b.shape)} dims"
+                if len(b.shape) == 3:
+                    what = f"a batch of {b.shape[0]} weights, each for one entry of the input's batch"
+                    return f"the constant '{b.origin}' has 3 dims, {list(b.shape)}: {what}; a Linear's weight has two"
                 return f"the constant '{b.origin}' has {dims}, {list(b.shape)}; a Linear's weight has two"
             miss = self._nearest.get(node)
             if node.op == "Gemm" and node.attrs.get("transA"):
