@@ -136,14 +136,18 @@ def explain(
         model, spec=_spec(preset, spec, group_size), calibration=calibration, rules=own, dry_run=True
     )
     out = report.console()
+    for remark in done.remarks:
+        out.print(f"note: {remark}", markup=False)
     left = [s for s in done.ledger.sites if s.status in ("declined", "near_miss", "excluded")]
     for s in left if rule is None else ():
         out.print(f"{s.kind} '{s.name}' {s.status}: {s.reason}", markup=False)
     near = report.misses(done, rule, limit)
     for m in near:
         out.print(str(m), markup=False)
-    if not left and not near:
+    if not left and not near and done.ledger.sites:
         out.print("every site is rewritten, or kept because the spec asks nothing of it")
+    elif not done.ledger.sites:
+        out.print("there is no norm and no Linear in it")
 
 
 @app.command()

@@ -84,26 +84,27 @@ def rewrite(
     ledger_path = ledger_of(output)
     loaded = Model.load(path)
     stats = Stats.load(Path(calibration)) if isinstance(calibration, str | Path) else calibration
-    if stats is not None:
-        stats.check(path)
-
     bytes_before = loaded.weight_bytes
     already = sum(n.domain == DOMAIN for n in loaded.nodes())
+    if stats is not None and not already:
+        stats.check(path)
     early = [r for r in rules if not _over_lifted(r)]
     late = [r for r in rules if _over_lifted(r)]
     lifted = Lifted(loaded, early)
-    quantizer = Quantizer(spec, lifted.survey, stats)
+    quantizer = Quantizer(spec, lifted.survey, stats, rewritten_before=already > 0)
+    if stats is not None and already and quantizer.quantizes_activations:
+        stats.check(path)  # statistics of the original are no mistake where nothing is left to quantize by them
     for stage in ((late,) if late else ()) + (() if only_rules else RULES):
         lifted.run(stage, quantizer)
     lifted.unlift()
     lifted.survey.settle(lifted.outcome)
-    _define_functions(loaded)
+    _define_functions(loaded, path)
 
     ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
     ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
     done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, quantizer.remarks())
     if already:
-        done.remarks.append(f"{already} nodes are qpass's already and stay as they are")
+        done.remarks.append(_rewritten_before(path, already, ledger))
     if not dry_run:
         sidecars = {ledger_path: ledger.to_json().encode()}
         done.saved = loaded.save(output, sidecars=sidecars, progress=progress, max_memory=max_memory)
@@ -157,10 +158,21 @@ def _over_lifted(r: Rule[Any, Any]) -> bool:
     return any(isinstance(p, Op) and p.domain == LIFTED for p in parts)
 
 
-def _define_functions(model: Model) -> None:
+def _rewritten_before(path: Path, nodes: int, ledger: Ledger) -> str:
+    """What to know of a run over a model that has qpass's nodes."""
+    count = f"{nodes} of its nodes are qpass's and stay as they are"
+    if any(s.status == "rewritten" for s in ledger.sites):
+        return f"{path.name} was rewritten before: {count}; what was left is rewritten now"
+    return (
+        f"{path.name} was rewritten before: {count}, and nothing else is changed; "
+        "to quantize it in another way, rewrite the original"
+    )
+
+
+def _define_functions(model: Model, path: Path) -> None:
     """Give every qpass node its body: one function a signature, in order of first use."""
     opset = model.opset
-    known: set[tuple[str, str]] = set()
+    known = {(f.name, f.overload): f for f in model.functions if f.domain == DOMAIN}
     node: Node
     for node in model.nodes():
         if node.domain != DOMAIN or node.proto is not None:
@@ -169,9 +181,14 @@ def _define_functions(model: Model) -> None:
         dtypes = [next(present).dtype if i.present(node.attrs) else None for i in op.inputs]
         function = op.body(node.attrs, dtypes, opset)
         node.overload = function.overload
-        if (node.op, function.overload) not in known:
-            known.add((node.op, function.overload))
+        if (there := known.get((node.op, function.overload))) is None:
+            known[node.op, function.overload] = function
             model.functions.append(function)
+        elif there != function:
+            raise QpassError(
+                f"{path} was rewritten by another version of qpass, whose {node.op} means something else; "
+                "rewrite the original instead"
+            )
 
 
 def check_coverage(ledger: Ledger, least: float) -> str | None:

@@ -26,10 +26,14 @@ _FUNCTIONS, _OVERLOADS = 8, 10  # the ir_versions that brought functions and sev
 
 @dataclass
 class Tensor:
-    """A tensor to be written: its proto, and its values unless the proto holds them."""
+    """A tensor to be written: its proto, and its values unless the proto holds them.
+
+    `outside`: the input has it in a data file, where it stays however small it is: same weights, same bytes.
+    """
 
     proto: TensorProto
     array: Lazy | None
+    outside: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +83,11 @@ def emit(model: Model) -> Emitted:
         else:
             header = TensorProto()
             header.CopyFrom(model.inside.get(tensor.name, tensor))
-            if tensor.name not in model.inside:
+            outside = tensor.name not in model.inside
+            if outside:
                 header.ClearField("external_data")
                 header.ClearField("data_location")
-            initializers.append(Tensor(header, model.weights.of(tensor)))
+            initializers.append(Tensor(header, model.weights.of(tensor), outside))
     initializers += [_new_tensor(const) for const in constants.values()]
     proto.graph.ClearField("initializer")
 

@@ -56,13 +56,19 @@ class Activation:
 class Quantizer:
     """Resolves the spec for every Linear and every stack of experts of a model and promises quantized weights.
 
+    Args:
+        rewritten_before: some sites are plugin nodes already, so a filter that matches nothing is no mistake.
+
     Raises:
         QpassError: a filter of the spec that matches nothing, or static scales asked for without statistics.
     """
 
-    def __init__(self, spec: QuantSpec, survey: Survey, stats: Stats | None) -> None:
+    def __init__(
+        self, spec: QuantSpec, survey: Survey, stats: Stats | None, *, rewritten_before: bool = False
+    ) -> None:
         self._survey = survey
         self._stats = stats
+        self._remarks: Counter[str] = Counter()
         resolver = spec.resolver()
         self._specs: dict[Node, LinearSpec | str] = {}
         self._notes: dict[Node, str] = {}
@@ -73,7 +79,12 @@ class Quantizer:
                     self._specs[f.lifted] = resolved
                     if f.site.kind == "experts":
                         self._specs[f.lifted], self._notes[f.lifted] = _weights_alone(resolved)
-        resolver.check()
+        try:
+            resolver.check()
+        except QpassError as error:
+            if not rewritten_before:
+                raise
+            self._remarks[f"{error} (what a filter is for may be rewritten already)"] += 1
         if stats is None and any(not isinstance(s, str) and s.needs_calibration for s in self._specs.values()):
             raise QpassError(
                 f"{spec.name} needs activation statistics for its static scales; make them with "
@@ -81,7 +92,6 @@ class Quantizer:
             )
         self._weights: dict[Any, QuantizedWeight] = {}
         self._activations: dict[Any, Activation] = {}
-        self._remarks: Counter[str] = Counter()
 
     # -- the spec
 
@@ -97,6 +107,11 @@ class Quantizer:
         if not resolved.mode:
             keep("the spec leaves it in full precision")
         return resolved
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the spec quantizes the activations of any Linear."""
+        return any(isinstance(s, LinearSpec) and s.mode.has_act_and_weight_quant() for s in self._specs.values())
 
     def note(self, m: Pattern) -> str:
         """What the ledger should say of how the spec was applied to a site."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qpass.graph import Const, Node, Value
+from qpass.ops import DOMAIN
 from qpass.ops.body import FLOATS
 from qpass.rewriter import Kind, Miss, Outcome, Rewriter
 from qpass.rewriter.edit import first_output
@@ -143,7 +144,7 @@ class Reasons:
         maker = producer(right)
         if maker is None:
             return f"the weight '{right.name}' is a graph input that callers may change"
-        if right in self._activations:
+        if right in self._activations or maker.domain == DOMAIN:
             return None
         return f"the weight is computed by {maker.op} '{maker.name or first_output(maker)}' while the model runs"
 
