@@ -15,9 +15,9 @@ import onnx
 
 from qpass.calibrate import Stats
 from qpass.errors import QpassError
-from qpass.graph import Model, Node, SaveResult
+from qpass.graph import Model, Node, SaveResult, every_call
 from qpass.ops import DOMAIN, REGISTRY
-from qpass.rewriter import LIFTED, Ledger, Outcome, Rule
+from qpass.rewriter import LIFTED, Ledger, Outcome, Rule, Site
 from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rewriter.pattern import Op, Pat, reached
 from qpass.rules import RULES, Lifted
@@ -82,33 +82,94 @@ def rewrite(
         spec = QuantSpec.preset(spec)
     output = Path(output) if output is not None else default_output(path)
     ledger_path = ledger_of(output)
-    loaded = Model.load(path)
     stats = Stats.load(Path(calibration)) if isinstance(calibration, str | Path) else calibration
-    bytes_before = loaded.weight_bytes
-    already = sum(n.domain == DOMAIN for n in loaded.nodes())
-    if stats is not None and not already:
-        stats.check(path)
-    early = [r for r in rules if not _over_lifted(r)]
-    late = [r for r in rules if _over_lifted(r)]
-    lifted = Lifted(loaded, early)
-    quantizer = Quantizer(spec, lifted.survey, stats, rewritten_before=already > 0)
-    if stats is not None and already and quantizer.quantizes_activations:
-        stats.check(path)  # statistics of the original are no mistake where nothing is left to quantize by them
-    for stage in ((late,) if late else ()) + (() if only_rules else RULES):
-        lifted.run(stage, quantizer)
-    lifted.unlift()
-    lifted.survey.settle(lifted.outcome)
+    job = _Job(path, spec, stats, rules, only_rules)
+    run = job.run(every_call)
+    loaded, sites = job.as_little_expanded(run)
     _define_functions(loaded, path)
 
-    ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
-    ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
-    done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, quantizer.remarks())
-    if already:
-        done.remarks.append(_rewritten_before(path, already, ledger))
+    ledger = Ledger(path.name, spec.to_dict(), version("qpass"), sites)
+    ledger.bytes_before, ledger.bytes_after = run.bytes_before, loaded.weight_bytes
+    done = Rewritten(path, output, ledger_path, ledger, run.lifted.outcome, spec, loaded.proto, run.quantizer.remarks())
+    if run.already:
+        done.remarks.append(_rewritten_before(path, run.already, ledger))
     if not dry_run:
         sidecars = {ledger_path: ledger.to_json().encode()}
         done.saved = loaded.save(output, sidecars=sidecars, progress=progress, max_memory=max_memory)
     return done
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model in memory after all rules have run."""
+
+    model: Model
+    lifted: Lifted
+    quantizer: Quantizer
+    bytes_before: int
+    already: int
+    """qpass nodes that were there."""
+
+    @property
+    def sites(self) -> list[Site]:
+        return [f.site for f in self.lifted.survey.found]
+
+    def rewritten(self) -> dict[tuple[str, ...], Site]:
+        """The rewritten sites by their nodes."""
+        return {tuple(s.nodes): s for s in self.sites if s.status == "rewritten"}
+
+    def calls_needed(self) -> set[str]:
+        """Of the expanded calls those of which some node has been replaced."""
+        needed: set[str] = set()
+        for prefix, r in self.lifted.graphs:
+            for gone in (prefix + r.labels[n] for n in r.before if n not in r.position):
+                needed.update(gone[:i] for i, c in enumerate(gone) if c == "/")
+        return needed.intersection(self.model.expanded)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to do with a model."""
+
+    path: Path
+    spec: QuantSpec
+    stats: Stats | None
+    rules: Sequence[Rule[Any, Any]]
+    only_rules: bool
+
+    def run(self, calls: Callable[[str], bool], again: bool = False) -> _Run:
+        """Load the model with some calls of functions expanded, lift, rewrite, unlift."""
+        model = Model.load(self.path, calls)
+        bytes_before = model.weight_bytes
+        already = sum(n.domain == DOMAIN for n in model.nodes())
+        if self.stats is not None and not already and not again:
+            self.stats.check(self.path)
+        lifted = Lifted(model, [r for r in self.rules if not _over_lifted(r)])
+        quantizer = Quantizer(self.spec, lifted.survey, self.stats, rewritten_before=again or already > 0)
+        if self.stats is not None and already and not again and quantizer.quantizes_activations:
+            self.stats.check(self.path)  # those of the original are no mistake where nothing is left to quantize
+        late = [r for r in self.rules if _over_lifted(r)]
+        for stage in ((late,) if late else ()) + (() if self.only_rules else RULES):
+            lifted.run(stage, quantizer)
+        lifted.unlift()
+        lifted.survey.settle(lifted.outcome)
+        return _Run(model, lifted, quantizer, bytes_before, already)
+
+    def as_little_expanded(self, run: _Run) -> tuple[Model, list[Site]]:
+        """The model with only those calls expanded of which something was rewritten, and all of its sites.
+
+        What is expanded shows more than what is rewritten, so the sites stay those of the first run.
+        """
+        needed = run.calls_needed()
+        if len(needed) == len(run.model.expanded):
+            return run.model, run.sites
+        less, before = self.run(needed.__contains__, again=True), run.rewritten()
+        after = less.rewritten()
+        if {k: s.op for k, s in before.items()} != {k: s.op for k, s in after.items()}:
+            return run.model, run.sites  # a call that no rule touched was in sight of one that did
+        for nodes, site in before.items():
+            site.new_nodes = after[nodes].new_nodes
+        return less.model, run.sites
 
 
 def default_output(model: Path) -> Path:

@@ -1,16 +1,20 @@
-"""If, Loop and Scan bodies are rewritten like the main graph; bodies of local functions are named and left alone."""
+"""If, Loop and Scan bodies are rewritten like the main graph, and so are calls of local functions, once expanded."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qpass.pipeline import rewrite
+from qpass.quant_mode import QuantMode
 from qpass.testing import model
-from tests.rules.kit import Graph, check_lift, error, ops, run, site
+from tests.rules.kit import Graph, check_lift, error, ops, recipe, run, site
 from tests.rules.spelling import Spelling, write
 
 F32 = TensorProto.FLOAT
@@ -236,22 +240,102 @@ class TestFunctions:
         """
 
     @pytest.mark.parametrize("spec", ["w8a16", "w8a8"])
-    def test_what_is_inside_is_declined(self, spec: str) -> None:
+    def test_what_is_inside_is_rewritten(self, spec: str) -> None:
         proto = model(self.TEXT.format("y = MatMul(h, v)"))
         done, result = run(proto, spec)
         got = [(s.kind, s.status, s.nodes) for s in done.ledger.sites]
         assert got == [
-            ("norm", "declined", ["block@h/LayerNormalization@n"]),
-            ("linear", "declined", ["block@h/fc@y/MatMul@m"]),
+            ("norm", "rewritten" if spec == "w8a8" else "kept", ["block@h/LayerNormalization@n"]),
+            ("linear", "rewritten", ["block@h/fc@y/Transpose@t", "block@h/fc@y/MatMul@m"]),
             ("linear", "rewritten", ["MatMul@y"]),
         ]
-        assert (
-            done.ledger.sites[1].reason
-            == "it lies in the body of the function local.fc; inline it first (onnx.inliner)"
-        )
-        assert list(result.functions[:2]) == list(proto.functions)
-        assert error(proto, result) < 0.02
+        assert site(done, "linear").fed_by == (0 if spec == "w8a8" else None)
+        assert not [f for f in result.functions if f.domain == "local"]
+        assert error(proto, result) < 0.03
 
     def test_every_call_is_a_site(self) -> None:
-        done, _ = run(model(self.TEXT.format("k = local.fc(h, w)\n y = MatMul(k, v)")))
-        assert [s.nodes[0] for s in done.ledger.of("linear")] == ["block@h/fc@y/MatMul@m", "fc@k/MatMul@m", "MatMul@y"]
+        done, result = run(model(self.TEXT.format("k = local.fc(h, w)\n y = MatMul(k, v)")))
+        names = [s.name for s in done.ledger.of("linear")]
+        assert names == ["block@h/fc@y/MatMul@m", "fc@k/MatMul@m", "MatMul@y"]
+        made = {n.name: n.op_type for n in result.graph.node}
+        assert all(made[n] == "WeightOnlyQuantMatmul" for s in done.ledger.of("linear") for n in s.new_nodes)
+        weights = {s.weight.name for s in done.ledger.of("linear") if s.weight is not None}
+        assert weights == {"w", "v"}
+
+    @pytest.mark.parametrize("excluded", ["*fc@*", "*"])
+    def test_calls_without_rewritten_sites_stay_as_they_are(self, excluded: str) -> None:
+        proto = model(self.TEXT.format("k = local.fc(h, w)\n y = MatMul(k, v)"))
+        done, result = run(proto, recipe(QuantMode.use_weight_only(), exclude=[excluded]))
+        sites = {s.name: s.status for s in done.ledger.sites}
+        assert sites == {
+            "block@h/LayerNormalization@n": "kept",
+            "block@h/fc@y/MatMul@m": "excluded",
+            "fc@k/MatMul@m": "excluded",
+            "MatMul@y": "rewritten" if excluded == "*fc@*" else "excluded",
+        }
+        assert list(result.functions[:2]) == list(proto.functions)
+        assert list(result.graph.node[:2]) == list(proto.graph.node[:2])
+        if excluded == "*":
+            assert result == proto
+
+    def test_a_function_stays_where_one_of_its_calls_does(self) -> None:
+        proto = model(self.TEXT.format("k = local.fc(h, w)\n y = MatMul(k, v)"))
+        spec = recipe(QuantMode.use_weight_only(), exclude=["block@h/*", "MatMul@y"])
+        done, result = run(proto, spec)
+        assert [s.name for s in done.ledger.sites if s.status == "rewritten"] == ["fc@k/MatMul@m"]
+        assert [n.op_type for n in result.graph.node][:1] == ["block"]
+        assert [f.name for f in result.functions] == ["block", "fc", "WeightOnlyQuantMatmul"]
+        assert error(proto, result) < 0.02
+
+    def test_another_opset_is_named_and_left_alone(self, tmp_path: Path) -> None:
+        """ReduceMax takes its axes as an input since 18: the body would mean something else."""
+        text = """
+            <ir_version: 10, opset_import: ["" : 18, "local" : 1]>
+            g (float[B, 8] x) => (float[B, 8] y) { y = local.old(x, w) }
+            <domain: "local", opset_import: ["" : 17]>
+            old (x, w) => (y) {
+                h = MatMul(x, w)
+                m = ReduceMax<axes = [1]>(h)
+                y = Sub(h, m)
+            }"""
+        proto = onnx.parser.parse_model(text)  # onnx.checker refuses it
+        proto.graph.initializer.append(tensor("w", 8, 8))
+        onnx.save(proto, tmp_path / "m.onnx")
+        done = rewrite(tmp_path / "m.onnx")
+        (s,) = done.ledger.sites
+        assert (s.kind, s.status, s.nodes) == ("linear", "declined", ["old@y/MatMul@h"])
+        assert s.reason == "it lies in the body of the function local.old; inline it first (onnx.inliner)"
+        assert onnx.load(done.output) == proto
+
+    def test_the_same_operators_at_another_opset(self) -> None:
+        text = """
+            <ir_version: 10, opset_import: ["" : 18, "local" : 1]>
+            g (float[B, 8] x) => (float[B, 8] y) <float[8, 8] w> { y = local.old(x, w) }
+            <domain: "local", opset_import: ["" : 15]>
+            old (x, w) => (y) {
+                h = MatMul(x, w)
+                y = Relu(h)
+            }"""
+        done, result = run(model(text))
+        assert site(done, "linear").status == "rewritten"
+        assert ops(result) == ["WeightOnlyQuantMatmul", "Relu"]
+
+    def test_a_call_within_a_branch(self) -> None:
+        """Two branches call one function, each under a path of its own."""
+        call = [helper.make_node("fc", ["x", "w"], [r], f"{r}_call", domain="local") for r in "te"]
+        then = branch("then", "t", call[:1], tensor("w", K, K))
+        otherwise = branch("else", "e", call[1:], tensor("w", K, K, seed=1))
+        g = Graph()
+        g.functions.append(model(self.TEXT.format("y = MatMul(h, v)")).functions[1])
+        g.input("x", ["B", K])
+        g.input("cond", [], TensorProto.BOOL)
+        y = g.op("If", "cond", out="y", name="pick", then_branch=then, else_branch=otherwise)
+        proto = g.model(y, dims=["B", K], check=False)
+        proto.opset_import.add(domain="local", version=1)
+        done, result = run(proto)
+        assert [s.name for s in done.ledger.of("linear")] == [
+            "pick/else_branch/e_call/MatMul@m",
+            "pick/then_branch/t_call/MatMul@m",
+        ]
+        assert {s.status for s in done.ledger.of("linear")} == {"rewritten"}
+        assert both(proto, result) < 0.02
