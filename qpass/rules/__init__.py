@@ -41,6 +41,8 @@ class Lifted:
         """Put back what no rule claimed."""
         for _, rewriter in self.graphs:
             rewriter.unlift()
+        for _, rewriter in reversed(self.graphs):  # inner ones first: they read what outer ones make
+            rewriter.edit.sweep()
 
 
 def _rewriters(model: Model, graph: Any, prefix: str, outcome: Outcome, pool: Pool) -> Iterator[tuple[str, Rewriter]]:

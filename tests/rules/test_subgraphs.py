@@ -204,6 +204,112 @@ def test_an_if_within_a_loop() -> None:
     assert error(proto, result) < 0.02
 
 
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("spec", ["w8a16", "w4a16", "w8a8"])
+def test_three_graphs_deep(spec: str, flag: bool) -> None:
+    """If in Loop in If; one weight is read at each depth, through a Transpose of the outermost graph."""
+    g = Graph()
+    g.input("x", ["B", K])
+    w = g.op("Transpose", g.weight(K, K, name="w"), perm=[1, 0], out="w_t")
+    g.gain(K, name="gamma")
+    g.op("MatMul", "x", w, out="first", name="first")
+    inner = helper.make_node(
+        "If",
+        ["cond"],
+        ["h_out"],
+        "inner",
+        then_branch=branch("then", "t", linear("n", w, "t")),
+        else_branch=branch("else", "e", linear("n", "own", "e", "b"), tensor("own", K, K, seed=2), tensor("b", K)),
+    )
+    body = helper.make_graph(
+        [
+            helper.make_node("LayerNormalization", ["h", "gamma"], ["n"], "norm"),
+            inner,
+            helper.make_node("Identity", ["go"], ["go_out"], "go"),
+        ],
+        "body",
+        [info("i", [], TensorProto.INT64), info("go", [], TensorProto.BOOL), info("h", ["B", K])],
+        [info("go_out", [], TensorProto.BOOL), info("h_out", ["B", K])],
+    )
+    local = [numpy_helper.from_array(np.array(3), "trips"), numpy_helper.from_array(np.array(True), "yes")]
+    loop = helper.make_node("Loop", ["trips", "yes", "first"], ["t0"], "repeat", body=body)
+    then = branch("outer_then", "t1", [loop, *linear("t0", w, "t1")], *local)
+    proto = choice(then, branch("outer_else", "e1", linear("first", w, "e1")), g)
+    done, result = run(proto, spec)
+    assert {s.name: s.status for s in done.ledger.of("linear")} == dict.fromkeys(
+        [
+            "first",
+            "pick/else_branch/e1/MatMul",
+            "pick/then_branch/t1/MatMul",
+            "pick/then_branch/repeat/body/inner/else_branch/e/Add",
+            "pick/then_branch/repeat/body/inner/then_branch/t/MatMul",
+        ],
+        "rewritten",
+    )
+    int8 = [t.name for t in result.graph.initializer if t.data_type == TensorProto.INT8]
+    assert len(int8) == 2, "one copy of each weight, in the main graph"
+    assert "w" not in {t.name for t in result.graph.initializer}
+    x = np.random.default_rng(3).standard_normal((5, K)).astype(np.float32)
+    assert error(proto, result, {"x": x, "cond": np.array(flag)}) < (0.4 if spec == "w4a16" else 0.05)
+
+
+@pytest.mark.parametrize("spec", ["w8a16", "w8a8"])
+def test_scan(spec: str) -> None:
+    """A recurrent cell: norm, a Linear of the step's input and one of the state, all weights local."""
+    body = helper.make_graph(
+        [
+            helper.make_node("LayerNormalization", ["step", "gamma"], ["n"], "norm"),
+            *linear("n", "w", "a", "b"),
+            *linear("state", "u", "c"),
+            helper.make_node("Add", ["a", "c"], ["s"], "sum"),
+            helper.make_node("Tanh", ["s"], ["new"], "tanh"),
+            helper.make_node("Identity", ["new"], ["seen"], "seen"),
+        ],
+        "cell",
+        [info("state", ["B", K]), info("step", ["B", K])],
+        [info("new", ["B", K]), info("seen", ["B", K])],
+        [tensor("gamma", K), tensor("w", K, K), tensor("b", K), tensor("u", K, K, seed=1)],
+    )
+    g = Graph()
+    reads = [g.input("h", ["B", K]), g.input("x", ["T", "B", K])]
+    g.nodes.append(helper.make_node("Scan", reads, ["last", "all"], "rnn", body=body, num_scan_inputs=1))
+    proto = g.model("last", "all", dims=None)
+    done, result = run(proto, spec)
+    assert [(s.kind, s.status, s.name) for s in done.ledger.sites] == [
+        ("norm", "rewritten" if spec == "w8a8" else "kept", "rnn/body/norm"),
+        ("linear", "rewritten", "rnn/body/a/Add"),
+        ("linear", "rewritten", "rnn/body/c/MatMul"),
+    ]
+    inside = result.graph.node[0].attribute
+    cell = next(a.g for a in inside if a.name == "body")
+    assert not {t.name for t in cell.initializer} & {"w", "u"}
+    given = {k: np.random.default_rng(1).standard_normal((3, 5, K)).astype(np.float32) for k in "x"}
+    assert error(proto, result, given | {"h": given["x"][0]}) < 0.03
+
+
+def test_experts_in_a_loop() -> None:
+    """One pass for each expert, its weight taken by the loop's counter."""
+    g = Graph()
+    g.input("x", ["B", K])
+    g.weight(3, K, K, name="w")
+    body = helper.make_graph(
+        [
+            helper.make_node("Gather", ["w", "i"], ["chosen"], "gather"),
+            helper.make_node("Transpose", ["chosen"], ["turned"], "turn", perm=[1, 0]),
+            helper.make_node("MatMul", ["h", "turned"], ["h_out"], "mm"),
+            helper.make_node("Identity", ["go"], ["go_out"], "go"),
+        ],
+        "body",
+        [info("i", [], TensorProto.INT64), info("go", [], TensorProto.BOOL), info("h", ["B", K])],
+        [info("go_out", [], TensorProto.BOOL), info("h_out", ["B", K])],
+    )
+    g.op("Loop", g.const(3, np.int64), g.const(True, bool), "x", out="y", name="repeat", body=body)
+    proto = g.model("y", dims=["B", K])
+    done, result = run(proto)
+    assert [(s.kind, s.status, s.name) for s in done.ledger.sites] == [("experts", "rewritten", "repeat/body/mm")]
+    assert error(proto, result) < 0.02
+
+
 def test_an_outer_value_that_a_branch_passes_on_is_not_lost() -> None:
     """The branch's output is the outer product itself, by name: the Add that would take it over may not."""
     g = Graph()
