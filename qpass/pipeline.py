@@ -15,9 +15,10 @@ import onnx
 
 from qpass.calibrate import Stats
 from qpass.errors import QpassError
-from qpass.graph import Model, Node, SaveResult
+from qpass.graph import Model, Node, SaveResult, every_call
 from qpass.ops import DOMAIN, REGISTRY
-from qpass.rewriter import LIFTED, Ledger, Outcome, Rule
+from qpass.rewriter import LIFTED, Ledger, Outcome, Rule, Site
+from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rewriter.pattern import Op, Pat, reached
 from qpass.rules import MERGE, RULES, Found, Lifted
 from qpass.rules.quantizer import Quantizer
@@ -83,36 +84,99 @@ def rewrite(
         spec = QuantSpec.preset(spec)
     output = Path(output) if output is not None else default_output(path)
     ledger_path = ledger_of(output)
-    loaded = Model.load(path)
     stats = Stats.load(Path(calibration)) if isinstance(calibration, str | Path) else calibration
-    if stats is not None:
-        stats.check(path)
+    job = _Job(path, spec, stats, rules, only_rules)
+    run = job.run(every_call)
+    loaded, sites = job.as_little_expanded(run)
+    _define_functions(loaded, path)
 
-    bytes_before = loaded.weight_bytes
-    already = sum(n.domain == DOMAIN for n in loaded.nodes())
-    early = [r for r in rules if not _over_lifted(r)]
-    late = [r for r in rules if _over_lifted(r)]
-    lifted = Lifted(loaded, early)
-    quantizer = Quantizer(spec, lifted.survey, stats)
-    if quantizer.merges_siblings and not only_rules:
-        lifted.run(MERGE, quantizer)
-        lifted.survey.merged(lifted.outcome)
-    for stage in ((late,) if late else ()) + (() if only_rules else RULES):
-        lifted.run(stage, quantizer)
-    lifted.unlift()
-    lifted.survey.settle(lifted.outcome)
-    _define_functions(loaded)
-
-    ledger = Ledger(path.name, spec.to_dict(), version("qpass"), [f.site for f in lifted.survey.found])
-    ledger.bytes_before, ledger.bytes_after = bytes_before, loaded.weight_bytes
-    done = Rewritten(path, output, ledger_path, ledger, lifted.outcome, spec, loaded.proto, lifted.survey.found)
-    done.remarks = quantizer.remarks()
-    if already:
-        done.remarks.append(f"{already} nodes are qpass's already and stay as they are")
+    ledger = Ledger(path.name, spec.to_dict(), version("qpass"), sites)
+    ledger.bytes_before, ledger.bytes_after = run.bytes_before, loaded.weight_bytes
+    found = run.lifted.survey.found
+    done = Rewritten(path, output, ledger_path, ledger, run.lifted.outcome, spec, loaded.proto, found)
+    done.remarks = run.quantizer.remarks()
+    if run.already:
+        done.remarks.append(_rewritten_before(path, run.already, ledger))
     if not dry_run:
         sidecars = {ledger_path: ledger.to_json().encode()}
         done.saved = loaded.save(output, sidecars=sidecars, progress=progress, max_memory=max_memory)
     return done
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model in memory after all rules have run."""
+
+    model: Model
+    lifted: Lifted
+    quantizer: Quantizer
+    bytes_before: int
+    already: int
+    """qpass nodes that were there."""
+
+    @property
+    def sites(self) -> list[Site]:
+        return [f.site for f in self.lifted.survey.found]
+
+    def rewritten(self) -> dict[tuple[str, ...], Site]:
+        """The rewritten sites by their nodes."""
+        return {tuple(s.nodes): s for s in self.sites if s.status == "rewritten"}
+
+    def calls_needed(self) -> set[str]:
+        """Of the expanded calls those of which some node has been replaced."""
+        needed: set[str] = set()
+        for prefix, r in self.lifted.graphs:
+            for gone in (prefix + r.labels[n] for n in r.before if n not in r.position):
+                needed.update(gone[:i] for i, c in enumerate(gone) if c == "/")
+        return needed.intersection(self.model.expanded)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to do with a model."""
+
+    path: Path
+    spec: QuantSpec
+    stats: Stats | None
+    rules: Sequence[Rule[Any, Any]]
+    only_rules: bool
+
+    def run(self, calls: Callable[[str], bool], again: bool = False) -> _Run:
+        """Load the model with some calls of functions expanded, lift, rewrite, unlift."""
+        model = Model.load(self.path, calls)
+        bytes_before = model.weight_bytes
+        already = sum(n.domain == DOMAIN for n in model.nodes())
+        if self.stats is not None and not already and not again:
+            self.stats.check(self.path)
+        lifted = Lifted(model, [r for r in self.rules if not _over_lifted(r)])
+        quantizer = Quantizer(self.spec, lifted.survey, self.stats, rewritten_before=again or already > 0)
+        if self.stats is not None and already and not again and quantizer.quantizes_activations:
+            self.stats.check(self.path)  # those of the original are no mistake where nothing is left to quantize
+        if quantizer.merges_siblings and not self.only_rules:
+            lifted.run(MERGE, quantizer)
+            lifted.survey.merged(lifted.outcome)
+        late = [r for r in self.rules if _over_lifted(r)]
+        for stage in ((late,) if late else ()) + (() if self.only_rules else RULES):
+            lifted.run(stage, quantizer)
+        lifted.unlift()
+        lifted.survey.settle(lifted.outcome)
+        return _Run(model, lifted, quantizer, bytes_before, already)
+
+    def as_little_expanded(self, run: _Run) -> tuple[Model, list[Site]]:
+        """The model with only those calls expanded of which something was rewritten, and all of its sites.
+
+        What is expanded shows more than what is rewritten, so the sites stay those of the first run.
+        """
+        needed = run.calls_needed()
+        if len(needed) == len(run.model.expanded):
+            return run.model, run.sites
+        less, before = self.run(needed.__contains__, again=True), run.rewritten()
+        after = less.rewritten()
+        if {k: s.op for k, s in before.items()} != {k: s.op for k, s in after.items()}:
+            return run.model, run.sites  # a call that no rule touched was in sight of one that did
+        for nodes, site in before.items():
+            site.new_nodes = after[nodes].new_nodes
+        return less.model, run.sites
 
 
 def default_output(model: Path) -> Path:
@@ -162,10 +226,21 @@ def _over_lifted(r: Rule[Any, Any]) -> bool:
     return any(isinstance(p, Op) and p.domain == LIFTED for p in parts)
 
 
-def _define_functions(model: Model) -> None:
+def _rewritten_before(path: Path, nodes: int, ledger: Ledger) -> str:
+    """What to know of a run over a model that has qpass's nodes."""
+    count = f"{nodes} of its nodes are qpass's and stay as they are"
+    if any(s.status == "rewritten" for s in ledger.sites):
+        return f"{path.name} was rewritten before: {count}; what was left is rewritten now"
+    return (
+        f"{path.name} was rewritten before: {count}, and nothing else is changed; "
+        "to quantize it in another way, rewrite the original"
+    )
+
+
+def _define_functions(model: Model, path: Path) -> None:
     """Give every qpass node its body: one function a signature, in order of first use."""
     opset = model.opset
-    known: set[tuple[str, str]] = set()
+    known = {(f.name, f.overload): f for f in model.functions if f.domain == DOMAIN}
     node: Node
     for node in model.nodes():
         if node.domain != DOMAIN or node.proto is not None:
@@ -174,9 +249,14 @@ def _define_functions(model: Model) -> None:
         dtypes = [next(present).dtype if i.present(node.attrs) else None for i in op.inputs]
         function = op.body(node.attrs, dtypes, opset)
         node.overload = function.overload
-        if (node.op, function.overload) not in known:
-            known.add((node.op, function.overload))
+        if (there := known.get((node.op, function.overload))) is None:
+            known[node.op, function.overload] = function
             model.functions.append(function)
+        elif there != function:
+            raise QpassError(
+                f"{path} was rewritten by another version of qpass, whose {node.op} means something else; "
+                "rewrite the original instead"
+            )
 
 
 def check_coverage(ledger: Ledger, least: float) -> str | None:
@@ -190,7 +270,8 @@ def check_coverage(ledger: Ledger, least: float) -> str | None:
     got = ledger.coverage()
     if got >= least:
         return None
-    left = [s.name for s in ledger.of("linear") if s.status not in ("rewritten", "excluded")]
+    weighted = (s for s in ledger.sites if s.kind in WEIGHTED_KINDS)
+    left = [s.name for s in weighted if s.status not in ("rewritten", "excluded")]
     return (
         f"coverage is {got:.1%}, below {least:.1%}; not rewritten: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}"
     )

@@ -18,7 +18,7 @@ from qpass.calibrate.sources import Batch, Samples, Source, source_of
 from qpass.calibrate.synthetic import Synthetic
 from qpass.calibrate.tokens import Mask, Tokens
 from qpass.errors import QpassError
-from qpass.graph import Model, Value
+from qpass.graph import Model, Value, every_call
 from qpass.graph.dtypes import to_numpy
 from qpass.ops import DOMAIN
 from qpass.rewriter import Ledger
@@ -230,7 +230,7 @@ def verify(
         QpassError: a model or the data cannot be used, or the models have different inputs or outputs.
     """
     original, rewritten = Path(original), Path(rewritten)
-    before, after = Model.load(original), load(rewritten)
+    before, after = Model.load(original, every_call if layers else None), load(rewritten)
     _check_interface(before.proto, after, rewritten)
     notes: list[str] = []
     source = Synthetic(before.proto, seed=seed) if data is None else source_of(data)

@@ -85,7 +85,12 @@ class TestRewrite:
         once, twice = tmp_path / "once.onnx", tmp_path / "twice.onnx"
         assert run("rewrite", tiny, "-o", once).code == 0
         r = run("rewrite", once, "-o", twice)
-        assert "2 nodes are qpass's already and stay as they are" in r.out
+        said = "once.onnx was rewritten before: 2 of its nodes are qpass's and stay as they are, and nothing else is "
+        said += "changed; to quantize it in another way, rewrite the original"
+        assert said in r.out
+        assert "0 of 0 Linears rewritten" in r.out
+        for command in ("inspect", "explain"):
+            assert said in run(command, once).out
         assert onnx.load(once) == onnx.load(twice)
 
     def test_input_is_only_read(self, run: Run, tiny: Path) -> None:

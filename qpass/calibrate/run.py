@@ -14,7 +14,7 @@ from qpass.calibrate.statistics import ActivationStats, NonFinite
 from qpass.calibrate.stats import VERSION, Key, Stats, model_fingerprint, read_header
 from qpass.calibrate.tokens import Mask, Tokens
 from qpass.errors import QpassError
-from qpass.graph import Model, Value
+from qpass.graph import Model, Value, every_call
 from qpass.graph.commit import Folder, explain
 from qpass.runtime import Array, Runner, inputs_of
 
@@ -71,7 +71,7 @@ def calibrate(
     model, out = Path(model), Path(out)
     source = source_of(data)
     _check_output(out)
-    loaded = Model.load(model)
+    loaded = Model.load(model, every_call)  # Linears in functions are calibrated under the names that rules see
     tokens = Tokens(loaded.proto, mask)
     taps = _taps(loaded, say)
     key = Key(model.name, model_fingerprint(model), source.fingerprint(), tokens.name, rows, seed)
@@ -119,7 +119,7 @@ def _taps(model: Model, say: Note) -> list[Tap]:
     taps: dict[str, Tap] = {}
     inner = 0
     for found in lifted.survey.found:
-        if found.lifted is None or found.weight is None:
+        if found.lifted is None or found.weight is None or found.site.kind != "linear":
             continue
         x = found.lifted.inputs[0]
         if found.tensor != x.name:

@@ -1,5 +1,7 @@
 """The model: load, lazy weights, constants seen through their helpers, streaming atomic save."""
 
+from qpass.graph.constants import rows_of
+from qpass.graph.functions import every_call
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Given, Joined, Kept, Lazy
 from qpass.graph.model import Model
@@ -22,4 +24,6 @@ __all__ = [
     "SaveResult",
     "Stored",
     "Value",
+    "every_call",
+    "rows_of",
 ]

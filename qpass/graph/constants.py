@@ -6,7 +6,9 @@ without a use, and the rewriter takes those out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,18 @@ from qpass.graph.dtypes import DType, to_numpy, to_onnx
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Given, Lazy
 from qpass.graph.scaled import LIMITS, Dequantized, Quantized, scales_of
+
+ROWS = "Rows"
+"""Type of the in-memory node that tells, in `Const.via`, which rows of axis 0 the node before it takes."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows start..stop of axis 0; `squeezed` where that axis, of one row, is dropped."""
+
+    start: int
+    stop: int
+    squeezed: bool = False
 
 
 class Constants:
@@ -28,8 +42,9 @@ class Constants:
         """The tensor as a constant, or None.
 
         Constant are initializers, outputs of Constant nodes, and what Identity, Transpose, Cast, Reshape
-        (with a constant target), Squeeze, Unsqueeze, QuantizeLinear and DequantizeLinear make of these. Not
-        constant is an initializer that is a graph input too: that is a default, and a caller may feed another value.
+        (with a constant target), Squeeze, Unsqueeze, QuantizeLinear and DequantizeLinear make of these; also rows of
+        axis 0 that Gather (of one index), Slice and Split take, such as one expert of a stack. Not constant is an
+        initializer that is a graph input too: that is a default, and a caller may feed another value.
         """
         if isinstance(tensor, Const):
             return tensor
@@ -46,18 +61,32 @@ class Constants:
         if node.op == "Constant":
             array = _constant_node(node)
             return None if array is None else Const(tensor.name, array, root=tensor)
-        look = _VIEWS.get(node.op)
-        if look is None or not node.inputs:
+        look, choose = _VIEWS.get(node.op), _SELECTIONS.get(node.op)
+        if (look is None and choose is None) or not node.inputs:
             return None
         base = self.of(node.inputs[0])
         if base is None:
             return None
+        if choose is not None:
+            return self._selected(node, tensor, base, choose(self, node, tensor, base.shape))
+        assert look is not None
         array = look(self, node, base.array)
         return None if array is None else Const(tensor.name, array, root=base.root, via=(*base.via, node))
 
     def input(self, node: Node, index: int) -> Const | None:
         """A node's input as a constant, None where it is left out or not constant."""
         return self.of(node.inputs[index]) if _given(node, index) else None
+
+    @staticmethod
+    def _selected(node: Node, tensor: Value, base: Const, rows: Rows | None) -> Const | None:
+        if rows is None:
+            return None
+        array = base.array.cut(rows.start, rows.stop)
+        if rows.squeezed:
+            array = array.reshape(*array.shape[1:])
+        # which rows is said by inputs and by the output's place, but views are told apart by their attributes
+        told = Node(ROWS, attrs=vars(rows))
+        return Const(tensor.name, array, root=base.root, via=(*base.via, node, told))
 
     def integers(self, node: Node, index: int) -> list[int] | None:
         """The values of a node's integer input, None where it is left out or not constant."""
@@ -67,6 +96,20 @@ class Constants:
 
 def _given(node: Node, index: int) -> bool:
     return index < len(node.inputs) and not node.inputs[index].is_empty()
+
+
+def rows_of(c: Const) -> tuple[int, int]:
+    """The rows of its root's axis 0 that a view holds, as far as its first steps tell: all of them, or a part."""
+    shape = c.root.shape
+    start, stop = 0, shape[0] if shape and isinstance(shape[0], int) else sys.maxsize
+    for node in c.via:
+        if node.op == ROWS:
+            start, stop = start + node.attrs["start"], start + node.attrs["stop"]
+            if node.attrs["squeezed"]:
+                break
+        elif node.op not in ("Identity", "Cast", *_SELECTIONS):
+            break
+    return start, stop
 
 
 def _constant_node(node: Node) -> Lazy | None:
@@ -188,4 +231,53 @@ _VIEWS: dict[str, Callable[[Constants, Node, Lazy], Lazy | None]] = {
     "Reshape": _reshape,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
+}
+
+
+def _gather(constants: Constants, node: Node, _: Value, shape: tuple[int, ...]) -> Rows | None:
+    """One index along axis 0."""
+    if not shape or node.attrs.get("axis", 0) not in (0, -len(shape)) or len(node.inputs) < 2:
+        return None
+    index = constants.of(node.inputs[1])
+    if index is None or index.shape not in ((), (1,)):
+        return None
+    at = int(index.load().reshape(()))
+    if not -shape[0] <= at < shape[0]:
+        return None
+    return Rows(at % shape[0], at % shape[0] + 1, squeezed=not index.shape)
+
+
+def _slice(constants: Constants, node: Node, _: Value, shape: tuple[int, ...]) -> Rows | None:
+    """Neighbouring rows: one pair of bounds, of axis 0."""
+    starts, ends = constants.integers(node, 1), constants.integers(node, 2)
+    if not shape or starts is None or ends is None or len(starts) != 1 or len(ends) != 1:
+        return None
+    for i, allowed in ((3, (0, -len(shape))), (4, (1,))):
+        if len(node.inputs) > i and not node.inputs[i].is_empty():
+            given = constants.integers(node, i)
+            if given is None or given[0] not in allowed:
+                return None
+    start, stop, _step = slice(starts[0], ends[0]).indices(shape[0])
+    return Rows(start, max(start, stop))
+
+
+def _split(constants: Constants, node: Node, tensor: Value, shape: tuple[int, ...]) -> Rows | None:
+    """One of the parts along axis 0."""
+    if not shape or node.attrs.get("axis", 0) not in (0, -len(shape)):
+        return None
+    if len(node.inputs) > 1 and not node.inputs[1].is_empty():
+        sizes = constants.integers(node, 1)
+        if sizes is None or sum(sizes) != shape[0] or len(sizes) != len(node.outputs):
+            return None
+    else:  # equal parts, the last one smaller where they do not divide
+        size = -(-shape[0] // len(node.outputs))
+        sizes = [max(0, min(size, shape[0] - i * size)) for i in range(len(node.outputs))]
+    at = node.outputs.index(tensor)
+    return Rows(sum(sizes[:at]), sum(sizes[: at + 1]))
+
+
+_SELECTIONS: dict[str, Callable[[Constants, Node, Value, tuple[int, ...]], Rows | None]] = {
+    "Gather": _gather,
+    "Slice": _slice,
+    "Split": _split,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from qpass.graph.ir import Const, Node, Value
 from qpass.graph.lazy import Lazy
 from qpass.graph.load import is_external, tensors
 from qpass.graph.stored import Stored
+from qpass.graph.walk import all_nodes, graphs_of
 
 if TYPE_CHECKING:
     from qpass.graph.model import Model
@@ -26,10 +27,14 @@ _FUNCTIONS, _OVERLOADS = 8, 10  # the ir_versions that brought functions and sev
 
 @dataclass
 class Tensor:
-    """A tensor to be written: its proto, and its values unless the proto holds them."""
+    """A tensor to be written: its proto, and its values unless the proto holds them.
+
+    `outside`: the input has it in a data file, where it stays however small it is: same weights, same bytes.
+    """
 
     proto: TensorProto
     array: Lazy | None
+    outside: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +84,11 @@ def emit(model: Model) -> Emitted:
         else:
             header = TensorProto()
             header.CopyFrom(model.inside.get(tensor.name, tensor))
-            if tensor.name not in model.inside:
+            outside = tensor.name not in model.inside
+            if outside:
                 header.ClearField("external_data")
                 header.ClearField("data_location")
-            initializers.append(Tensor(header, model.weights.of(tensor)))
+            initializers.append(Tensor(header, model.weights.of(tensor), outside))
     initializers += [_new_tensor(const) for const in constants.values()]
     proto.graph.ClearField("initializer")
 
@@ -189,14 +195,8 @@ def _reads(graph: GraphProto) -> Iterator[str]:
     for node in graph.node:
         yield from node.input
         for attribute in node.attribute:
-            for inner in _subgraphs(attribute):
+            for inner in graphs_of(attribute):
                 yield from _reads(inner)
-
-
-def _subgraphs(attribute: AttributeProto) -> Iterable[GraphProto]:
-    if attribute.type == AttributeProto.GRAPH:
-        return [attribute.g]
-    return attribute.graphs if attribute.type == AttributeProto.GRAPHS else ()
 
 
 def _defined(graph: GraphProto) -> Iterator[str]:
@@ -213,16 +213,8 @@ def _agrees(info: ValueInfoProto, now: Value | None) -> bool:
 def _import_domains(proto: ModelProto) -> None:
     """Import the domains of nodes that nothing imports yet, such as qpass: version 1."""
     known = {o.domain for o in proto.opset_import} | {"", "ai.onnx"}
-    for domain in sorted({node.domain for node in _all_nodes(proto.graph)} - known):
+    for domain in sorted({node.domain for node in all_nodes(proto.graph.node)} - known):
         proto.opset_import.add(domain=domain, version=1)
-
-
-def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in _subgraphs(attribute):
-                yield from _all_nodes(inner)
 
 
 def _check(graph: GraphProto, initializers: set[str], outer: set[str]) -> None:
@@ -239,7 +231,7 @@ def _check(graph: GraphProto, initializers: set[str], outer: set[str]) -> None:
             if name not in visible:
                 raise ValueError(f"{node.op_type} '{node.name}' reads '{name}', which nothing makes")
         for attribute in node.attribute:
-            for inner in _subgraphs(attribute):
+            for inner in graphs_of(attribute):
                 _check(inner, set(), visible)
     for output in graph.output:
         if output.name not in visible:

@@ -73,6 +73,15 @@ class Lazy(ABC):
             raise ValueError(f"T is for two dimensions, not shape {self.shape}")
         return self if self.ndim < 2 else Transposed(self)
 
+    def cut(self, start: int, stop: int) -> Lazy:
+        """Rows start..stop of axis 0 as a promise that reads no others."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"rows {start} to {stop} of {self.shape[0]}")
+        return self if (start, stop) == (0, self.shape[0]) else self._cut(start, stop)
+
+    def _cut(self, start: int, stop: int) -> Lazy:
+        return Cut(self, start, stop)
+
     def astype(self, dtype: np.typing.DTypeLike) -> Lazy:
         """numpy's (ml_dtypes') cast; overflow to infinity is silent, as in ONNX Cast."""
         to = np.dtype(dtype)
@@ -136,6 +145,9 @@ class Given(Lazy):
     def __init__(self, array: Array | float) -> None:
         self.array = np.asarray(array)
         self.shape, self.dtype = self.array.shape, self.array.dtype
+
+    def _cut(self, start: int, stop: int) -> Lazy:
+        return Given(self.array[start:stop])
 
     def rows(self, start: int, stop: int) -> Array:
         return self.array[start:stop]
@@ -218,6 +230,11 @@ class Elementwise(Lazy):
             return Elementwise(self.fn, self.operands[0].reshape(*shape))  # a cast: reshape what is stored
         return Reshaped(self, shape)
 
+    def _cut(self, start: int, stop: int) -> Lazy:
+        if len(self.operands) == 1 and isinstance(self.operands[0], Lazy):
+            return Elementwise(self.fn, self.operands[0].cut(start, stop))
+        return Cut(self, start, stop)
+
     def parts(self) -> Iterable[Lazy]:
         return [o for o in self.operands if isinstance(o, Lazy)]
 
@@ -264,6 +281,28 @@ class Permuted(_View):
 
     def load(self) -> Array:
         return self.base.load().transpose(self.perm)
+
+    def _cut(self, start: int, stop: int) -> Lazy:
+        return Permuted(self.base.cut(start, stop), self.perm) if self.perm[0] == 0 else Cut(self, start, stop)
+
+    def _reshaped(self, shape: tuple[int, ...]) -> Lazy:
+        if self.shape[:1] == (1,) and self.perm[0] == 0 and shape == self.shape[1:]:  # one expert of a stack
+            return self.base.reshape(*self.base.shape[1:]).transpose(*(p - 1 for p in self.perm[1:]))
+        return Reshaped(self, shape)
+
+
+class Cut(_View):
+    """Rows start..stop of another promise."""
+
+    def __init__(self, base: Lazy, start: int, stop: int) -> None:
+        super().__init__(base, (stop - start, *base.shape[1:]))
+        self.start = start
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.base.rows(self.start + start, self.start + stop)
+
+    def _cut(self, start: int, stop: int) -> Lazy:
+        return self.base.cut(self.start + start, self.start + stop)
 
 
 class Reshaped(_View):

@@ -10,12 +10,14 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from qpass.graph.constants import Constants
+from qpass.graph.functions import Wanted, expand
 from qpass.graph.importing import import_model
 from qpass.graph.ir import Const, Node, Value
 from qpass.graph.load import Weights, default_opset, is_external, read, tensors
 from qpass.graph.order import sort_nodes
 from qpass.graph.save import SaveResult, save
 from qpass.graph.stream import Progress
+from qpass.graph.walk import names
 
 
 class Model:
@@ -35,14 +37,23 @@ class Model:
             self.weights.of(tensor)  # tells now what is missing, in functions too
         self.graph: gs.Graph = import_model(path, proto, self.weights)
         self.functions: list[onnx.FunctionProto] = list(proto.functions)
+        self.expanded: list[str] = []
         self._constants = Constants()
         self._names: set[str] | None = None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Read a model. Raises QpassError for whatever is wrong with its file, its versions or its external data."""
+    def load(cls, path: str | os.PathLike[str], calls: Wanted | None = None) -> Model:
+        """Read a model. Raises QpassError for whatever is wrong with its file, its versions or its external data.
+
+        `calls` says which calls of local functions, by their paths, to put into the graph in full (see
+        `qpass.graph.functions`); `expanded` are then those that were.
+        """
         where = Path(path)
-        return cls(where, *read(where))
+        proto, inside = read(where)
+        expanded = [] if calls is None else expand(proto, calls)
+        model = cls(where, proto, inside)
+        model.expanded = expanded
+        return model
 
     @property
     def opset(self) -> int:
@@ -114,20 +125,3 @@ def walk(graph: gs.Graph) -> Iterator[Node]:
         for attribute in node.attrs.values():
             if isinstance(attribute, gs.Graph):
                 yield from walk(attribute)
-
-
-def names(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every name of a node or tensor in a graph and its subgraphs."""
-    yield from (t.name for t in graph.initializer)
-    yield from (t.values.name for t in graph.sparse_initializer)
-    yield from (v.name for v in (*graph.input, *graph.output, *graph.value_info))
-    for node in graph.node:
-        yield node.name
-        yield from node.input
-        yield from node.output
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from names(attribute.g)
-            elif attribute.type == onnx.AttributeProto.GRAPHS:
-                for inner in attribute.graphs:
-                    yield from names(inner)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from qpass.graph.dtypes import Array, DType
-from qpass.graph.lazy import Lazy, _expect
+from qpass.graph.lazy import Lazy, Reshaped, _expect
 
 
 class Blockwise:
@@ -46,13 +46,23 @@ class Blockwise:
 
 
 class Result(Lazy):
-    """One result of a Blockwise."""
+    """One result of a Blockwise, maybe under another shape: it is written by the walk that makes all of them."""
 
     def __init__(self, group: Blockwise, index: int, shape: tuple[int, ...], dtype: DType) -> None:
         self.group, self.index, self.shape, self.dtype = group, index, shape, dtype
 
+    @property
+    def made(self) -> Result:
+        """The same result in the shape in which blocks of it are made."""
+        return self.group.results[self.index]
+
     def rows(self, start: int, stop: int) -> Array:
+        if self.made is not self:
+            return Reshaped(self.made, self.shape).rows(start, stop)
         return self.group.block(start, stop)[self.index]
+
+    def _reshaped(self, shape: tuple[int, ...]) -> Lazy:
+        return self.made if shape == self.made.shape else Result(self.group, self.index, shape, self.dtype)
 
     def parts(self) -> Iterable[Lazy]:
         return [self.group.source, *self.group.needs]

@@ -141,7 +141,8 @@ class _Writer:
             array = tensor.take() if tensor.nbytes >= SMALL else tensor.array
             if array is None:  # strings, and small ones that are in the proto already
                 continue
-            if array.nbytes < SMALL and not isinstance(array, Result):  # results come with those they are made with
+            small = array.nbytes < SMALL and not tensor.outside
+            if small and not isinstance(array, Result):  # results come with those they are made with
                 tensor.fill()
                 continue
             targets.append(Target(array, offset))

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 from qpass.errors import QpassError
 from qpass.graph.dtypes import Array, DType, file_bytes, pack, packed_bits, to_numpy, unpack
-from qpass.graph.lazy import Lazy
+from qpass.graph.lazy import Cut, Lazy
 
 #: Bytes of one advice to read ahead; Linux cuts longer ones off at the device's limit.
 _READAHEAD = 256 << 10
@@ -185,6 +185,13 @@ class Stored(Lazy):
     def prefetch(self) -> None:
         """Tell the system that the whole tensor will be read soon."""
         self.source.prefetch(self.offset, self.nbytes)
+
+    def _cut(self, start: int, stop: int) -> Lazy:
+        skipped = start * math.prod(self.shape[1:])
+        if skipped * (packed_bits(self.dtype) or 8) % 8:
+            return Cut(self, start, stop)  # the first row begins inside a byte
+        offset = self.offset + file_bytes(self.dtype, (skipped,))
+        return Stored(self.source, offset, self.dtype, (stop - start, *self.shape[1:]))
 
     def _reshaped(self, shape: tuple[int, ...]) -> Lazy:
         return Stored(self.source, self.offset, self.dtype, shape)

@@ -213,7 +213,8 @@ def _block(group: Blockwise, targets: Sequence[Target], start: int, stop: int) -
 
 
 def _row_offset(target: Target, row: int) -> int:
-    return target.offset + file_bytes(target.array.dtype, (row, *target.array.shape[1:]))
+    array = target.array.made if isinstance(target.array, Result) else target.array
+    return target.offset + file_bytes(array.dtype, (row, *array.shape[1:]))
 
 
 def _row_spans(*arrays: Lazy) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qpass.ops.activation_quantization import ActivationQuantization
 from qpass.ops.base import DOMAIN, OPSET_VERSION, PLUGIN, Attribute, Input, Op, Output, When
 from qpass.ops.dequantize import Dequantize
+from qpass.ops.dequantize_weight import DequantizeWeight
 from qpass.ops.layernorm_quantization import LayernormQuantization
 from qpass.ops.quantize_per_token import QuantizePerToken
 from qpass.ops.quantize_tensor import QuantizeTensor
@@ -19,6 +20,7 @@ REGISTRY: dict[str, Op] = {
         QuantizeTensor(),
         QuantizePerToken(),
         Dequantize(),
+        DequantizeWeight(),
         LayernormQuantization(),
         RmsnormQuantization(),
         ActivationQuantization(),

@@ -26,6 +26,8 @@ FLOATS: Mapping[np.dtype[Any], str] = {
 FIRST_OPSET = 13
 """The first with bfloat16, per-axis quantization and axes of Unsqueeze as an input."""
 _REDUCE_AXES_AS_INPUT = 18
+EVERYTHING = 2**31 - 1
+"""As the end of a Slice that has none."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,11 @@ class Body:
         return self.node("Reshape", x, self.constant(np.array(shape)))
 
     def unpack_int4(self, packed: Value) -> Value:
-        """Two's complement pairs [N, K/2], the even element in the low nibble, as floats [N, K].
+        """Packed int4 [N, K/2] as floats [N, K]."""
+        return self.reshape(self.int4_pairs(packed), 0, -1)
+
+    def int4_pairs(self, packed: Value) -> Value:
+        """Two's complement pairs [..., K/2], the even element in the low nibble, as floats [..., K/2, 2].
 
         byte = 16·high + (low mod 16) with low in [-8, 7], so high = floor(byte / 16), and
         low = byte - 16·floor((byte + 8) / 16).
@@ -158,8 +164,12 @@ class Body:
         byte = self.from_int8(packed)
         low = byte - self.node("Floor", (byte + 8.0) / 16.0) * 16.0
         high = self.node("Floor", byte / 16.0)
-        pairs = self.node("Concat", self.column(low), self.column(high), axis=-1)
-        return self.reshape(pairs, 0, -1)
+        return self.node("Concat", self.column(low), self.column(high), axis=-1)
+
+    def dims(self, x: Value, start: int, stop: int | None = None) -> Value:
+        """Dims start..stop of x, int64."""
+        bounds = (self.constant(np.array([i])) for i in (start, EVERYTHING if stop is None else stop))
+        return self.node("Slice", self.node("Shape", x), *bounds)
 
     def times_transposed(self, x: Value, w: Value) -> Value:
         """x [..., K] · wᵀ of w [N, K]."""

@@ -40,7 +40,8 @@ def explained(done: Rewritten, rule: str | None, limit: int) -> list[str]:
         lines.append(f"and {len(entries) - limit} more; --limit {len(entries)} shows them")
     lines += [line for sites in _alike(done, "rewritten") if sites[0].reason for line in _about(sites, ())]
     if not entries:
-        lines.append("every site is rewritten, or kept because the spec asks nothing of it")
+        whole = "every site is rewritten, or kept because the spec asks nothing of it"
+        lines.append(whole if done.ledger.sites else "there is no norm and no Linear in it")
     return lines + [f"note: {r}" for r in done.remarks]
 
 

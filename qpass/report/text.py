@@ -15,10 +15,13 @@ from rich.table import Table
 from qpass.calibrate import Stats
 from qpass.pipeline import Rewritten
 from qpass.rewriter import Ledger, Rule, RuleStats, Site
+from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.spec import PRESETS, QuantSpec
 from qpass.verify import Report
 
 STYLE = {"rewritten": "green", "kept": "dim", "excluded": "yellow", "declined": "red", "near_miss": "red"}
+
+_PLURAL = {"linear": "Linears", "experts": "stacks of experts"}
 
 
 def summary(ledger: Ledger) -> Table:
@@ -45,12 +48,10 @@ def sizes(ledger: Ledger) -> str:
     """Bytes of weights before and after, and how many Linears were rewritten."""
     before, after = ledger.bytes_before, ledger.bytes_after
     ratio = f" ({before / after:.2f} × smaller)" if after else ""
-    counts = Counter(s.status for s in ledger.of("linear"))
-    asked = sum(counts.values()) - counts["excluded"]
-    return (
-        f"weights {size(before)} → {size(after)}{ratio}; "
-        f"{counts['rewritten']} of {asked} Linears rewritten ({ledger.coverage():.0%})"
-    )
+    counts = Counter((s.kind, s.status) for s in ledger.sites if s.kind in WEIGHTED_KINDS and s.status != "excluded")
+    asked = {kind: sum(n for (k, _), n in counts.items() if k == kind) for kind in WEIGHTED_KINDS}
+    done = [f"{counts[k, 'rewritten']} of {asked[k]} {_PLURAL[k]}" for k in WEIGHTED_KINDS if asked[k] or k == "linear"]
+    return f"weights {size(before)} → {size(after)}{ratio}; {' and '.join(done)} rewritten ({ledger.coverage():.0%})"
 
 
 def remarks_on_sites(ledger: Ledger) -> list[str]:
@@ -83,8 +84,8 @@ def as_json(done: Rewritten) -> dict[str, Any]:
         "totals": done.ledger.totals(),
         "not_rewritten": [
             {"nodes": s.nodes, "status": s.status, "reason": s.reason}
-            for s in done.ledger.of("linear")
-            if s.status != "rewritten"
+            for s in done.ledger.sites
+            if s.kind in WEIGHTED_KINDS and s.status != "rewritten"
         ],
         "remarks": done.remarks,
         "rules": {name: vars(s) for name, s in done.outcome.stats.items()},

@@ -30,6 +30,7 @@ class Editor:
         self._gone: dict[Node, tuple[list[Value], list[Value], Place]] = {}
         self._buried: dict[Value, Node] = {}  # value nobody needed → the node that computed it
         self._serial = 0
+        self._read = [n for n in graph.nodes if any(v.outputs for v in n.outputs)]
 
     def label(self, node: Node) -> str:
         """A name for messages and new nodes: the original's where the node stands for one."""
@@ -84,6 +85,13 @@ class Editor:
             todo += node.inputs
             self._buried |= dict.fromkeys(node.outputs, node)
             self.detach(node)
+
+    def sweep(self) -> None:
+        """Take out what only graphs inside this one read, and read no more; what nothing read from the first stays."""
+        before = len(self.position)
+        self.bury_unused([v for n in self._read if n in self.position for v in n.outputs])
+        if len(self.position) != before:
+            self.settle()
 
     def restore(self, node: Node) -> None:
         """Put a node back with its inputs and outputs, and before it what was buried and it needs."""

@@ -10,6 +10,9 @@ from typing import Any
 
 VERSION = 1
 
+WEIGHTED_KINDS = ("linear", "experts")
+"""Kinds of sites that have a weight, of which a spec says what becomes of it."""
+
 
 @dataclass
 class Weight:
@@ -60,9 +63,9 @@ class Ledger:
         """The sites of one kind."""
         return [s for s in self.sites if s.kind == kind]
 
-    def coverage(self, kind: str = "linear") -> float:
-        """Rewritten ÷ (sites − excluded); 1 where there is nothing to rewrite."""
-        counts = Counter(s.status for s in self.of(kind))
+    def coverage(self, *kinds: str) -> float:
+        """Rewritten ÷ (sites − excluded), of sites with weights unless kinds are given; 1 where there are none."""
+        counts = Counter(s.status for s in self.sites if s.kind in (kinds or WEIGHTED_KINDS))
         asked = sum(counts.values()) - counts["excluded"]
         return counts["rewritten"] / asked if asked else 1.0
 

@@ -8,6 +8,7 @@ from typing import Any
 from qpass.graph import Model, Node
 from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
 from qpass.rules.activations import LIFT_ACTIVATIONS, LIFT_GATES, telling
+from qpass.rules.experts import EXPERTS, LIFT_EXPERTS
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.mlp import quantize_activation
 from qpass.rules.norms import LIFT_NORMS
@@ -21,13 +22,13 @@ from qpass.rules.weight_only import WEIGHT_ONLY
 LIFT: tuple[Stage, ...] = (
     *UNFUSE,
     (*LIFT_NORMS, *LIFT_LINEARS, *LIFT_QUANTIZED),
-    LIFT_VIEWS,
+    (*LIFT_VIEWS, *LIFT_EXPERTS),
     LIFT_STATIC,
     LIFT_ACTIVATIONS,
     LIFT_GATES,
 )
 SMOOTH_QUANT: tuple[Stage, ...] = ((quantize_norm,), (quantize_activation,), (quantize_input,))
-RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, WEIGHT_ONLY)
+RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, (*WEIGHT_ONLY, *EXPERTS))
 
 __all__ = ["LIFT", "MERGE", "RULES", "Found", "Lifted", "Survey"]
 
@@ -56,6 +57,8 @@ class Lifted:
         """Put back what no rule claimed."""
         for _, rewriter in self.graphs:
             rewriter.unlift()
+        for _, rewriter in reversed(self.graphs):  # inner ones first: they read what outer ones make
+            rewriter.edit.sweep()
 
 
 def _rewriters(model: Model, graph: Any, prefix: str, outcome: Outcome, pool: Pool) -> Iterator[tuple[str, Rewriter]]:

@@ -1,17 +1,18 @@
-"""Norms and Linears in the bodies of model-local functions: named in the ledger, not rewritten.
+"""Norms and Linears in the bodies of model-local functions whose calls were not expanded: named in the ledger.
 
-A function's body is shared by all of its calls, each with weights of its own, so a call would have to be inlined before
-a rule could rewrite it.
+These are functions of another opset, whose operators mean something else there, and functions that call themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from onnx import FunctionProto, ModelProto, NodeProto
+from onnx import FunctionProto, ModelProto
 
 from qpass.graph import Node
+from qpass.graph.functions import labels
+from qpass.ops import DOMAIN
 from qpass.rewriter.view import View, domain_of
 from qpass.rules.unlifted import NORMS, WEIGHTED
 
@@ -34,7 +35,7 @@ class Functions:
     """The local functions of a model, as it came."""
 
     def __init__(self, model: ModelProto) -> None:
-        self._functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+        self._functions = {(f.domain, f.name, f.overload): f for f in model.functions if f.domain != DOMAIN}
 
     def inside(self, call: Node, label: str, view: View) -> Iterator[Inside]:
         """What is inside a node of the graph, if that calls a function; of MatMuls those with a constant operand."""
@@ -47,9 +48,9 @@ class Functions:
         self, f: FunctionProto, constant: Sequence[bool], path: str, above: tuple[FunctionProto, ...]
     ) -> Iterator[Inside]:
         known = {name for name, is_constant in zip(f.input, constant, strict=False) if is_constant}
-        labels = _labels(f.node)
+        labelled = labels(f.node)
         for i, n in enumerate(f.node):
-            here = f"{path}/{labels[i]}"
+            here = f"{path}/{labelled[i]}"
             if n.op_type == "Constant" or (n.op_type in _SEES_THROUGH and all(x in known for x in n.input if x)):
                 known.update(n.output)
             inner = self._functions.get((n.domain, n.op_type, n.overload))
@@ -61,12 +62,3 @@ class Functions:
             if kind == "norm" or (kind == "linear" and any(x in known for x in n.input[:2])):
                 name = f"{f.domain}.{f.name}" if f.domain else f.name
                 yield Inside(kind, here, f"it lies in the body of the function {name}; inline it first (onnx.inliner)")
-
-
-def _labels(nodes: Sequence[NodeProto]) -> Mapping[int, str]:
-    """Unique names, made as those of a graph's nodes are."""
-    names = [n.name for n in nodes]
-    return {
-        i: n.name if n.name and names.count(n.name) == 1 else f"{n.op_type}@{next(filter(None, n.output), '')}"
-        for i, n in enumerate(nodes)
-    }

@@ -11,11 +11,13 @@ import numpy as np
 
 from qpass.calibrate import ActivationStats, Stats
 from qpass.errors import QpassError
-from qpass.graph import Blockwise, Const, Given, Kept, Lazy, Node, Value
+from qpass.graph import Blockwise, Const, Given, Joined, Kept, Lazy, Node, Value, rows_of
 from qpass.graph.dtypes import to_onnx
+from qpass.quant_mode import QuantMode
 from qpass.quantize import weight as numbers
 from qpass.quantize.activation import scale_of
 from qpass.rewriter import Pattern, derived, exclude, keep, need
+from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rules.linears import Linear
 from qpass.rules.quantized_linears import Static, static
 from qpass.rules.sites import Found, Survey
@@ -56,30 +58,43 @@ class Activation:
 
 
 class Quantizer:
-    """Resolves the spec for every Linear of a model and promises quantized weights.
+    """Resolves the spec for every Linear and every stack of experts of a model and promises quantized weights.
+
+    Args:
+        rewritten_before: some sites are plugin nodes already, so a filter that matches nothing is no mistake.
 
     Raises:
         QpassError: a filter of the spec that matches nothing, or static scales asked for without statistics.
     """
 
-    def __init__(self, spec: QuantSpec, survey: Survey, stats: Stats | None) -> None:
+    def __init__(
+        self, spec: QuantSpec, survey: Survey, stats: Stats | None, *, rewritten_before: bool = False
+    ) -> None:
         self._survey = survey
         self._stats = stats
+        self._remarks: Counter[str] = Counter()
         resolver = spec.resolver()
         self._specs: dict[Found, LinearSpec | str] = {}
+        self._notes: dict[Found, str] = {}
         self._place = {f: i for i, f in enumerate(survey.found)}
         for f in survey.found:
-            if f.site.kind == "linear":
+            if f.site.kind in WEIGHTED_KINDS:
                 resolved = resolver.linear(f.names)
                 if f.lifted is not None:
                     self._specs[f] = resolved
-        resolver.check()
+                    if f.site.kind == "experts":
+                        self._specs[f], self._notes[f] = _weights_alone(resolved)
+        try:
+            resolver.check()
+        except QpassError as error:
+            if not rewritten_before:
+                raise
+            self._remarks[f"{error} (what a filter is for may be rewritten already)"] += 1
         self._weights: dict[Any, QuantizedWeight] = {}
         self._stored: dict[Any, StoredWeight | str | None] = {}
         self._activations: dict[Any, Activation] = {}
-        self._remarks: Counter[str] = Counter()
-        lifted = ((f.lifted, f.weight) for f in self._specs if f.lifted is not None and f.weight is not None)
-        wanted = (self._activation_quantization(linear, w) for linear, w in lifted)
+        linears = (f for f in self._specs if f.site.kind == "linear")
+        wanted = (self._activation_quantization(f.lifted, f.weight) for f in linears if f.lifted and f.weight)
         if stats is None and any(isinstance(s, LinearSpec) and s.needs_calibration for s in wanted):
             raise QpassError(
                 f"{spec.name} needs activation statistics for its static scales; make them with "
@@ -89,10 +104,10 @@ class Quantizer:
     # -- the spec
 
     def spec(self, m: Linear | Pattern) -> LinearSpec:
-        """What the spec wants of a lifted Linear.
+        """What the spec wants of a lifted Linear, or of lifted experts.
 
         Raises:
-            Exclude, Keep: it excludes the Linear, or asks nothing of it.
+            Exclude, Keep: it excludes the site, or asks nothing of it.
         """
         resolved = self.spec_of(m)
         if isinstance(resolved, str):
@@ -102,7 +117,7 @@ class Quantizer:
         return resolved
 
     def spec_of(self, m: Linear | Pattern) -> LinearSpec | str:
-        """What the spec says of a lifted Linear: the settings, or why it is excluded."""
+        """What the spec says of a lifted Linear or of lifted experts: the settings, or why it is excluded."""
         return self._specs[self._survey.by_lifted[m.root][0]]
 
     def in_order(self, heads: Sequence[Linear]) -> list[Linear]:
@@ -113,6 +128,15 @@ class Quantizer:
     def merges_siblings(self) -> bool:
         """Whether any Linear is to be merged with those on the same input."""
         return any(s.merge_siblings for s in self._specs.values() if not isinstance(s, str))
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the spec quantizes the activations of any Linear."""
+        return any(isinstance(s, LinearSpec) and s.mode.has_act_and_weight_quant() for s in self._specs.values())
+
+    def note(self, m: Pattern) -> str:
+        """What the ledger should say of how the spec was applied to a site."""
+        return self._notes.get(self._survey.by_lifted[m.root][0], "")
 
     def quantized_alike(self, heads: Sequence[Linear]) -> list[Linear]:
         """Of Linears on one activation, those that quantize it as the first does that quantizes it at all."""
@@ -257,6 +281,24 @@ class Quantizer:
 
         return self._cached((_view_of(w), "groups", group, spec.rounding, spec.zero_point), make)
 
+    def experts(self, w: Const, spec: LinearSpec) -> QuantizedWeight:
+        """A stack w [E, N, K], quantized like E Linears: weight [E, N, K] (or K/2), scale [E, N] or [E, N, groups]."""
+        e, n, k = w.shape
+        matrices = Joined([w.array.cut(i, i + 1).reshape(n, k) for i in range(e)])  # each is streamed by itself
+        rows = Const(w.name, matrices.T, root=w.root, via=(*w.via, Node("Reshape", attrs={"stack": e})))
+        if spec.mode.is_int8_weight_only():
+            q = self.int8(rows)
+        else:
+            q = self.int4_groups(rows, spec) if spec.mode.has_per_group_scaling() else self.int4(rows, spec)
+
+        def stacked(a: Lazy) -> Lazy:
+            return a.reshape(e, n, *a.shape[1:])
+
+        def make() -> QuantizedWeight:
+            return QuantizedWeight(stacked(q.weight), stacked(q.scale), None if q.zero is None else stacked(q.zero))
+
+        return self._cached(("stacked", id(q.weight)), make)
+
     def _cached(self, key: Any, make: Callable[[], QuantizedWeight]) -> QuantizedWeight:
         """Linears that share a weight share its quantized form too."""
         if key not in self._weights:
@@ -325,8 +367,23 @@ class Quantizer:
     def _shared_outside(self, heads: Sequence[Linear]) -> str | None:
         """A Linear outside `heads` that uses one of their weights; both could not have their own smoother."""
         mine = [f for h in heads for f in self._survey.by_lifted[h.root]]
-        shared = (g for f in mine if f.weight is not None for g in self._survey.sharers[id(f.weight.root)])
-        return next((g.site.name for g in shared if g not in mine), None)
+        for f in mine:
+            if f.weight is None:
+                continue
+            start, stop = rows_of(f.weight)
+            for other in self._survey.sharers[id(f.weight.root)]:
+                first, last = rows_of(other.weight or f.weight)
+                if other not in mine and start < last and first < stop:
+                    return other.site.name
+        return None
+
+
+def _weights_alone(spec: LinearSpec | str) -> tuple[LinearSpec | str, str]:
+    """What experts get of a spec, and a remark where that is not all of it."""
+    if isinstance(spec, str) or not spec.mode.has_act_and_weight_quant():
+        return spec, ""
+    note = "weights alone, int8 per output channel: each token has experts of its own, so activations stay as they are"
+    return LinearSpec(mode=QuantMode.use_weight_only()), note
 
 
 def _view_of(w: Const) -> Any:

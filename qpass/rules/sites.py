@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qpass.filters import SiteNames
-from qpass.graph import Const, Lazy, Node
+from qpass.graph import Const, Lazy, Node, rows_of
+from qpass.graph.constants import ROWS
+from qpass.graph.dtypes import file_bytes
 from qpass.ops import DOMAIN
 from qpass.rewriter import LIFTED, Kind, Outcome, Rewriter, Site, Weight
+from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rewriter.view import producer
 from qpass.rules.functions import Functions
 from qpass.rules.parts import ACTIVATIONS, Mlp
 from qpass.rules.stored import find
 from qpass.rules.tied import Embeddings
-from qpass.rules.unlifted import Reasons, kind_of, nearly_norms, weights
+from qpass.rules.unlifted import Reasons, gathered_stack, kind_of, nearly_norms, weights
 
 _TELLS_MORE = ("rewritten", "excluded", "declined", "kept", "near_miss")
 
@@ -87,8 +90,8 @@ class Survey:
         mlp = Mlp.around(node, r.view) if node.op in ACTIVATIONS else None
         if mlp is not None and not (mlp.rows and originals):
             return None
-        linear = node.op == "Linear"
-        weight = r.view.constant(node.inputs[1]) if linear else None
+        weighted = node.op.lower() in WEIGHTED_KINDS
+        weight = r.view.constant(node.inputs[1]) if weighted else None
         names = SiteNames(
             nodes=tuple(prefix + r.labels[n] for n in originals) or (prefix + r.edit.label(node),),
             weight=weight.origin if weight is not None else None,
@@ -96,7 +99,7 @@ class Survey:
             tied=weight is not None and self._embeddings.tied(weight),
         )
         site = Site(node.op.lower() if mlp is None else mlp.kind, list(names.nodes), weight=_weight(weight))
-        tensor = node.inputs[0] if linear else node.outputs[0]
+        tensor = node.inputs[0] if weighted else node.outputs[0]
         return Found(site, names, tuple(originals), node, weight, tensor=prefix + tensor.name, mlp=mlp)
 
     def _originals(self, r: Rewriter, node: Node) -> Iterator[Node]:
@@ -121,7 +124,9 @@ class Survey:
         label = prefix + r.labels[node]
         for inside in self._functions.inside(node, label, r.view):
             yield _unlifted(Site(inside.kind, [inside.path], "declined", reason=inside.reason), node)
-        if (kind := kind_of(node)) is None:
+        stack = gathered_stack(node, r.view)
+        kind = "experts" if stack is not None else kind_of(node)
+        if kind is None:
             return
         if (event := self._claimed.get(node)) is not None:
             mine = [n for n in event.claimed if n in r.before and (n is node or kind_of(n) is None)]
@@ -133,8 +138,8 @@ class Survey:
         elif (found := self._reasons.of(node, r.view)) is not None:
             status, reason = found
             constants = weights(node, r.view) if kind == "linear" else []
-            weight = _weight(constants[0]) if constants else None
-            yield _unlifted(Site(kind, [label], status, reason=reason, weight=weight), node)
+            weight = stack if stack is not None else next(iter(constants), None)
+            yield _unlifted(Site(kind, [label], status, reason=reason, weight=_weight(weight)), node)
 
     def _spelt_norms(self, prefix: str, r: Rewriter, outcome: Outcome, held: set[Node]) -> Iterator[Found]:
         """Norms written out in a form that nearly is one that qpass knows: the nearest miss of each."""
@@ -193,7 +198,10 @@ def _unlifted(site: Site, node: Node, made: Sequence[Node] = ()) -> Found:
 
 
 def _weight(c: Const | None) -> Weight | None:
-    """The tensor behind a weight as the original has it; the bytes are those of its scales and zero points too."""
+    """The tensor behind a weight as the original has it, or those of its rows that are the weight.
+
+    The bytes are those of its scales and zero points too.
+    """
     if c is None:
         return None
     root = c.root.array if isinstance(c.root, Const) else c.array
@@ -201,8 +209,13 @@ def _weight(c: Const | None) -> Weight | None:
     if (quantized := find(c.array)) is not None:
         scales = quantized.sources
         root = root if isinstance(c.root, Const) else quantized.base
-    size = root.nbytes + sum(s.nbytes for s in scales)
-    return Weight(c.origin, list(root.shape), str(root.dtype), size, size)
+    name, shape, size = c.origin, list(root.shape), root.nbytes
+    if any(n.op == ROWS for n in c.via):
+        start, stop = rows_of(c)
+        name += f"[{start}]" if stop - start == 1 else f"[{start}:{stop}]"
+        shape, size = list(c.shape), file_bytes(root.dtype, c.shape)
+    size += sum(s.nbytes for s in scales)
+    return Weight(name, shape, str(root.dtype), size, size)
 
 
 def _heirs(graphs: Iterable[Rewriter], outcome: Outcome) -> dict[Node, list[Node]]:
@@ -249,6 +262,5 @@ def _last_op(made: Sequence[Node]) -> str | None:
 
 def _new_bytes(nodes: Sequence[Node]) -> int:
     """Bytes of the constants that were made for a site: packed weight, scales, zero points."""
-    plugins = [n for n in nodes if n.domain == DOMAIN]
-    new = {id(v): v for n in plugins for v in n.inputs if isinstance(v, Const) and v.proto is None}
-    return sum(c.array.nbytes for c in new.values())
+    new = {id(v): v for n in nodes for v in n.inputs if isinstance(v, Const) and v.proto is None}
+    return sum(c.array.nbytes for c in new.values() if c.dtype != np.int64)  # those are shapes

@@ -28,14 +28,16 @@ class Embeddings:
     """The tables of a model that rows are looked up in."""
 
     def __init__(self, graphs: Iterable[Rewriter]) -> None:
-        tables = [c for r in graphs for c in _tables(r)]
+        tables = [c for r in graphs for c in _tables(r) if len(c.shape) == 2]  # of three dims they are experts
         self._roots = {id(c.root) for c in tables}
-        self._matrices = list({id(c.root): c for c in tables if len(c.shape) == 2}.values())
+        self._matrices = list({id(c.root): c for c in tables}.values())
 
     def tied(self, w: Const) -> bool:
         """Whether the weight [K, N] of a Linear is an embedding [N, K]."""
         if id(w.root) in self._roots:
             return True
+        if len(w.shape) != 2:
+            return False
         forms = [w.array.T]
         if isinstance(w.root, Const) and len(w.root.shape) == 2 and w.root.array is not w.array:
             forms += [w.root.array, w.root.array.T]  # before a factor was folded into it
@@ -44,6 +46,8 @@ class Embeddings:
 
 def _tables(r: Rewriter) -> Iterator[Const]:
     for n in r.position:
+        if all(r.view.constant(v) is not None for v in n.inputs if v.name):
+            continue  # no lookup: a part of a constant
         for i in _TABLES.get((domain_of(n), n.op), ()):
             if i < len(n.inputs) and (c := r.view.constant(n.inputs[i])) is not None and _may_be_table(c):
                 yield c

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpass.graph import Const, Node, Value
+from qpass.ops import DOMAIN
+from qpass.ops.body import FLOATS
 from qpass.rewriter import Kind, Miss, Outcome, Rewriter
 from qpass.rewriter.contrib import MICROSOFT
-from qpass.rewriter.view import View, domain_of, named, producer
+from qpass.rewriter.view import KEEPS_LAST, View, domain_of, named, producer
 from qpass.rules.norms import SPELT_NORMS
 
 WEIGHTED = frozenset({"MatMul", "Gemm"})
@@ -87,6 +89,39 @@ def weights(node: Node, view: View) -> list[Const]:
     return [c for v in values if (c := view.constant(v)) is not None]
 
 
+_GATHERS = frozenset({"Gather", "GatherND"})
+_MOVES_ALL = KEEPS_LAST | {"Cast", "Identity", "Transpose"}
+
+
+def gather_behind(v: Value) -> Node | None:
+    """The Gather that a value comes from, by nodes that move or cast."""
+    node = producer(v)
+    while node is not None and node.op in _MOVES_ALL and not domain_of(node):
+        node = producer(node.inputs[0])
+    return node if node is not None and node.op in _GATHERS and not domain_of(node) else None
+
+
+def gathered_stack(node: Node, view: View) -> Const | None:
+    """The stack of matrices that a Gather chooses an operand of a product from: the product is a site of experts."""
+    if node.op not in ("MatMul", "Einsum") or domain_of(node) or len(node.inputs) != 2:
+        return None
+    for gather in (gather_behind(v) for v in node.inputs if view.constant(v) is None):
+        w = view.constant(gather.inputs[0]) if gather is not None else None
+        if w is not None and len(w.shape) == 3 and w.dtype in FLOATS:
+            return w
+    return None
+
+
+def _odd_way(product: Node, stack: Const) -> str:
+    """What of the way from the Gather to a product no pattern has."""
+    way: list[str] = []
+    node = next(producer(v) for v in product.inputs if gather_behind(v) is not None)
+    while node is not None and node.op not in _GATHERS:
+        way.append(named(node))
+        node = producer(node.inputs[0])
+    return f"no pattern takes experts {list(stack.shape)} by way of {', '.join(way[::-1]) or product.op}"
+
+
 _MEANS, _ROOTS = {"ReduceMean", "ReduceSum", "ReduceSumSquare"}, {"Sqrt", "Pow", "Reciprocal"}
 
 
@@ -114,6 +149,7 @@ class Reasons:
     def __init__(self, graphs: Sequence[Rewriter], outcome: Outcome) -> None:
         self._declined = {n: e.why for e in outcome.events if e.status == "declined" for n in e.match.nodes}
         self._nearest: dict[Node, Miss] = {}
+        self._experts = {m.root: m for m in outcome.misses if m.rule == "lift_experts"}
         for miss in outcome.misses:
             for n in {miss.root, *miss.nodes}:
                 if kind_of(n) is None:
@@ -130,6 +166,9 @@ class Reasons:
         if node in self._spelt:  # what became of the nodes that say the same
             alike = [n for n in self._spelt[node] if kind_of(n) == kind_of(node)]
             return next((found for n in alike if (found := self.of(n, view)) is not None), None)
+        if (stack := gathered_stack(node, view)) is not None:
+            near = self._experts.get(node)
+            return "declined", near.why if near is not None else _odd_way(node, stack)
         known = _fused(node)
         if known is not None and known.kind == "linear" and not weights(node, view):
             return None
@@ -147,6 +186,9 @@ class Reasons:
         if b is not None:
             if len(b.shape) < 2 or b.array.size != b.shape[-2] * b.shape[-1]:
                 dims = "1 dim" if len(b.shape) == 1 else f"{len(b.shape)} dims"
+                if len(b.shape) == 3:
+                    what = f"a batch of {b.shape[0]} weights, each for one entry of the input's batch"
+                    return f"the constant '{b.origin}' has 3 dims, {list(b.shape)}: {what}; a Linear's weight has two"
                 return f"the constant '{b.origin}' has {dims}, {list(b.shape)}; a Linear's weight has two"
             miss = self._nearest.get(node)
             if node.attrs.get("transA"):
@@ -160,7 +202,7 @@ class Reasons:
         maker = producer(right)
         if maker is None:
             return f"the weight '{right.name}' is a graph input that callers may change"
-        if right in self._activations:
+        if right in self._activations or maker.domain == DOMAIN:
             return None
         return f"the weight is computed by {named(maker)} while the model runs"
 

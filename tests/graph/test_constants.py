@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from qpass.graph import Const, Model, Value
+from qpass.graph import Const, Model, Value, rows_of
 from tests.graph.models import exotic_model, floats, linear_model, save, values
 
 F16, F32 = TensorProto.FLOAT16, TensorProto.FLOAT
 
 
-def chain_model(folder: Path, weight: Any, nodes: list[NodeProto], **integers: list[int]) -> Path:
+def chain_model(folder: Path, weight: Any, nodes: list[NodeProto], **integers: Any) -> Path:
     """w → nodes (w → t0 → t1 → …), the last one an output; `integers` are more initializers."""
     tensors = [numpy_helper.from_array(weight, "w")]
     tensors += [numpy_helper.from_array(np.array(v, np.int64), k) for k, v in integers.items()]
@@ -185,3 +185,55 @@ def test_the_answer_is_remembered_and_follows_the_graph(tmp_path: Path) -> None:
     assert model.constant(output) is const
     model.graph.nodes[0].detach()
     assert model.constant(output) is None
+
+
+class TestRows:
+    """What takes rows of axis 0: constant too, and reads no others."""
+
+    @pytest.mark.parametrize(
+        ("node", "integers", "rows"),
+        [
+            (step("Gather", 0, "i"), {"i": 2}, (2, 3)),
+            (step("Gather", 0, "i", axis=0), {"i": -1}, (3, 4)),
+            (step("Gather", 0, "i", axis=-3), {"i": [1]}, (1, 2)),
+            (step("Slice", 0, "a", "b"), {"a": [1], "b": [3]}, (1, 3)),
+            (step("Slice", 0, "a", "b", "c", "d"), {"a": [-3], "b": [1000], "c": [-3], "d": [1]}, (1, 4)),
+            (step("Slice", 0, "a", "b", "", "d"), {"a": [3], "b": [1], "d": [1]}, (3, 3)),
+        ],
+        ids=str,
+    )
+    def test_taken(self, node: NodeProto, integers: dict[str, Any], rows: tuple[int, int], tmp_path: Path) -> None:
+        const = agrees_with_onnxruntime(chain_model(tmp_path, floats(4, 3, 5), [node], **integers))
+        assert rows_of(const) == rows
+        assert const.origin == "w"
+
+    @pytest.mark.parametrize(
+        ("node", "integers"),
+        [
+            (step("Gather", 0, "i"), {"i": [0, 2]}),
+            (step("Gather", 0, "i", axis=1), {"i": 1}),
+            (step("Slice", 0, "a", "b", "c"), {"a": [1], "b": [3], "c": [1]}),
+            (step("Slice", 0, "a", "b", "c", "d"), {"a": [0], "b": [3], "c": [0], "d": [2]}),
+            (step("Slice", 0, "a", "b"), {"a": [1, 0], "b": [3, 2]}),
+        ],
+        ids=str,
+    )
+    def test_not_taken(self, node: NodeProto, integers: dict[str, Any], tmp_path: Path) -> None:
+        assert seen(chain_model(tmp_path, floats(4, 3, 5), [node], **integers)) is None
+
+    @pytest.mark.parametrize("part", [0, 1, 2])
+    @pytest.mark.parametrize("sizes", [None, [1, 4, 2]])
+    def test_split(self, part: int, sizes: list[int] | None, tmp_path: Path) -> None:
+        names = ["a", "b", "c"]
+        more: dict[str, Any] = {"num_outputs": 3} if sizes is None else {}
+        split = helper.make_node("Split", ["w"] if sizes is None else ["w", "sizes"], names, "s", axis=0, **more)
+        last = helper.make_node("Identity", [names[part]], ["y"], "y")
+        path = chain_model(tmp_path, floats(7, 3), [split, last], **({} if sizes is None else {"sizes": sizes}))
+        const = agrees_with_onnxruntime(path)
+        assert rows_of(const) == ([(0, 3), (3, 6), (6, 7)] if sizes is None else [(0, 1), (1, 5), (5, 7)])[part]
+
+    def test_rows_of_rows(self, tmp_path: Path) -> None:
+        nodes = [step("Slice", 0, "a", "b"), step("Cast", 1, to=F16), step("Gather", 2, "i"), step("Gather", 3, "i")]
+        const = agrees_with_onnxruntime(chain_model(tmp_path, floats(4, 3, 5), nodes, a=[1], b=[4], i=1))
+        assert rows_of(const) == (2, 3)  # of the stack; the last one takes a row of the matrix
+        assert const.shape == (5,)

@@ -78,6 +78,20 @@ def test_views_and_arithmetic(dtype: type, tmp_path: Path) -> None:
     check(lazy.astype(np.float64).reshape(4, -1), array.astype(np.float64).reshape(4, -1))
     check(lazy.reshape(3, 4, 10).transpose(0, 2, 1), array.reshape(3, 4, 10).transpose(0, 2, 1))
     check(lazy.reshape(3, 4, 10).transpose(2, 0, 1), array.reshape(3, 4, 10).transpose(2, 0, 1))
+    check(lazy.cut(3, 9), array[3:9])
+    check(lazy.cut(3, 9).cut(1, 4).T, array[4:7].T)
+    check(lazy.T.cut(2, 7), array.T[2:7])
+    check(lazy.T.cut(2, 7).cut(1, 3), array.T[3:5])
+    check(lazy.astype(np.float32).cut(0, 5), array[:5].astype(np.float32))
+    check((lazy * 2.0).cut(1, 2), (array * 2.0)[1:2])
+    check((lazy + lazy).cut(1, 4), (array + array)[1:4])
+    check(Given(array).cut(4, 6), array[4:6])
+    stack, turned = lazy.reshape(3, 4, 10), array.reshape(3, 4, 10).transpose(0, 2, 1)
+    check(stack.transpose(0, 2, 1).cut(1, 3), turned[1:3])
+    check(stack.transpose(0, 2, 1).cut(1, 2).reshape(10, 4), turned[1])
+    check(stack.transpose(2, 0, 1).cut(1, 2), array.reshape(3, 4, 10).transpose(2, 0, 1)[1:2])
+    check(Joined([stack.transpose(0, 2, 1).cut(i, i + 1).reshape(10, 4) for i in range(3)]), turned.reshape(30, 4))
+    check(Joined([lazy.cut(0, 0), lazy, lazy.cut(2, 3)]), np.concatenate([array, array[2:3]]))
     check(lazy * row, array * row)
     check(row * lazy, row * array)
     check(lazy / Given(column)[:, None], array / column[:, None])
@@ -220,3 +234,37 @@ def test_a_file_for_every_tensor(tmp_path: Path) -> None:
             same(lazy.columns(1, 3), array[:, 1:3])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def test_a_cut_of_sub_byte_rows(tmp_path: Path) -> None:
+    """Odd rows of int4 begin inside a byte."""
+    array: Array = values(ml_dtypes.int4, (7, 5))
+    lazy = stored(array, tmp_path)
+    check(lazy.cut(3, 6), array[3:6])
+    check(lazy.cut(2, 6), array[2:6])
+    assert isinstance(lazy.cut(2, 6), Stored)
+
+
+def test_what_cannot_be_cut_or_joined() -> None:
+    with pytest.raises(ValueError, match="rows 1 to 9 of 4"):
+        Given(floats(4, 3)).cut(1, 9)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        Joined([Given(floats(4, 3)), Given(floats(4, 2))])
+
+
+def test_an_expert_of_a_stack_reads_nothing_of_the_others(tmp_path: Path) -> None:
+    array: Array = floats(4, 6, 5)
+    stack = stored(array, tmp_path)
+    expert = stack.transpose(0, 2, 1).cut(2, 3).reshape(5, 6)
+    (leaf,) = expert.leaves()
+    assert isinstance(leaf, Stored)
+    assert (leaf.shape, leaf.offset) == ((6, 5), 3 + 2 * 30 * array.itemsize)
+
+
+def test_a_result_under_another_shape_is_the_same_result() -> None:
+    source: Array = floats(12, 5)
+    group = Blockwise(Given(source), lambda b: (b * 2,), [((12, 5), source.dtype)], "twice")
+    (twice,) = group.results
+    check(twice.reshape(3, 4, 5), (source * 2).reshape(3, 4, 5))
+    check(twice.reshape(3, 4, 5).reshape(12, 5), source * 2)
+    assert twice.reshape(3, 4, 5).reshape(12, 5) is twice

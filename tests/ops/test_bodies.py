@@ -68,7 +68,7 @@ def test_one_output_channel_and_the_smallest_k() -> None:
     for op in REGISTRY.values():
         for attrs in signatures(op):
             int4 = attrs.get("weight_type_id") == 2
-            k = int(attrs.get("group_size", 2 if int4 else 1))
+            k = int(attrs.get("group_size") or (2 if int4 else 1))
             cases.append(example(op, attrs, F32, n=1, k=k))
     for optimised in (False, True):
         for case, actual in zip(cases, run(cases, 17, optimised), strict=True):

@@ -21,6 +21,7 @@ TABLE = {
     "QuantizeTensor": ("x smoother? scale zero?", "q", "has_smoother has_zero"),
     "QuantizePerToken": ("x smoother?", "q scale", "has_smoother"),
     "Dequantize": ("q scale", "x", "output_type"),
+    "DequantizeWeight": ("weight scale zero?", "w", "output_type weight_type_id group_size has_zero"),
     "LayernormQuantization": NORM,
     "RmsnormQuantization": NORM,
     "ActivationQuantization": (
@@ -232,6 +233,9 @@ def test_overloads() -> None:
     op = REGISTRY["Dequantize"]
     attrs = op.attributes_for({"q", "scale"}, {"x"}, {"output_type": 1})
     assert op.body(attrs, [INT8, F32], 13).overload == "f32.o13"
+    op = REGISTRY["DequantizeWeight"]
+    attrs = op.attributes_for({"weight", "scale"}, {"w"}, {"output_type": 10, "weight_type_id": 1})
+    assert op.body(attrs, [INT8, F32, None], 17).overload == "f16.int8.channel.o17"
 
 
 @pytest.mark.parametrize("opset", [12, 999])
@@ -247,6 +251,7 @@ def test_signatures_are_all_there_are() -> None:
         "QuantizeTensor": 4,
         "QuantizePerToken": 2,
         "Dequantize": 3,
+        "DequantizeWeight": 48,
         "LayernormQuantization": 72,
         "RmsnormQuantization": 72,
         "ActivationQuantization": 7 * 24,

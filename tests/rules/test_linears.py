@@ -132,7 +132,8 @@ class TestNoMatMul:
                 "float[2, 3, 4] y",
                 "y = MatMul(x, e)",
                 "<float[2, 8, 4] e>",
-                "the constant 'e' has 3 dims, [2, 8, 4]; a Linear's weight has two",
+                "the constant 'e' has 3 dims, [2, 8, 4]: a batch of 2 weights, each for one entry of the input's "
+                "batch; a Linear's weight has two",
             ),
             (
                 "float[2, 3, 8] x",
