@@ -25,11 +25,12 @@ class NormFanout(Pattern):
     beta: Const | None = const("K")
     kind: str = attr()
     epsilon: float = attr()
-    total = x + residual | x
+    added: Value | None = x + residual
+    total = added | x
     y = ir.Norm(total, gamma, beta, kind=kind, epsilon=epsilon) | ir.Norm(total, gamma, kind=kind, epsilon=epsilon)
     heads: list[Linear] = uses(y)
     rest: bool = others(y)
-    total_needed: bool = others(total)
+    added_needed: bool = others(added)
 
 
 class InputFanout(Linear):
@@ -48,7 +49,7 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     needed = m.rest or len(heads) < len(m.heads)
     x, residual = (m.x, m.residual) if _adds_rows(m) else (m.total, None)
     like = next((v for v in (x, residual) if v is not None and same_rows(m.total, v)), None)
-    total_needed = residual is not None and (m.total_needed or like is None)
+    total_needed = residual is not None and (m.added_needed or like is None)
     act = cfg.activation(m.y, heads)
     wide = act.smoother is not None and needed
     gamma, beta = (m.gamma, m.beta) if wide else (act.folded(m.gamma), act.folded(m.beta))
@@ -72,12 +73,12 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     got = dict(zip(outputs, made if len(outputs) > 1 else (made,), strict=True))
     new.note(act.note)
     replaced = {h.y: gemm(h, m.y, new, cfg, act, got["q"], got.get("scale", act.scale)) for h in heads}
-    if total_needed:
-        replaced[m.total] = got["sum"]
+    if total_needed and m.added is not None:
+        replaced[m.added] = got["sum"]
     if needed:
         replaced[m.y] = in_dtype_of(m.y, got["y"], new)
     else:
-        new.same_shape(m.y, m.total if total_needed else like or x)
+        new.same_shape(m.y, m.added if total_needed and m.added else like or x)
     return replaced
 
 
