@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +19,7 @@ from qpass.rewriter import (
     attr,
     cast,
     const,
+    emitting,
     ir,
     keep,
     need,
@@ -147,6 +148,7 @@ def _zero_points(zero: Const | None, bits: int, n: int, blocks: int) -> Lazy:
     return Given(values)
 
 
+@emitting("Linear")
 @rule
 def lift_static(m: StaticLinear, new: Emit, cfg: object) -> Replacement:
     """QuantizeLinear and DequantizeLinear before a Linear with int8 weights: the Linear reads what comes before them,
@@ -163,4 +165,4 @@ def lift_static(m: StaticLinear, new: Emit, cfg: object) -> Replacement:
 
 
 LIFT_QUANTIZED = (lift_nbits,)
-LIFT_STATIC = (replace(lift_static, emits=frozenset({"Linear"})),)
+LIFT_STATIC = (lift_static,)

@@ -6,12 +6,10 @@ the results are those of the Linears apart. Weights that came quantized stay apa
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from qpass.graph import Const, Given, Joined, Lazy, Value
-from qpass.rewriter import Emit, Replacement, keep, respelling, rule, uses
+from qpass.rewriter import Emit, Replacement, emitting, keep, respelling, rule, uses
 from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Quantizer
 
@@ -22,6 +20,7 @@ class Siblings(Linear):
     heads: list[Linear] = uses(Linear.x)
 
 
+@emitting("Linear")
 @respelling
 @rule
 def merge_siblings(m: Siblings, new: Emit, cfg: Quantizer) -> Replacement:
@@ -64,4 +63,4 @@ def _bias(heads: list[Linear]) -> Const | None:
     return Const(name, Joined(biases))
 
 
-MERGE = (replace(merge_siblings, emits=frozenset({"Linear"})),)
+MERGE = (merge_siblings,)
