@@ -38,6 +38,9 @@ RANDOM = frozenset({"Bernoulli", "Dropout", "Multinomial"}) | {
 }
 """Ops of which two with equal inputs do not give equal values."""
 
+PRODUCTS = frozenset({"MatMul", "Gemm"})
+"""Ops that count: two with equal inputs are two sites, though their values are equal."""
+
 EVERYTHING = 2**31 - 1
 """What exporters write as the end of a Slice that has none, or more."""
 
@@ -155,7 +158,9 @@ class View:
         na, nb = producer(a), producer(b)
         if depth == 0 or na is None or nb is None or na.op != nb.op or domain_of(na) != domain_of(nb):
             return None
-        if na.op in RANDOM or na.attrs != nb.attrs or na.outputs.index(a) != nb.outputs.index(b):
+        if domain_of(na) or na.op in RANDOM or na.op in PRODUCTS:
+            return None
+        if na.attrs != nb.attrs or na.outputs.index(a) != nb.outputs.index(b):
             return None
         if len(na.inputs) != len(nb.inputs) or any(type(g) is type(self.graph) for g in na.attrs.values()):
             return None

@@ -133,6 +133,27 @@ class TestStatuses:
         assert ops(result) == [op]
 
 
+    @pytest.mark.parametrize("reader", ["silu", "norm"])
+    def test_two_products_with_equal_inputs_are_two_sites(self, reader: str) -> None:
+        """Their values are equal, as those of a mean that is computed twice; still neither is the other's twin."""
+        g = Graph()
+        x, w = g.input("x", ["B", 3, D]), g.weight(D, D)
+        a, b = (g.op("MatMul", x, v, out=out) for v, out in ((w, "a"), (g.op("Identity", w), "b")))
+        if reader == "silu":
+            h = g.op("Mul", a, g.op("Sigmoid", b))
+        else:
+            d = g.op("Sub", a, g.reduce("ReduceMean", b, -1))
+            spread = g.op("Sqrt", g.op("Add", g.reduce("ReduceMean", g.op("Mul", d, d), -1), g.const(1e-3)))
+            h = g.op("Mul", g.op("Div", d, spread), g.gain(D))
+        g.op("MatMul", h, g.weight(D, 4), out="y")
+        proto = g.model("y")
+        for spec in ("w8a16", "w8a8"):
+            done, result = run(proto, spec)
+            assert [s.nodes[-1] for s in done.ledger.of("linear")] == ["n_a", "n_b", "n_y"]
+            assert {s.status for s in done.ledger.of("linear")} == {"rewritten"}
+            assert error(proto, result) < 0.05
+
+
 class TestWeights:
     def test_bytes(self) -> None:
         g = Graph()
