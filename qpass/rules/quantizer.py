@@ -350,7 +350,9 @@ class Quantizer:
         foreign = self._shared_outside(heads)
         if foreign is not None:
             spec = spec.model_copy(update={"smoothing": None})
-        choice: Choice = choose(stats, [h.w for h in heads], spec)
+        # merged or not, the same weights decide
+        weights = [f.weight for h in heads for f in self._survey.by_lifted[h.root] if f.weight is not None]
+        choice: Choice = choose(stats, weights, spec)
         note = f"unsmoothed: its weight is also used by '{foreign}'" if foreign is not None else choice.note
         return Activation(
             None if choice.smoother is None else Given(choice.smoother),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
+import qpass
 from qpass.pipeline import Rewritten
 from qpass.spec import QuantSpec
+from qpass.testing import feeds
 from tests.rules.kit import Graph, error, ops, recipe, run
 from tests.rules.spelling import HALF, Spelling, write
 
@@ -22,13 +25,15 @@ def spec(preset: str, **changes: Any) -> QuantSpec:
     return QuantSpec.preset(preset, 32 if "g128" in preset else None, **changes)
 
 
-def attention(dtype: int = TensorProto.FLOAT, biases: str = "qv", norm: bool = True) -> onnx.ModelProto:
+def attention(
+    dtype: int = TensorProto.FLOAT, biases: str = "qv", norm: bool = True, widths: tuple[int, ...] = (24, 8, 12)
+) -> onnx.ModelProto:
     """q, k, v of different widths behind a norm (or nothing), some with a bias."""
     g = Graph()
     kind: Any = np.float16 if dtype == HALF else np.float32
     x = g.input("x", ["B", "S", K], dtype)
     h = write(g, x, Spelling(casts="around" if dtype == HALF else "none"), k=K) if norm else x
-    for name, n in (("q", 24), ("k", 8), ("v", 12)):
+    for name, n in zip("qkv", widths, strict=True):
         y = g.op("MatMul", h, g.weight(K, n, dtype=kind, name=f"{name}.weight"), name=f"{name}_proj")
         y = g.op("Add", y, g.gain(n, dtype=kind)) if name in biases else y
         g.op("Relu", y, out=name)
@@ -71,6 +76,25 @@ def assert_told(done: Rewritten) -> None:
     assert linears[0].op is not None
     sizes = [s.weight.bytes_after for s in linears if s.weight is not None]
     assert sizes[0] == 3 * sizes[1] == 2 * sizes[2]
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w8a8-static"])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, HALF])
+def test_the_same_smoother_and_range(preset: str, dtype: int, tmp_path: Path) -> None:
+    """What the calibration decides for three wide Linears it decides for the one that they become."""
+    proto = attention(dtype, widths=(600, 40, 300))
+    onnx.save(proto, tmp_path / "m.onnx")
+    x = feeds(proto, B=4, S=6)["x"]
+    x[..., 3] *= 30
+    np.savez(tmp_path / "sample.npz", allow_pickle=False, x=x)
+    stats = qpass.calibrate(tmp_path / "m.onnx", [tmp_path / "sample.npz"], tmp_path / "stats.npz")
+    apart, merged = (
+        run(proto, spec(preset, merge_siblings=merge, smoothing="search"), calibration=stats) for merge in (False, True)
+    )
+    notes = [{s.reason for s in done.ledger.of("linear")} for done, _ in (apart, merged)]
+    assert notes[0] == notes[1]
+    assert "smoothing" in str(notes[0])
+    assert error(apart[1], merged[1], {"x": x}) == 0
 
 
 def test_they_share_the_norm() -> None:
