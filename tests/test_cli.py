@@ -201,6 +201,8 @@ class TestOtherCommands:
         assert "fed by: [0] norm 'LayerNormalization@h'" in r.out
         r = run("explain", tiny, "-p", "w8a8", "--site", "LayerNorm*")
         assert "feeds: [1] 'Add@a1'" in r.out
+        r = run("explain", tiny, "-p", "w8a8", "--site", "Relu@r")
+        assert "its Linears: [1] 'Add@a1', [3] 'MatMul@y'" in r.out
         r = run("explain", tiny, "--site", "nothing")
         assert r.code == 2
         assert "the sites are 'LayerNormalization@h', 'Add@a1', 'Relu@r' …" in r.err

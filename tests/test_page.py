@@ -243,6 +243,13 @@ class TestInTheBrowser:
         click(page, "#rows tr[data-index='1'] td.index")
         assert not page.find_elements(By.ID, "detail-1")
 
+    def test_an_mlp_leads_to_its_linears(self, page: webdriver.Chrome) -> None:
+        click(page, "#rows tr[data-index='6'] td.index")
+        parts = page.find_elements(By.CSS_SELECTOR, "#detail-6 button[data-jump]")
+        assert [p.get_attribute("data-jump") for p in parts] == ["5", "7"]
+        parts[1].click()
+        assert page.find_element(By.CSS_SELECTOR, "tr.found").get_attribute("data-index") == "7"
+
     def test_a_narrow_window_leaves_room_for_names(self, browser: webdriver.Chrome, run: Run, model: Path) -> None:
         frame = model.with_name("frame.html")  # a frame has its width at once, a resized window some time later
         frame.write_text(f'<iframe src="{written(run, model).as_uri()}" width="700" height="900"></iframe>')

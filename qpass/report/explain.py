@@ -109,6 +109,8 @@ def about_site(done: Rewritten, name: str) -> list[str]:
             facts["weight"] = f"{s.weight.name} [{shape}] {s.weight.dtype}, {before} → {after}"
         if s.fed_by is not None:
             facts["fed by"] = f"[{s.fed_by}] norm '{done.ledger.sites[s.fed_by].name}'"
+        if s.parts:
+            facts["its Linears"] = ", ".join(f"[{j}] '{done.ledger.sites[j].name}'" for j in s.parts)
         if s.kind == "norm":
             facts["feeds"] = ", ".join(f"[{j}] '{t.name}'" for j, t in numbered if t.fed_by == i)
         if (miss := nearest(s, near)) is not None and s.status in OPEN:

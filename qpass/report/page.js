@@ -179,6 +179,7 @@ function row(s) {
 
 function detail(s) {
   const w = s.weight;
+  const jumps = (list) => el("ul", {}, ...list.map((x) => el("li", {}, jump(x.index, x.name))));
   const names = (list) => el("ul", {}, ...list.map((n) => el("li", { class: "mono" }, n)));
   const feeds = sites.filter((x) => x.fed === s.index);
   const terms = [
@@ -190,7 +191,8 @@ function detail(s) {
     ["original nodes", names(s.nodes)],
     ["new nodes", s.new.length ? names(s.new) : null],
     ["fed by", s.fed === null ? null : jump(s.fed, sites[s.fed].name)],
-    ["feeds", feeds.length ? el("ul", {}, ...feeds.map((x) => el("li", {}, jump(x.index, x.name)))) : null],
+    ["feeds", feeds.length ? jumps(feeds) : null],
+    ["its Linears", s.parts.length ? jumps(s.parts.map((i) => sites[i])) : null],
     ["module", s.path.join(".")],
   ];
   return el("tr", { class: "detail", id: `detail-${s.index}` }, el("td", { colspan: COLUMNS.filter((c) => !(c.wide && narrow.matches)).length },

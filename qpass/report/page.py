@@ -131,6 +131,7 @@ def _site(f: Found, near: list[Miss]) -> dict[str, Any]:
         "nodes": s.nodes,
         "new": s.new_nodes,
         "fed": s.fed_by,
+        "parts": s.parts,
         "weight": vars(s.weight) if s.weight is not None else None,
         "path": module_path(f),
         "reads": f.tensor if s.kind == "linear" else None,
