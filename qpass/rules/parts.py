@@ -9,6 +9,8 @@ from qpass.rewriter import LIFTED, View
 from qpass.rewriter.view import producer
 from qpass.rules.activations import keeps_leading
 
+_ROUNDS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
 ACTIVATIONS = frozenset({"Activation", "GatedActivation"})
 
 
@@ -46,11 +48,17 @@ def _is_linear(node: Node) -> bool:
 
 
 def _linear_behind(v: Value, view: View) -> Node | None:
-    """The Linear that a value comes from, seen through views of its rows and parts of them."""
+    """The Linear that a value comes from, seen through views of its rows, parts of them, Q/DQ and a bias behind it."""
     while (node := producer(v)) is not None:
         if _is_linear(node):
             return node
-        if node.domain == LIFTED or not (view.keeps_rows(node) or keeps_leading(node)):
+        if node.op == "Add":
+            computed = [i for i in node.inputs if view.constant(i) is None]
+            if len(computed) != 1:
+                return None
+            v = computed[0]
+            continue
+        if node.domain == LIFTED or not (view.keeps_rows(node) or keeps_leading(node) or node.op in _ROUNDS):
             return None
         v = node.inputs[0]
     return None

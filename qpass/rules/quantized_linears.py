@@ -57,11 +57,15 @@ class NBitsLinear(Pattern):
 class StaticLinear(Pattern):
     """A Linear on an activation that is quantized with a scale known beforehand."""
 
-    x: Value = val("... K")
+    before: Value | None = val("... K")
+    target: Value | None = val()
     s: float = scalar()
     z: Const | None = const()
     w: Const = const("K N")
     b: Const | None = const("N")
+    same = op.DequantizeLinear(op.QuantizeLinear(before, s, z, axis=attr()), s, z, axis=attr())
+    # twice with one scale is once: so a tool writes it that quantizes Reshapes too
+    x: Value = op.Reshape(same, target) | val("... K")
     q = op.QuantizeLinear(x, s, z, axis=attr()) | op.QuantizeLinear(x, s, axis=attr())
     foreign = MS.QuantizeLinear(x, s, z) | MS.QuantizeLinear(x, s)
     dq = (
@@ -161,7 +165,8 @@ def lift_static(m: StaticLinear, new: Emit, cfg: object) -> Replacement:
         keep(f"its activations are quantized to {dtype}, scale {m.s:g}; the int8 GEMM takes 8 bits, one scale for all")
     zero = 0 if m.z is None else int(m.z.load().reshape(()))
     zero -= 128 * (dtype == np.uint8)  # q and zero point move together
-    return new.lifted("Linear", m.x, m.w, m.b, like=m.y, scale=m.s, zero=zero)
+    x = m.x if m.before is None else new.onnx("Reshape", m.before, m.target, like=m.x)
+    return new.lifted("Linear", x, m.w, m.b, like=m.y, scale=m.s, zero=zero)
 
 
 LIFT_QUANTIZED = (lift_nbits,)

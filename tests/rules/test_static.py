@@ -222,3 +222,36 @@ def test_calibration_smooths_no_stored_integers(norm: bool, preset: str, tmp_pat
     assert reason is not None
     assert reason.startswith("its weight came quantized: int8; unsmoothed")
     assert error(proto, result) < 0.03
+
+
+@pytest.mark.parametrize("inner", [0.03, 0.031])
+@pytest.mark.parametrize("first", [7, 8])
+def test_twice_with_one_scale_is_once(inner: float, first: int) -> None:
+    """Around a Reshape too: the norm before both pairs feeds the Linear where the pairs are the same."""
+    g = Quantized(17)
+    h = g.op("LayerNormalization", g.input("x", ["B", "S", K]), g.gain(K), g.gain(K))
+    h = pair(g, h, np.int8, first, inner)
+    h = pair(g, g.op("Reshape", h, g.const([-1, K], np.int64)), np.int8, 7)
+    proto = g.model(g.op("MatMul", h, g.dequantize(np.int8), out="y"))
+    done, result = run(proto, "w8a8")
+    same = (inner, first) == (0.03, 7)
+    assert site(done, "linear").fed_by == (0 if same else None)
+    left = ["LayernormQuantization", "SmoothQuantGemm", "Reshape"]
+    apart = ["LayerNormalization", "QuantizeLinear", "DequantizeLinear", "Reshape", "QuantizeTensor", "SmoothQuantGemm"]
+    assert ops(result) == (left if same else apart)
+    assert error(proto, result) < 1e-5
+
+
+def test_an_mlp_is_one_behind_q_dq_and_a_bias() -> None:
+    """Tools quantize what a MatMul gives too, and the bias comes after that."""
+    g = Quantized(17)
+    h = g.op("MatMul", pair(g, g.input("x", ["B", K]), np.int8, 0), g.dequantize(np.int8))
+    h = g.op("Relu", g.op("Add", pair(g, h, np.int8, 3), g.weight(N)))
+    w = g.op("DequantizeLinear", g.const(np.ones((N, 4)), np.int8), g.const(0.1))
+    h = g.op("MatMul", pair(g, h, np.int8, -128), w)
+    proto = g.model(g.op("Identity", h, out="y"))
+    done, result = run(proto, "w8a16")
+    (mlp,) = done.ledger.of("mlp")
+    assert (mlp.status, mlp.parts) == ("rewritten", [0, 2])
+    assert "ActivationQuantization" in ops(result)
+    assert error(proto, result) < 1e-5
