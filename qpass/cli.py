@@ -17,7 +17,7 @@ import qpass.pipeline as pipeline
 from qpass import report
 from qpass.errors import QpassError
 from qpass.rewriter import PatternError
-from qpass.rules import LIFT, RULES
+from qpass.rules import LIFT, MERGE, RULES
 from qpass.runs import last_run, remember
 from qpass.spec import PRESETS, QuantSpec
 
@@ -286,7 +286,7 @@ def rules(rules: Rules = None) -> None:
 
 
 def _all_rules(own: list[Any]) -> list[tuple[str, Any]]:
-    stages = [("lift", LIFT), ("quantize", RULES)]
+    stages = [("lift", LIFT), ("merge", (MERGE,)), ("quantize", RULES)]
     return [("own", r) for r in own] + [(name, r) for name, group in stages for stage in group for r in stage]
 
 

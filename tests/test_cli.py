@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qpass.rules import LIFT, RULES
+from qpass.rules import LIFT, MERGE, RULES
 from qpass.testing import model
 from tests.conftest import Run
 
@@ -225,6 +225,13 @@ class TestOtherCommands:
         assert run("rewrite", tiny).code == 0
         line = next(x for x in run("rules").out.splitlines() if "weight_only" in x)
         assert " 2 " in line
+
+    def test_rules_lists_every_stage_in_order(self, run: Run) -> None:
+        lines = [x.split() for x in run("rules").out.splitlines()]
+        known = {r.name for stage in (*LIFT, MERGE, *RULES) for r in stage}
+        assert known <= {words[1] for words in lines if len(words) > 1}
+        stages = [words[0] for words in lines if len(words) > 1 and words[1] in known]
+        assert list(dict.fromkeys(stages)) == ["lift", "merge", "quantize"]
 
     def test_help_has_examples(self, run: Run) -> None:
         for command in ("rewrite", "explain", "inspect", "calibrate", "verify", "rules"):

@@ -101,8 +101,8 @@ class Rule(Generic[M, C]):
 
     @property
     def summary(self) -> str:
-        """First line of the docstring."""
-        return (inspect.getdoc(self.fn) or "").partition("\n")[0]
+        """First paragraph of the docstring."""
+        return " ".join((inspect.getdoc(self.fn) or "").partition("\n\n")[0].split())
 
 
 def rule(fn: Callable[[M, Emit, C], Replacement]) -> Rule[M, C]:
