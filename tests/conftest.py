@@ -1,4 +1,4 @@
-"""What tests of the command line share."""
+"""What tests share: the model zoo, and the command line in this process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qpass import cli
+from tests.zoo import FOLDER
 
 
 @dataclass
@@ -20,6 +21,15 @@ class Result:
 
 
 Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def zoo() -> list[Path]:
+    """The zoo's models."""
+    models = sorted(FOLDER.glob("*.onnx"))
+    if not models:
+        pytest.skip(f"no model zoo in {FOLDER}; set QPASS_ZOO")
+    return models
 
 
 @pytest.fixture

@@ -19,22 +19,7 @@ from tests.rules.spelling import Spelling, dtypes, write
 
 K = 64
 
-RULE = """
-from qpass import Emit, Pattern, Quantizer, Value, every, ir, rule, val
-from qpass.rules.linears import Linear
-
-
-class OnlyLinears(Pattern):
-    x: Value = val()
-    y = ir.Norm(x, val(), kind="layernorm", epsilon=1e-5)
-    heads: list[Linear] = every(y)
-
-
-@rule
-def needs_only_linears(m: OnlyLinears, new: Emit, cfg: Quantizer) -> Value:
-    '''Takes norms that nothing but Linears read.'''
-    return new.onnx("Identity", m.y, dtype=m.y.dtype, shape=m.y.shape)
-"""
+RULES = Path(__file__).parent / "rewriter" / "only_linears.py"
 
 
 @dataclass
@@ -206,7 +191,7 @@ def _unnamed(nodes: list[NodeProto]) -> None:
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rules.py").write_text(RULE)
+    Path("rules.py").write_text(RULES.read_text())
     Path("recipe.yaml").write_text("preset: w8a16\nexclude: ['proj.*']\n")
 
 

@@ -20,9 +20,9 @@ from qpass.pipeline import rewrite
 from qpass.runtime import Runner, load
 from qpass.testing import model
 from qpass.verify import Difference, SiteReport, _first_parted, verify
-from tests.calibrate.conftest import TEXT, ids, samples, tiny, zoo
+from tests.calibrate.conftest import TEXT, ids, samples, tiny
 
-__all__ = ["samples", "tiny", "zoo"]  # fixtures
+__all__ = ["samples", "tiny"]  # fixtures
 
 ARRAYS = hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-1e3, 1e3, width=32))
 

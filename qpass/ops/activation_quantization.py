@@ -8,9 +8,9 @@ from enum import IntEnum
 
 import numpy as np
 
-from qpass.ops.base import Array, Attr, Attribute, Input, Op, Output, When, flag
+from qpass.ops import quantized_result
+from qpass.ops.base import Array, Attr, Attribute, Input, Op, When, flag
 from qpass.ops.body import Body, Value
-from qpass.quantize.activation import quantize, quantize_per_token
 
 
 class Activation(IntEnum):
@@ -43,15 +43,9 @@ class ActivationQuantization(Op):
     inputs = (
         Input("x", "T", "... K"),
         Input("up", "T", "... K", When("gated"), tag="gated"),
-        Input("smoother", "float32", "K", When("has_smoother")),
-        Input("scale", "float32", "1", When("dyn_act_scaling", on=False), tag="static"),
-        Input("zero", "int8", "1", When("has_zero"), needs="scale"),
+        *quantized_result.INPUTS,
     )
-    outputs = (
-        Output("q", "int8", "... K"),
-        Output("scale", "float32", "... 1", When("dyn_act_scaling"), tag="per_token"),
-        Output("y", "T", "... K", When("has_y")),
-    )
+    outputs = quantized_result.OUTPUTS
     attributes = (
         Attribute(
             "activation",
@@ -61,31 +55,20 @@ class ActivationQuantization(Op):
             tags={a.value: a.name.lower() for a in Activation},
         ),
         flag("gated", "the activation of x is multiplied by up"),
-        flag("has_smoother", "y is divided by a smoother before it is quantized"),
-        flag("dyn_act_scaling", "1: a scale per token is an output; 0: one scale is an input"),
-        flag("has_zero", "a zero point is added, for an asymmetric range; only with a static scale"),
-        flag("has_y", "the unquantized result is an output too, without the smoother"),
+        *quantized_result.FLAGS,
     )
 
     def build(self, b: Body) -> Sequence[Value]:
         y = _build(b, b.float32("x"))
         if b.get("up"):
             y = y * b.float32("up")
-        smoother, scale = b.get("smoother"), b.get("scale")
-        smoothed = y / smoother if smoother else y
-        quantized = [b.to_int8(smoothed, scale, b.get("zero"))] if scale else b.per_token(smoothed)
-        return [*quantized, y] if b.attrs["has_y"] else quantized
+        return quantized_result.build(b, y)
 
     def compute(self, given: Mapping[str, Array], attrs: Mapping[str, Attr]) -> Sequence[Array]:
         y = activate(given["x"], Activation(int(attrs["activation"])))
         if "up" in given:
             y = y * given["up"]
-        smoothed = y / given["smoother"] if "smoother" in given else y
-        if "scale" in given:
-            quantized: Sequence[Array] = [quantize(smoothed, given["scale"], given.get("zero"))]
-        else:
-            quantized = quantize_per_token(smoothed)
-        return [*quantized, y] if attrs["has_y"] else quantized
+        return quantized_result.compute(given, attrs, y)
 
 
 def activate(x: Array, kind: Activation) -> Array:

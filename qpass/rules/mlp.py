@@ -10,11 +10,10 @@ from __future__ import annotations
 from qpass.graph import Value
 from qpass.ops.activation_quantization import Activation as Kind
 from qpass.ops.body import FLOATS
-from qpass.rewriter import Emit, Pattern, Replacement, attr, ir, keep, need, others, rule, uses, val
-from qpass.rules.linears import Linear, unfit
+from qpass.rewriter import Emit, Pattern, Replacement, attr, ir, need, others, rule, uses, val
+from qpass.rules.linears import Linear
 from qpass.rules.quantizer import Quantizer
-from qpass.rules.rows import readable
-from qpass.rules.smooth_quant import gemm, in_dtype_of
+from qpass.rules.smooth_quant import behind, fed, results
 
 
 class ActivationFanout(Pattern):
@@ -31,13 +30,11 @@ class ActivationFanout(Pattern):
 @rule
 def quantize_activation(m: ActivationFanout, new: Emit, cfg: Quantizer) -> Replacement:
     """An activation that feeds Linears becomes an ActivationQuantization with SmoothQuantGemms behind it."""
-    heads = cfg.quantized_alike([h for h in m.heads if readable(m.y, h) and unfit(h) is None])
-    if not heads:
-        keep("no Linear that the spec quantizes with its activations reads it")
+    heads = fed(m.y, m.heads, cfg)
     need(m.x.dtype in FLOATS, f"its input is {m.x.dtype}, wants float32, float16 or bfloat16")
     needed = m.rest or len(heads) < len(m.heads)
     act = cfg.activation(m.y, heads)
-    outputs = ["q", *(["scale"] if act.scale is None else []), *(["y"] if needed else [])]
+    outputs = results(act, y=needed)
     made = new.ActivationQuantization(
         m.x,
         up=m.up,
@@ -48,10 +45,6 @@ def quantize_activation(m: ActivationFanout, new: Emit, cfg: Quantizer) -> Repla
         outputs=" ".join(outputs),
     )
     got = dict(zip(outputs, made if len(outputs) > 1 else (made,), strict=True))
-    new.note(act.note)
-    replaced = {h.y: gemm(h, m.y, new, cfg, act, got["q"], got.get("scale", act.scale)) for h in heads}
-    if needed:
-        replaced[m.y] = in_dtype_of(m.y, got["y"], new)
-    else:
+    if not needed:
         new.same_shape(m.y, m.x)
-    return replaced
+    return behind(m.y, heads, new, cfg, act, got)

@@ -6,6 +6,8 @@ norm feeds the Linears, 1/s folds into the norm's gamma and beta.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from qpass.graph import Const, Value
 from qpass.graph.dtypes import to_onnx
 from qpass.ops.body import FLOATS
@@ -42,9 +44,7 @@ class InputFanout(Linear):
 @rule
 def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     """A norm that feeds Linears becomes a quantizing norm with SmoothQuantGemms behind it; an Add before it is part."""
-    heads = cfg.quantized_alike([h for h in m.heads if readable(m.y, h) and unfit(h) is None])
-    if not heads:
-        keep("no Linear that the spec quantizes with its activations reads it")
+    heads = fed(m.y, m.heads, cfg)
     need(m.total.dtype in FLOATS, f"its input is {m.total.dtype}, wants float32, float16 or bfloat16")
     needed = m.rest or len(heads) < len(m.heads)
     x, residual = (m.x, m.residual) if _adds_rows(m) else (m.total, None)
@@ -58,8 +58,7 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     if m.kind == "rmsnorm":
         norm = new.RmsnormQuantization
         inputs.pop("beta")
-    present = {"q": True, "scale": act.scale is None, "y": needed, "sum": total_needed}
-    outputs = [name for name, there in present.items() if there]
+    outputs = results(act, y=needed, sum=total_needed)
     made = norm(
         x,
         residual=residual,
@@ -71,13 +70,10 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
         outputs=" ".join(outputs),
     )
     got = dict(zip(outputs, made if len(outputs) > 1 else (made,), strict=True))
-    new.note(act.note)
-    replaced = {h.y: gemm(h, m.y, new, cfg, act, got["q"], got.get("scale", act.scale)) for h in heads}
+    replaced = behind(m.y, heads, new, cfg, act, got)
     if total_needed and m.added is not None:
         replaced[m.added] = got["sum"]
-    if needed:
-        replaced[m.y] = in_dtype_of(m.y, got["y"], new)
-    else:
+    if not needed:
         new.same_shape(m.y, m.added if total_needed and m.added else like or x)
     return replaced
 
@@ -108,6 +104,34 @@ def quantize_input(m: InputFanout, new: Emit, cfg: Quantizer) -> Replacement:
     else:
         q = new.QuantizeTensor(m.x, smoother=act.smoother, scale=scale, zero=act.zero)
     return {h.y: gemm(h, m.x, new, cfg, act, q, scale) for h in heads}
+
+
+def fed(y: Value, readers: Sequence[Linear], cfg: Quantizer) -> list[Linear]:
+    """The Linears that read `y` and take it quantized, all in one way.
+
+    Raises:
+        Keep: there are none.
+    """
+    heads = cfg.quantized_alike([h for h in readers if readable(y, h) and unfit(h) is None])
+    if not heads:
+        keep("no Linear that the spec quantizes with its activations reads it")
+    return heads
+
+
+def results(act: Activation, **needed: bool) -> list[str]:
+    """The outputs of an op that quantizes its result: q, its scale where that is not known before, what is needed."""
+    return ["q", *(["scale"] if act.scale is None else []), *(name for name, there in needed.items() if there)]
+
+
+def behind(
+    y: Value, heads: Sequence[Linear], new: Emit, cfg: Quantizer, act: Activation, got: Mapping[str, Value]
+) -> dict[Value, Value]:
+    """What takes the place of the Linears behind a quantized `y`, and of `y` where the op gives that too."""
+    new.note(act.note)
+    replaced = {h.y: gemm(h, y, new, cfg, act, got["q"], got.get("scale", act.scale)) for h in heads}
+    if "y" in got:
+        replaced[y] = in_dtype_of(y, got["y"], new)
+    return replaced
 
 
 def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Value, scale: object) -> Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ import pytest
 from numpy.typing import NDArray
 
 from qpass.testing import model
-
-ROOT = Path(__file__).parents[2]
 
 #: Two Linears behind an embedding; what they read is `h` [B, S, 8] and `r` [B, S, 16].
 TEXT = """
@@ -32,16 +29,6 @@ tiny (int64[batch, sequence] input_ids, int64[batch, sequence] attention_mask) =
 
 Arrays = dict[str, NDArray[Any]]
 Sample = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def zoo() -> list[Path]:
-    """The zoo's models: beside the repository, or where QPASS_ZOO says."""
-    folder = Path(os.environ.get("QPASS_ZOO", ROOT.parent / "shared" / "zoo"))
-    models = sorted(folder.glob("*.onnx"))
-    if not models:
-        pytest.skip(f"no model zoo in {folder}; set QPASS_ZOO")
-    return models
 
 
 @pytest.fixture

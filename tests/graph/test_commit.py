@@ -18,8 +18,9 @@ from onnx import TensorProto
 from qpass.errors import QpassError
 from qpass.graph import Model, commit
 from qpass.graph import save as save_module
-from tests.graph.conftest import ROOT
 from tests.graph.models import initializers, linear_model, quantize_all, save
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

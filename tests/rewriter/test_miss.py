@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from qpass import Emit, Pattern, Quantizer, Value, every, ir, op, rule, val
+from qpass import op, val
 from qpass.graph import Node
 from qpass.pipeline import Rewritten
 from qpass.rewriter import Kind, Miss, Rule
-from qpass.rules.linears import Linear
 from qpass.spec import QuantSpec
+from tests.rewriter.only_linears import needs_only_linears
 from tests.rules.kit import Graph, recipe, run
 from tests.rules.spelling import Spelling, write
 
@@ -77,18 +77,6 @@ def odd_k(g: Graph) -> str:
 
 def plain(g: Graph) -> str:
     return g.op("MatMul", g.input("x", ["B", 3, K]), g.weight(K, 8), name="layer.fc")
-
-
-class OnlyLinears(Pattern):
-    x: Value = val()
-    y = ir.Norm(x, val(), kind="layernorm", epsilon=1e-5)
-    heads: list[Linear] = every(y)
-
-
-@rule
-def needs_only_linears(m: OnlyLinears, new: Emit, cfg: Quantizer) -> Value:
-    """Takes norms that nothing but Linears read."""
-    return new.onnx("Identity", m.y, dtype=m.y.dtype, shape=m.y.shape)
 
 
 CASES = {
