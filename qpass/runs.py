@@ -6,10 +6,11 @@ import json
 import os
 from pathlib import Path
 
+from qpass import cache
+
 
 def _file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "qpass" / "last-run.json"
+    return cache.folder() / "last-run.json"
 
 
 def remember(stats: dict[str, dict[str, float]]) -> None:

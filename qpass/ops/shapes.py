@@ -30,6 +30,19 @@ class Case:
     shapes: Mapping[int, str]
 
 
+def concrete(
+    declared: str | Case, attrs: Mapping[str, int | float | str], names: Mapping[str, int], lead: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The dims of a declared shape, with `lead` for its leading ones; of `a | b` those of a."""
+    text = declared if isinstance(declared, str) else declared.shapes[int(attrs[declared.attribute])]
+    dims: list[int] = []
+    for token in text.partition("|")[0].split():
+        name, _, by = token.partition("/")
+        size = names[name] if name in names else int(name) if name.isdigit() else 0
+        dims += lead if token.endswith("...") else [size // int(attrs.get(by, by))] if by else [size]
+    return tuple(dims)
+
+
 class Unifier:
     """What the shapes of one node's inputs say about the names in its declaration."""
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -15,11 +14,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from qpass.ops import DOMAIN, OPSET_VERSION, REGISTRY, Op
+from qpass.ops import DOMAIN, OPSET_VERSION, REGISTRY
 from qpass.ops.activation_quantization import ActivationQuantization
-from qpass.ops.base import Attr, Tensor
+from qpass.ops.base import Attr
+from qpass.ops.examples import Case, example, signatures
 from qpass.ops.norm_quantization import NormQuantization
-from qpass.ops.shapes import Case as ShapeCase
 
 Array = NDArray[Any]
 
@@ -33,36 +32,6 @@ OPSETS = (13, 14, 17, 18, 19, 20, 21, 23, 24, 25, 27)
 
 ACTIVATIONS = frozenset({"x", "q", "scale_a"})
 """Inputs that models compute; the others are initializers in most."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One node to run, with its inputs in table order, None for those that are not there."""
-
-    op: Op
-    attrs: Mapping[str, Attr]
-    inputs: Sequence[Array | None]
-
-    @property
-    def kinds(self) -> list[tuple[np.dtype[Any], tuple[int, ...]] | None]:
-        return [None if x is None else (x.dtype, x.shape) for x in self.inputs]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        return [o for o in self.op.outputs if o.present(self.attrs)]
-
-    @cached_property
-    def reference(self) -> list[Array]:
-        return self.op.reference(self.inputs, self.attrs)
-
-    @cached_property
-    def unrounded(self) -> list[Array]:
-        """The reference with its floats before they are rounded to 16 bits."""
-        return list(self.op.compute(self.op.tensors(self.inputs, self.attrs), self.attrs))
-
-    def __str__(self) -> str:
-        x = next((x.dtype for x in self.inputs if x is not None), None)
-        return f"{self.op.name} {x} {dict(self.attrs)}"
 
 
 @dataclass
@@ -161,63 +130,6 @@ def run(
         onnx.checker.check_model(model, full_check=True)
     results = iter(session(model, optimised).run(None, graph.feeds))
     return [[next(results) for _ in case.outputs] for case in cases]
-
-
-def signatures(op: Op) -> Iterator[dict[str, Attr]]:
-    """The attributes of every combination of optional tensors and allowed values."""
-    optional = [i.name for i in op.inputs if i.when]
-    by_input = {i.when.attribute for i in op.inputs if i.when}
-    alone = [o.name for o in op.outputs if o.when and o.when.attribute not in by_input]
-    settled = by_input | {o.when.attribute for o in op.outputs if o.when}
-    free = {a.name: a.allowed for a in op.attributes if a.allowed is not None and a.name not in settled}
-    for there in _subsets(optional):
-        if any(i.needs and i.name in there and i.needs not in there for i in op.inputs):
-            continue
-        inputs = {i.name for i in op.inputs if not i.when} | there
-        for asked in _subsets(alone):
-            outputs = {o.name for o in op.outputs if not o.when} | asked
-            if any(o.needs and o.name in outputs and o.needs not in inputs for o in op.outputs):
-                continue
-            for values in itertools.product(*free.values()):
-                yield op.attributes_for(inputs, outputs, dict(zip(free, values, strict=True)))
-
-
-def _subsets(names: Sequence[str]) -> Iterator[set[str]]:
-    for there in itertools.product((False, True), repeat=len(names)):
-        yield set(itertools.compress(names, there))
-
-
-def example(
-    op: Op,
-    attrs: Mapping[str, Attr],
-    dtype: np.dtype[Any],
-    lead: tuple[int, ...] = (2, 3),
-    n: int = 24,
-    k: int = 128,
-    seed: int = 0,
-) -> Case:
-    """A case with random inputs of the declared shapes; `lead` stands for `...`."""
-    rng = np.random.default_rng(seed)
-    dims = {"N": n, "K": k}
-
-    def array(tensor: Tensor) -> Array:
-        declared = tensor.shape
-        if isinstance(declared, ShapeCase):
-            declared = declared.shapes[int(attrs[declared.attribute])]
-        shape: list[int] = []
-        for token in declared.partition("|")[0].split():
-            name, _, by = token.partition("/")
-            size = dims.get(name) or (int(name) if name.isdigit() else 0)
-            shape += lead if token.endswith("...") else [size // int(attrs.get(by, by))] if by else [size]
-        if tensor.kind == "int8":
-            low, high = (-8, 8) if tensor.name == "zero" else (-128, 128)
-            return rng.integers(low, high, shape).astype(INT8)
-        if tensor.kind == "float32":
-            about = 0.02 if tensor.name.startswith("scale") else 1.0
-            return (rng.uniform(0.5, 2, shape) * about).astype(F32)
-        return rng.normal(size=shape).astype(dtype if tensor.kind == "T" else OUTPUT_TYPES[attrs["output_type"]])
-
-    return Case(op, attrs, [array(i) if i.present(attrs) else None for i in op.inputs])
 
 
 @cache

@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from qpass.ops import REGISTRY
+from qpass.ops.examples import Case, example, signatures
 from tests.ops.running import (
     BF16,
     F16,
@@ -15,15 +16,12 @@ from tests.ops.running import (
     INT8,
     OPSETS,
     Array,
-    Case,
     assert_agree,
     close,
     every_case,
-    example,
     graph_of,
     run,
     session,
-    signatures,
 )
 
 NEWEST = max(OPSETS)

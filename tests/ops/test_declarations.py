@@ -9,8 +9,9 @@ import pytest
 from onnx import AttributeProto
 
 from qpass.ops import DOMAIN, PLUGIN, REGISTRY
+from qpass.ops.examples import signatures
 from qpass.ops.shapes import Shape
-from tests.ops.running import BF16, F16, F32, INT8, every_case, signatures
+from tests.ops.running import BF16, F16, F32, INT8, every_case
 
 NORM = (
     "x residual? gamma beta? smoother? scale? zero?",

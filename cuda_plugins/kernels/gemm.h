@@ -1,0 +1,36 @@
+// What the matrix-multiplying ops share inside the library: one product with scales in its epilogue, by the best kernel there is
+// for the GPU and the shape.
+#pragma once
+
+#include "qpass_kernels.h"
+
+namespace qpass {
+
+// d[m, n] = (sum_k a[m, k] * b[n, k]) * row_scale * col_scale[n] (+ bias[n]); sums in int32 for int8, in float otherwise.
+struct Gemm {
+  qpass_type in;   // QPASS_INT8, QPASS_HALF or QPASS_BFLOAT16
+  qpass_type out;  // QPASS_FLOAT, QPASS_HALF or QPASS_BFLOAT16; for half and bfloat16 inputs the same as `in`
+  int64_t m, n, k;
+  const void* a;  // [m, k], rows `lda` elements apart: a multiple of 16 bytes
+  const void* b;  // [n, k], rows `ldb` elements apart: likewise
+  int64_t lda, ldb;
+  const float* row_scale;  // [m] with per_row, else [1]; null: 1
+  const float* col_scale;  // [n] with per_column, else [1]; null: 1
+  bool per_row, per_column;
+  const void* bias;  // [n] of type `out`, or null
+  void* d;           // [m, n], contiguous
+  void* workspace;   // gemm_workspace bytes, 256-byte aligned
+};
+
+cudaError_t gemm(const Gemm& g, cudaStream_t stream);
+size_t gemm_workspace(const Gemm& g);  // an upper bound for every m up to this one
+
+// Few tokens: weights stream once through the tensor cores as operand A. Chosen by `gemm` and the weight-only op; see skinny.cuh.
+constexpr int kSkinnyTokens = 64;
+cudaError_t skinny_int8(const Gemm& g, cudaStream_t stream);  // int8 in; any m, best up to kSkinnyTokens
+size_t skinny_int8_workspace(const Gemm& g);
+
+// Copies rows of `bytes` bytes (any number) to rows `padded` bytes apart (a multiple of 16), zeros behind.
+cudaError_t pad_rows(const void* from, void* to, int64_t rows, int64_t bytes, int64_t padded, cudaStream_t stream);
+
+}  // namespace qpass

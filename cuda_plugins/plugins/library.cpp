@@ -1,0 +1,96 @@
+// The library as seen without TensorRT: what is in it, and any op to be run, for `qpass plugins`, tests and benchmarks.
+#include <cstring>
+
+#include "op.h"
+
+#define QPASS_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace qpass {
+namespace {
+
+std::string quoted(const std::string& text) { return "\"" + text + "\""; }
+
+std::string json(const Shape& shape) {
+  if (!shape.attribute) return quoted(shape.choices[0].second);
+  std::string text = "{\"attribute\": " + quoted(shape.attribute) + ", \"shapes\": {";
+  for (size_t i = 0; i < shape.choices.size(); ++i) {
+    const auto& [value, declared] = shape.choices[i];
+    text += (i ? ", " : "") + quoted(std::to_string(value)) + ": " + quoted(declared);
+  }
+  return text + "}}";
+}
+
+std::string json(const Slot& slot) {
+  static const char* const kinds[] = {"T", "int8", "float32", "output_type"};
+  std::string when = "null";
+  if (slot.when.attribute) {
+    when = "{\"attribute\": " + quoted(slot.when.attribute) + ", \"mask\": " + std::to_string(slot.when.mask) +
+           ", \"on\": " + (slot.when.on ? "true" : "false") + "}";
+  }
+  return "{\"name\": " + quoted(slot.name) + ", \"kind\": " + quoted(kinds[int(slot.kind)]) + ", \"shape\": " +
+         json(slot.shape) + ", \"when\": " + when + "}";
+}
+
+std::string json(const Field& field) {
+  return "{\"name\": " + quoted(field.name) + ", \"type\": " + quoted(field.is_float ? "float" : "int") + "}";
+}
+
+template <typename T>
+std::string list(const std::vector<T>& items) {
+  std::string text = "[";
+  for (size_t i = 0; i < items.size(); ++i) text += (i ? ", " : "") + json(items[i]);
+  return text + "]";
+}
+
+std::string description() {
+  std::string text = "{\"version\": " + quoted(kVersion) + ", \"namespace\": " + quoted(kNamespace) +
+                     ", \"architectures\": " + quoted(QPASS_ARCHITECTURES) + ", \"interface\": " + quoted(QPASS_INTERFACE) +
+                     ", \"cuda\": " + std::to_string(CUDART_VERSION) +
+                     ", \"types\": [\"float32\", \"float16\", \"bfloat16\"], \"ops\": [";
+  for (const Op* op : ops()) {
+    text += (op == ops()[0] ? "" : ", ") + std::string("{\"name\": ") + quoted(op->name) + ", \"fields\": " +
+            list(op->fields) + ", \"inputs\": " + list(op->inputs) + ", \"outputs\": " + list(op->outputs) + "}";
+  }
+  return text + "]}";
+}
+
+int told(const std::string& error, char* text, size_t size) {
+  if (error.empty()) return 0;
+  std::strncpy(text, error.c_str(), size - 1);
+  text[size - 1] = 0;
+  return 1;
+}
+
+}  // namespace
+}  // namespace qpass
+
+// What the library holds, as JSON: architectures and ops with fields, inputs and outputs.
+QPASS_EXPORT const char* qpass_describe() {
+  static const std::string text = qpass::description();
+  return text.c_str();
+}
+
+// One node: the op, and the values of its fields in their order.
+QPASS_EXPORT void* qpass_node_create(const char* op, const double* values, int count, char* error, size_t size) {
+  const qpass::Op* found = qpass::find_op(op);
+  if (!found || int(found->fields.size()) != count) {
+    qpass::told(found ? std::string(op) + ": wrong number of fields" : std::string("no op ") + op, error, size);
+    return nullptr;
+  }
+  return new qpass::Node(*found, {values, values + count});
+}
+
+QPASS_EXPORT void qpass_node_destroy(void* node) { delete static_cast<qpass::Node*>(node); }
+
+QPASS_EXPORT size_t qpass_node_workspace(const void* node, const qpass::Tensor* in, const qpass::Tensor* out) {
+  const qpass::Node& n = *static_cast<const qpass::Node*>(node);
+  return n.op.workspace(qpass::Call(n, in, out, nullptr));
+}
+
+// Checks types and shapes, then enqueues. 0, or 1 with a text in `error`.
+QPASS_EXPORT int qpass_node_run(const void* node, const qpass::Tensor* in, int n_in, const qpass::Tensor* out, int n_out,
+    void* workspace, cudaStream_t stream, char* error, size_t size) {
+  const qpass::Node& n = *static_cast<const qpass::Node*>(node);
+  std::string wrong = n.check(in, n_in, out, n_out);
+  return qpass::told(wrong.empty() ? n.run(in, out, workspace, stream) : wrong, error, size);
+}

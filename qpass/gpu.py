@@ -1,0 +1,134 @@
+"""The GPU through pycuda: memory, streams, events, and CUDA graphs, which pycuda lacks.
+
+pycuda is imported when a GPU is first asked for. The primary context is used, as CUDA's runtime API does inside the
+plugins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.errors import QpassError
+
+Array = NDArray[Any]
+
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on using CUDA
+
+
+@cache
+def driver() -> Any:
+    """pycuda.driver, with the first GPU's primary context current.
+
+    Raises:
+        QpassError: pycuda is not installed, or there is no GPU; says what to do.
+    """
+    try:
+        import pycuda.driver as cuda
+    except ImportError as error:
+        if "libcuda" in str(error):
+            raise QpassError(
+                "there is no NVIDIA driver on this machine (libcuda.so.1 is missing), so no GPU"
+            ) from error
+        raise QpassError("running on a GPU needs pycuda: pip install 'qpass[gpu]'") from error
+    try:
+        cuda.init()
+        if not cuda.Device.count():
+            raise QpassError("there is no CUDA GPU on this machine")
+        cuda.Device(0).retain_primary_context().push()
+    except cuda.Error as error:
+        raise QpassError(f"there is no usable CUDA GPU on this machine: {error}") from error
+    return cuda
+
+
+def device() -> Any:
+    """The GPU: name(), compute_capability(), multiprocessor_count …"""
+    return driver().Device(0)
+
+
+def capability() -> str:
+    """Its compute capability, such as "90"."""
+    major, minor = device().compute_capability()
+    return f"{major}{minor}"
+
+
+class Buffer:
+    """GPU memory, given back with the object."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._allocation = driver().mem_alloc(max(size, 1))
+        self.address = int(self._allocation)
+
+    def fill(self, byte: int, start: int = 0, size: int | None = None) -> None:
+        size = self.size - start if size is None else size
+        if size:
+            driver().memset_d8(self.address + start, byte, size)
+
+    def upload(self, array: Array, start: int = 0) -> None:
+        if array.nbytes:
+            driver().memcpy_htod(self.address + start, _bytes(np.ascontiguousarray(array)))
+
+    def download(self, dtype: np.dtype[Any], shape: tuple[int, ...], start: int = 0) -> Array:
+        array = np.empty(shape, dtype)
+        if array.nbytes:
+            driver().memcpy_dtoh(_bytes(array), self.address + start)
+        return array
+
+
+def _bytes(array: Array) -> NDArray[np.uint8]:
+    """The same memory as plain bytes: bfloat16 has no buffer format."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def synchronize() -> None:
+    """Wait for everything on the GPU.
+
+    Raises:
+        QpassError: something enqueued before has failed.
+    """
+    cuda = driver()
+    try:
+        cuda.Context.synchronize()
+    except cuda.Error as error:
+        raise QpassError(f"CUDA: {error}") from error
+
+
+class Graph:
+    """What `work` enqueues on a stream, captured once and launched as one.
+
+    Args:
+        work: called with the stream's handle; may only enqueue.
+
+    Raises:
+        QpassError: the driver could not capture it.
+    """
+
+    def __init__(self, work: Callable[[int], None]) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self.stream = driver().Stream()
+        handle = ctypes.c_void_p(self.stream.handle)
+        graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", handle, _THREAD_LOCAL)
+        try:
+            work(self.stream.handle)
+        finally:
+            self._call("cuStreamEndCapture", handle, ctypes.byref(graph))
+        self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
+        self._call("cuGraphDestroy", graph)
+
+    def launch(self) -> None:
+        self._call("cuGraphLaunch", self._executable, ctypes.c_void_p(self.stream.handle))
+
+    def __del__(self) -> None:
+        if getattr(self, "_executable", None):
+            self._driver.cuGraphExecDestroy(self._executable)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if error := getattr(self._driver, name)(*arguments):
+            raise QpassError(f"CUDA graphs: {name} failed with error {error}")

@@ -1,0 +1,153 @@
+"""What `qpass plugins selftest` runs: every signature of every op, and sizes off every tile and vector boundary."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass.ops import REGISTRY, Op
+from qpass.ops.base import Attr
+from qpass.ops.examples import Case, example, signatures
+from qpass.ops.weight_only_quant_matmul import INT4
+
+Make = Callable[[], Case]
+"""Makes a case when it is its turn: all of them at once take gigabytes."""
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+MATMULS = ("SmoothQuantGemm", "WeightOnlyQuantMatmul", "WeightOnlyGroupwiseQuantMatmul")
+ROW_OPS = tuple(name for name in REGISTRY if name not in MATMULS)
+
+TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 129, 191, 257, 300, 513)
+WEIGHTS = (
+    (8, 32),
+    (24, 128),
+    (33, 64),
+    (1, 256),
+    (129, 160),
+    (512, 256),
+    (1000, 384),
+    (250, 640),
+    (256, 4096),
+    (3000, 512),
+)
+ODD_K = (1, 2, 7, 24, 33, 50, 100, 130, 1002)
+"""Of weights whose rows are not 16-byte aligned; only ops without groups can have them."""
+ROWS = (1, 2, 3, 5, 8, 31, 64, 200, 1000)
+LENGTHS = (1, 2, 7, 8, 24, 33, 64, 100, 128, 255, 256, 768, 1000, 1024, 1026, 2048, 4095, 4096, 5120, 8192, 8200, 12288)
+LONG = (16384, 20000, 32768, 65544, 131072)
+
+
+def every_case(only: Sequence[str] = (), quick: bool = False) -> list[Make]:
+    """The cases of these ops, by default all.
+
+    Args:
+        quick: a part of them, for tools under which kernels run a hundred times slower.
+    """
+    ops = [REGISTRY[name] for name in REGISTRY if not only or name in only]
+    cases: list[Make] = []
+    for op in ops:
+        signed, sized = list(_every_signature(op)), list(_matmul_sizes(op) if op.name in MATMULS else _row_sizes(op))
+        special = list(_special(op))
+        cases += [*signed[::3], *sized[::9], *special[::5]] if quick else [*signed, *sized, *special]
+    return cases
+
+
+def _every_signature(op: Op) -> Iterator[Make]:
+    for i, (attrs, dtype) in enumerate(itertools.product(signatures(op), _dtypes(op))):
+        yield partial(example, op, attrs, dtype, lead=(2, 3), n=24, k=128, seed=i)
+
+
+def _dtypes(op: Op) -> tuple[np.dtype[Any], ...]:
+    """Those that its T may have; one where it has none."""
+    return FLOATS if any(i.kind == "T" for i in op.inputs) else FLOATS[:1]
+
+
+def _matmul_sizes(op: Op) -> Iterator[Make]:
+    """Every number of tokens with every weight, on signatures in turn."""
+    turn = itertools.cycle(itertools.product(signatures(op), _dtypes(op)))
+    rounds = len(_dtypes(op)) + 1  # coprime to the number of dtypes or not, each size is seen with several
+    for (m, (n, k)), _ in itertools.product(itertools.product(TOKENS, WEIGHTS), range(rounds)):
+        attrs, dtype = next(turn)
+        yield _matmul(op, attrs, dtype, (m,), n, k)
+    if "group_size" not in {a.name for a in op.attributes}:
+        for m, k, n in itertools.product((1, 16, 70, 130), ODD_K, (1, 24, 130)):
+            attrs, dtype = next(turn)
+            yield _matmul(op, attrs, dtype, (m,), n, k)
+    for n, k in ((4096, 4096), (1024, 11008)):
+        for m in (1, 16, 64, 200):
+            attrs, dtype = next(turn)
+            yield _matmul(op, attrs, dtype, (m,), n, k)
+
+
+def _matmul(op: Op, attrs: dict[str, Attr], dtype: np.dtype[Any], lead: tuple[int, ...], n: int, k: int) -> Make:
+    multiple = _multiple(attrs)
+    return partial(example, op, attrs, dtype, lead=lead, n=n, k=-(-k // multiple) * multiple, seed=n + 7 * k + lead[0])
+
+
+def _multiple(attrs: dict[str, Attr]) -> int:
+    """Of what K must be a multiple."""
+    return int(attrs.get("group_size", 0)) or (2 if attrs.get("weight_type_id") == INT4 else 1)
+
+
+def _row_sizes(op: Op) -> Iterator[Make]:
+    turn = itertools.cycle(itertools.product(signatures(op), _dtypes(op)))
+    for rows, k in itertools.chain(itertools.product(ROWS, LENGTHS), itertools.product((1, 3), LONG)):
+        if rows * k > 4_000_000:
+            continue
+        for _ in range(len(_dtypes(op)) + 1):
+            attrs, dtype = next(turn)
+            multiple = _multiple(attrs)
+            yield partial(
+                example, op, attrs, dtype, lead=(rows,), n=1, k=-(-k // multiple) * multiple, seed=rows + 7 * k
+            )
+
+
+def _special(op: Op) -> Iterator[Make]:
+    """No tokens, no leading dims, more rows than a grid's y may have, zeros, large values, broadcasting residuals."""
+    some = list(signatures(op))
+    few = some[:: max(1, len(some) // 6)]
+    for i, (attrs, dtype) in enumerate(itertools.product(few, _dtypes(op))):
+        make = partial(example, op, attrs, dtype)
+        yield partial(make, lead=(2, 0), n=40, k=128)
+        yield partial(make, lead=(), n=40, k=128)
+        yield partial(_scaled, partial(make, lead=(4,), n=24, k=256), 0.0)
+        yield partial(_scaled, partial(make, lead=(4,), n=24, k=256), 30.0)
+        if i % 4 == 0:
+            yield partial(make, lead=(70_000,), n=8, k=32 if op.name not in MATMULS else 128)
+    for attrs, dtype in itertools.product((a for a in some if a.get("has_residual")), _dtypes(op)):
+        for mine, other in (((3, 5), (1, 5)), ((1, 5), (3, 5)), ((2, 3, 4), (4,)), ((2, 1, 4), (3, 1)), ((5,), ())):
+            yield partial(_broadcasting, op, attrs, dtype, mine, other)
+
+
+def _broadcasting(
+    op: Op, attrs: dict[str, Attr], dtype: np.dtype[Any], mine: tuple[int, ...], other: tuple[int, ...]
+) -> Case:
+    """A norm whose residual has other leading dims."""
+    inputs = list(example(op, attrs, dtype, lead=mine, k=192).inputs)
+    residual = next(i for i, t in enumerate(op.inputs) if t.name == "residual")
+    inputs[residual] = example(op, attrs, dtype, lead=other, k=192, seed=9).inputs[residual]
+    return Case(op, attrs, inputs)
+
+
+def _scaled(make: Make, by: float) -> Case:
+    """A case with its activations multiplied; one row of them is left as it is."""
+    case = make()
+
+    def scaled(x: NDArray[Any]) -> NDArray[Any]:
+        y = np.clip(np.rint(x.astype(np.float32) * by) if x.dtype == np.int8 else x.astype(np.float32) * by, -128, 127)
+        result: NDArray[Any] = y.astype(x.dtype)
+        result[-1] = x[-1]
+        return result
+
+    names = [t.name for t in case.op.inputs]
+    inputs = [
+        scaled(x) if name in ("x", "q", "up") and x is not None else x
+        for name, x in zip(names, case.inputs, strict=True)
+    ]
+    return Case(case.op, case.attrs, inputs)

@@ -1,0 +1,216 @@
+"""`qpass plugins …`: one function a command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qpass import plugins
+from qpass.errors import QpassError
+from qpass.ops import REGISTRY
+from qpass.plugins.library import Library
+
+NOT_MET = 1
+
+app = typer.Typer(no_args_is_help=True, help="Compile, inspect, test and measure the CUDA plugins.")
+
+LibraryFile = Annotated[
+    Path | None, typer.Option("--library", "-l", help="A library's file. Default: QPASS_PLUGINS, or the newest built.")
+]
+Ops = Annotated[list[str] | None, typer.Option("--op", help="Only this op; may be given several times.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+@app.command()
+def build(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Compute capability: {', '.join(plugins.ARCHITECTURES)}. Default: this machine's GPUs."),
+    ] = None,
+    own: Annotated[list[Path] | None, typer.Option("--with", help="A .cpp or .cu file with an op of your own.")] = None,
+    tensorrt_include: Annotated[Path | None, typer.Option(help="Folder of TensorRT's own headers.")] = None,
+    jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Compilers at a time. Default: one a core.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy the library here.")] = None,
+    force: Annotated[bool, typer.Option(help="Compile everything again.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile the plugin library into the cache; what is compiled already is not compiled again.
+
+    Example: `qpass plugins build --arch 90a`
+    """
+    with _Bar("compiling", not quiet) as progress:
+        library = plugins.build(
+            arch or (), extra=own or (), tensorrt_include=tensorrt_include, jobs=jobs, force=force, progress=progress
+        )
+    if output is not None:
+        library = _copy(library, output)
+    if not quiet:
+        typer.echo(f"{library.path} for {', '.join(library.architectures)}")
+
+
+@app.command()
+def info(library: LibraryFile = None, as_json: Json = False) -> None:
+    """List the ops of a library with their versions, attributes and tensors, and the architectures it runs on.
+
+    Example: `qpass plugins info`
+    """
+    found = plugins.find(library)
+    if as_json:
+        typer.echo(json.dumps({"path": str(found.path)} | found.description, indent=1))
+        return
+    d = found.description
+    out = Console(highlight=False)
+    out.print(
+        f"{found.path}\narchitectures {', '.join(found.architectures)}; {d['interface']}; CUDA {d['cuda']}",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("op", "version", "attributes", "inputs → outputs"):
+        table.add_column(name, overflow="fold")
+    for op in found.ops.values():
+        tensors = [
+            ", ".join(f"({t['name']})" if t["when"] else t["name"] for t in side) for side in (op.inputs, op.outputs)
+        ]
+        table.add_row(op.name, op.version, ", ".join(op.fields), " → ".join(tensors))
+    out.print(table)
+
+
+@app.command()
+def selftest(
+    library: LibraryFile = None,
+    op: Ops = None,
+    quick: Annotated[bool, typer.Option(help="A part of the cases, for compute-sanitizer.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every kernel on the GPU and compare it with the NumPy reference; exits with 1 where one differs.
+
+    Example: `qpass plugins selftest --op SmoothQuantGemm`
+    """
+    from qpass.plugins.cases import every_case
+    from qpass.plugins.selftest import selftest as run
+
+    cases = every_case(_known(op), quick)
+    with _Bar("testing", not quiet and not as_json) as progress:
+        tallies = run(plugins.find(library), cases, progress)
+    failed = [t for t in tallies if not t.passed]
+    if as_json:
+        typer.echo(json.dumps([vars(t) | {"passed": t.passed} for t in tallies], indent=1))
+    elif not quiet:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("op", "dtype", "cases", "failed", "worst ÷ limit", "limit", "integers", "off by one"):
+            table.add_column(name, justify="left" if name in ("op", "dtype") else "right")
+        for t in tallies:
+            shown = (f"{t.worst:.2f}", f"{t.limit:.0e}") if t.limit else ("", "")
+            table.add_row(t.op, t.dtype, str(t.cases), str(len(t.failures)), *shown, str(t.integers), str(t.off_by_one))
+        Console(highlight=False).print(table)
+    for t in failed:
+        for text in t.failures[:10]:
+            print(text, file=sys.stderr)
+        if len(t.failures) > 10:
+            print(f"… {len(t.failures) - 10} more of {t.op} {t.dtype}", file=sys.stderr)
+        if not t.failures:
+            print(f"{t.op} {t.dtype}: {t.off_by_one} of {t.integers} integers are off by one", file=sys.stderr)
+    if failed:
+        raise typer.Exit(NOT_MET)
+
+
+@app.command()
+def bench(
+    library: LibraryFile = None,
+    op: Ops = None,
+    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16 or float32.")] = "bfloat16",
+    quick: Annotated[bool, typer.Option(help="Fewer sizes.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the results as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the kernels on the GPU: µs, GB/s, TFLOP/s, share of the floor, and × cuBLAS in 16 bits.
+
+    Example: `qpass plugins bench --op SmoothQuantGemm -o results.json`
+    """
+    from qpass.plugins.bench import DTYPES, Bench, jobs, to_dict
+
+    if dtype not in DTYPES:
+        raise QpassError(f"--dtype {dtype}: wants one of {', '.join(DTYPES)}")
+    todo = jobs(_known(op), quick)
+    timer = Bench(plugins.find(library), dtype)
+    rows = []
+    with _Bar("timing", not as_json) as progress:
+        for done, job in enumerate(todo, 1):
+            rows.append(timer.time(job))
+            if progress is not None:
+                progress(done, len(todo))
+    told = {"command": shlex.join(["qpass", *sys.argv[1:]])} | to_dict(timer, rows)
+    if output is not None:
+        output.write_text(json.dumps(told, indent=1) + "\n")
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+        return
+    table = Table(
+        title=f"{told['device']}: copy {timer.bandwidth / 1e9:.0f} GB/s, cuBLAS {timer.tensor_rate / 1e12:.0f} TFLOP/s",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        title_justify="left",
+    )
+    for name in ("op", "variant", "M", "N", "K", "µs", "GB/s", "TFLOP/s", "floor µs", "share", "× cuBLAS"):
+        table.add_column(name, justify="left" if name in ("op", "variant") else "right")
+    for r in rows:
+        sizes = (str(r.m), str(r.n or ""), str(r.k))
+        rates = (f"{r.us:.1f}", f"{r.gb_per_s:.0f}", f"{r.tflop_per_s:.0f}" if r.n else "", f"{r.floor_us:.1f}")
+        table.add_row(
+            r.op,
+            r.variant,
+            *sizes,
+            *rates,
+            f"{r.share_of_floor:.0%}",
+            f"{r.times_cublas:.2f}" if r.times_cublas else "",
+        )
+    Console(highlight=False).print(table)
+
+
+def _known(ops: list[str] | None) -> list[str]:
+    for name in ops or ():
+        if name not in REGISTRY:
+            raise QpassError(f"--op {name}: there are {', '.join(REGISTRY)}")
+    return ops or []
+
+
+def _copy(library: Library, target: Path) -> Library:
+    import shutil
+
+    try:
+        shutil.copyfile(library.path, target)
+    except OSError as error:
+        raise QpassError(f"{target}: cannot be written: {error.strerror}") from error
+    return Library(target)
+
+
+class _Bar:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, what: str, shown: bool) -> None:
+        self._what, self._shown = what, shown and sys.stderr.isatty()
+
+    def __enter__(self) -> Callable[[int, int], None] | None:
+        if not self._shown:
+            return None
+        columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._bar.start()
+        task = self._bar.add_task(self._what, total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown:
+            self._bar.stop()

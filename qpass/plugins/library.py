@@ -1,0 +1,199 @@
+"""The compiled plugin library: what it holds, and its ops run without TensorRT."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import helper
+
+from qpass.errors import QpassError
+from qpass.ops.base import Attr
+
+LIBRARY = "libqpass_plugins.so"
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """An op as the library declares it. Lists are in the order of nodes.
+
+    `inputs` and `outputs` have the keys name, kind, shape and when, as in `qpass.ops`; `fields` are name → "int" or
+    "float".
+    """
+
+    name: str
+    version: str
+    fields: Mapping[str, str]
+    inputs: Sequence[Mapping[str, Any]]
+    outputs: Sequence[Mapping[str, Any]]
+    types: tuple[str, ...]
+    """Dtypes that its activations may have."""
+
+
+class _Tensor(ctypes.Structure):
+    """qpass::Tensor of cuda_plugins/plugins/op.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("dims", ctypes.c_int64 * 8),
+    )
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """A tensor in GPU memory: its address, dtype and shape. It owns nothing."""
+
+    address: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def _c(self) -> _Tensor:
+        dims = (ctypes.c_int64 * 8)(*self.shape)
+        return _Tensor(self.address, helper.np_dtype_to_tensor_dtype(self.dtype), len(self.shape), dims)
+
+
+class Library:
+    """A compiled plugin library. Nothing is loaded until it is asked for what it holds.
+
+    Raises:
+        QpassError: the file cannot be loaded, or is no library of qpass's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _c(self) -> ctypes.CDLL:
+        try:
+            c = ctypes.CDLL(str(self.path))
+            c.qpass_describe.restype = ctypes.c_char_p
+            c.qpass_node_create.restype = ctypes.c_void_p
+            c.qpass_node_create.argtypes = [
+                ctypes.c_char_p,
+                ctypes.POINTER(ctypes.c_double),
+                ctypes.c_int,
+                ctypes.c_char_p,
+                ctypes.c_size_t,
+            ]
+            tensors = ctypes.POINTER(_Tensor)
+            c.qpass_node_destroy.argtypes = [ctypes.c_void_p]
+            c.qpass_node_destroy.restype = None
+            c.qpass_node_workspace.restype = ctypes.c_size_t
+            c.qpass_node_workspace.argtypes = [ctypes.c_void_p, tensors, tensors]
+            c.qpass_node_run.argtypes = [
+                ctypes.c_void_p,
+                tensors,
+                ctypes.c_int,
+                tensors,
+                ctypes.c_int,
+                ctypes.c_void_p,
+                ctypes.c_void_p,
+                ctypes.c_char_p,
+                ctypes.c_size_t,
+            ]
+        except OSError as error:
+            raise QpassError(f"{self.path} cannot be loaded: {error}") from error
+        except AttributeError:
+            wrong = f"{self.path} is no plugin library of qpass's; make one with `qpass plugins build`"
+            raise QpassError(wrong) from None
+        return c
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What the library says of itself."""
+        told: dict[str, Any] = json.loads(self._c.qpass_describe())
+        return told
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Compute capabilities that it was compiled for, such as ("80", "90a")."""
+        return tuple(str(self.description["architectures"]).split())
+
+    @cached_property
+    def ops(self) -> dict[str, OpInfo]:
+        """Every op by its name."""
+        d = self.description
+        return {
+            o["name"]: OpInfo(
+                o["name"],
+                d["version"],
+                {f["name"]: f["type"] for f in o["fields"]},
+                o["inputs"],
+                o["outputs"],
+                tuple(d["types"]),
+            )
+            for o in d["ops"]
+        }
+
+    def node(self, op: str, attrs: Mapping[str, Attr]) -> Node:
+        """One node of an op, to be run.
+
+        Raises:
+            QpassError: the library has no such op, or it has other attributes.
+        """
+        if op not in self.ops:
+            raise QpassError(f"{self.path} has no op {op}; it has {', '.join(self.ops)}")
+        fields = self.ops[op].fields
+        if missing := [f for f in fields if f not in attrs]:
+            raise QpassError(f"{op} needs its attribute '{missing[0]}'")
+        return Node(self._c, op, [float(attrs[f]) for f in fields])
+
+
+class Node:
+    """An op with its attributes. Tensors are the present ones, in the order of the declaration."""
+
+    def __init__(self, c: ctypes.CDLL, op: str, values: Sequence[float]) -> None:
+        self._c = c
+        self._error = ctypes.create_string_buffer(1024)
+        array = (ctypes.c_double * len(values))(*values)
+        self._node = c.qpass_node_create(op.encode(), array, len(values), self._error, len(self._error))
+        if not self._node:
+            raise QpassError(self._error.value.decode())
+
+    def __del__(self) -> None:
+        if getattr(self, "_node", None):
+            self._c.qpass_node_destroy(self._node)
+
+    def workspace(self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> int:
+        """Bytes of workspace for these shapes, and for any with fewer tokens."""
+        return int(self._c.qpass_node_workspace(self._node, _array(inputs), _array(outputs)))
+
+    def run(
+        self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor], workspace: int = 0, stream: int = 0
+    ) -> None:
+        """Enqueue on a CUDA stream. The tensors must live until the stream is done.
+
+        Raises:
+            QpassError: types or shapes do not fit the op, or CUDA refused, with the op and its shapes.
+        """
+        self.prepare(inputs, outputs, workspace, stream)()
+
+    def prepare(
+        self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor], workspace: int = 0, stream: int = 0
+    ) -> Launch:
+        """The same call to be made many times."""
+        return Launch(self, _array(inputs), len(inputs), _array(outputs), len(outputs), workspace, stream)
+
+
+class Launch:
+    """A call with its arguments made ready."""
+
+    def __init__(self, node: Node, *arguments: Any) -> None:
+        self._keep = node
+        self._arguments = (node._node, *arguments, node._error, len(node._error))
+
+    def __call__(self) -> None:
+        if self._keep._c.qpass_node_run(*self._arguments):
+            raise QpassError(self._keep._error.value.decode())
+
+
+def _array(tensors: Sequence[DeviceTensor]) -> Any:
+    return (_Tensor * max(1, len(tensors)))(*(t._c() for t in tensors))

@@ -1,0 +1,192 @@
+"""Every kernel against the NumPy reference, on the GPU: random data, poisoned outputs, guarded memory, odd sizes.
+
+What must hold: floats have a relative error ‖out - ref‖ / ‖ref‖ against a float64 reference of the same quantized
+inputs of at most `LIMITS`; integers are the reference's, but where a norm or activation is computed first may be off by
+one, at most once in 100,000; nothing is written beside the outputs and the workspace.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass import gpu
+from qpass.errors import QpassError
+from qpass.ops.activation_quantization import ActivationQuantization
+from qpass.ops.base import Op, Tensors
+from qpass.ops.examples import Case
+from qpass.ops.norm_quantization import NormQuantization
+from qpass.plugins.library import DeviceTensor, Library
+
+Array = NDArray[Any]
+
+LIMITS = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5}
+"""Largest relative error by the output's dtype."""
+OFF_BY_ONE = 1e-5
+"""Share of integers that may be off by one where a norm or activation is computed first."""
+GUARD = 512
+_POISON, _FENCE = 0xFF, 0xA5
+
+
+@dataclass
+class Tally:
+    """What was seen of one op on one dtype of activations."""
+
+    op: str
+    dtype: str
+    cases: int = 0
+    worst: float = 0.0
+    limit: float = 0.0
+    integers: int = 0
+    off_by_one: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures and self.off_by_one <= max(1, OFF_BY_ONE * self.integers)
+
+
+def selftest(
+    library: Library, cases: Sequence[Callable[[], Case]], progress: Callable[[int, int], None] | None = None
+) -> list[Tally]:
+    """Run cases and compare; a failure is noted and the next case runs.
+
+    Raises:
+        QpassError: there is no GPU, or an error of CUDA's after which nothing runs any more.
+    """
+    tallies: dict[tuple[str, str], Tally] = {}
+    for done, make in enumerate(cases, 1):
+        case = make()
+        dtype = activation_dtype(case)
+        tally = tallies.setdefault((case.op.name, dtype), Tally(case.op.name, dtype))
+        tally.cases += 1
+        try:
+            compare(case, run(library, case), tally)
+        except Wrong as wrong:
+            tally.failures.append(f"{describe(case)}: {wrong}")
+        except QpassError as error:
+            tally.failures.append(f"{describe(case)}: {error}")
+            gpu.synchronize()  # raises where the context is lost
+        if progress is not None:
+            progress(done, len(cases))
+    return list(tallies.values())
+
+
+class Wrong(Exception):
+    """A kernel did what it must not."""
+
+
+def run(library: Library, case: Case) -> list[Array]:
+    """The outputs of a case from the GPU.
+
+    Raises:
+        Wrong: something was written beside the outputs.
+        QpassError: the kernel could not run.
+    """
+    inputs, kept = [], []
+    for x in case.inputs:
+        if x is not None:
+            buffer = gpu.Buffer(x.nbytes)
+            buffer.upload(x)
+            kept.append(buffer)
+            inputs.append(DeviceTensor(buffer.address, x.dtype, x.shape))
+    outputs, buffers = [], []
+    for dtype, shape in case.op.infer(case.kinds, case.attrs):
+        assert shape is not None
+        dims = tuple(int(d) for d in shape if d is not None)
+        buffer = _guarded(int(np.prod(dims, dtype=np.int64)) * dtype.itemsize)
+        buffers.append(buffer)
+        outputs.append(DeviceTensor(buffer.address, dtype, dims))
+    node = library.node(case.op.name, case.attrs)
+    workspace = _guarded(node.workspace(inputs, outputs))
+    node.run(inputs, outputs, workspace.address)
+    gpu.synchronize()
+    for name, buffer in [*zip((o.name for o in case.outputs), buffers, strict=True), ("workspace", workspace)]:
+        fence = buffer.download(np.dtype(np.uint8), (GUARD,), buffer.size - GUARD)
+        if np.any(fence != _FENCE):
+            raise Wrong(f"writes behind its {name}")
+    return [b.download(o.dtype, o.shape) for b, o in zip(buffers, outputs, strict=True)]
+
+
+def _guarded(size: int) -> gpu.Buffer:
+    """Poisoned memory with a fence behind it."""
+    buffer = gpu.Buffer(size + GUARD)
+    buffer.fill(_POISON, 0, size)
+    buffer.fill(_FENCE, size, GUARD)
+    return buffer
+
+
+def compare(case: Case, actual: Sequence[Array], tally: Tally) -> None:
+    """Note a case's errors.
+
+    Raises:
+        Wrong: they are above the limits.
+    """
+    computed_first = isinstance(case.op, NormQuantization | ActivationQuantization)
+    exact = case.op.reference(case.inputs, case.attrs)
+    for tensor, y, ref, wide in zip(case.outputs, actual, exact, _in_float64(case.op, case), strict=True):
+        if y.dtype == np.int8:
+            off = np.abs(y.astype(np.int32) - ref.astype(np.int32))
+            tally.integers += y.size
+            tally.off_by_one += int(np.count_nonzero(off))
+            if (most := int(np.max(off, initial=0))) > computed_first:
+                count = int(np.count_nonzero(off))
+                raise Wrong(f"{count} of {y.size} integers of {tensor.name} are off, by up to {most}")
+            continue
+        if tensor.name == "scale" and not computed_first:
+            if not np.array_equal(y, ref):
+                raise Wrong("scales are not the reference's bit for bit")
+            continue
+        limit = LIMITS[y.dtype.name]
+        error = relative_error(y, wide)
+        tally.limit = max(tally.limit, limit)
+        tally.worst = max(tally.worst, error / limit)
+        if not error <= limit:
+            raise Wrong(f"relative error of {tensor.name} is {error:.2e}, above {limit:.0e}")
+
+
+def relative_error(actual: Array, wanted: Array) -> float:
+    """‖actual - wanted‖ / ‖wanted‖ in float64; NaN where one is not finite and the other is."""
+    a, w = actual.astype(np.float64), wanted.astype(np.float64)
+    if not a.size:
+        return 0.0
+    return float(np.linalg.norm(a - w) / max(float(np.linalg.norm(w)), 1e-30))
+
+
+def _in_float64(op: Op, case: Case) -> list[Array]:
+    """The reference on inputs in float64: what float outputs are measured by."""
+    given = op.tensors(case.inputs, case.attrs)
+    wide = Tensors((n, x.astype(np.float64) if x.dtype == np.float32 else x) for n, x in given.items())
+    wide.t = given.t
+    with np.errstate(over="ignore"):
+        return [np.asarray(y) for y in op.compute(wide, case.attrs)]
+
+
+def activation_dtype(case: Case) -> str:
+    """The dtype of a case's activations: its T, or its output_type."""
+    for tensor, x in zip(case.op.inputs, case.inputs, strict=True):
+        if tensor.kind == "T" and x is not None:
+            return x.dtype.name
+    return next(str(d) for d, _ in case.op.infer(case.kinds, case.attrs) if d != np.int8)
+
+
+def describe(case: Case) -> str:
+    """The op with the shapes of a case and the attributes that are not 0."""
+    shapes = ", ".join(
+        f"{t.name} {list(x.shape)}" for t, x in zip(case.op.inputs, case.inputs, strict=True) if x is not None
+    )
+    attrs = ", ".join(f"{k}={v}" for k, v in case.attrs.items() if v and not str(k).startswith("plugin_"))
+    return f"{case.op.name} {activation_dtype(case)} ({shapes}) {attrs}"
+
+
+def by_op(tallies: Sequence[Tally]) -> dict[str, list[Tally]]:
+    """Tallies under their ops."""
+    grouped: dict[str, list[Tally]] = defaultdict(list)
+    for t in tallies:
+        grouped[t.op].append(t)
+    return grouped

@@ -1,0 +1,138 @@
+"""What compiles the plugins: nvcc, a host compiler, CMake, ninja and CUTLASS's headers, wherever they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpass.errors import QpassError
+
+INSTALL = "pip install 'qpass[plugins]'"
+ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
+"""Compute capabilities that kernels are written for. 80 runs on every 8.x, 120 on every 12.x, others on their own."""
+WITHOUT_GPU = ("80", "90a")
+"""What is compiled where no GPU says what is wanted."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Everything that a build of the plugins runs.
+
+    Args:
+        nvcc: the compiler, and `version` what it calls itself.
+        libraries: folder of libcudart_static.a, None where nvcc finds it by itself.
+        cutlass: folder with include/ and tools/util/include/.
+    """
+
+    nvcc: Path
+    version: str
+    libraries: Path | None
+    cmake: Path
+    ninja: Path
+    cutlass: Path
+
+    def environment(self) -> dict[str, str]:
+        """The environment that CMake and ninja run in."""
+        env = dict(os.environ) | {"CUDACXX": str(self.nvcc)}
+        if self.libraries is not None:
+            env["LIBRARY_PATH"] = os.pathsep.join([str(self.libraries), *filter(None, [env.get("LIBRARY_PATH")])])
+        return env
+
+
+def find() -> Toolchain:
+    """The tools of this machine.
+
+    Raises:
+        QpassError: one of them is missing; says all that are, and what to install.
+    """
+    missing = []
+    nvcc = _nvcc()
+    if nvcc is None:
+        missing.append("nvcc (looked at CUDA_HOME, PATH and pip's nvidia-cuda-nvcc)")
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    missing += [name for name, found in (("cmake", cmake), ("ninja", ninja)) if found is None]
+    cutlass = _cutlass()
+    if cutlass is None:
+        missing.append("CUTLASS's headers (looked at CUTLASS_HOME and pip's nvidia-cutlass)")
+    if missing or nvcc is None or cmake is None or ninja is None or cutlass is None:
+        raise QpassError(f"the plugins cannot be compiled, since there is no {', no '.join(missing)}: {INSTALL}")
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        raise QpassError("the plugins cannot be compiled, since there is no C++ compiler: apt-get install g++")
+    static = nvcc.parents[1] / "lib" / "libcudart_static.a"  # pip's; CUDA's own installer has lib64, which nvcc knows
+    return Toolchain(nvcc, _version(nvcc), static.parent if static.exists() else None, cmake, ninja, cutlass)
+
+
+def gpu_architectures() -> tuple[str, ...]:
+    """Architectures of this machine's GPUs, as `ARCHITECTURES` has them; none where there is no GPU."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return ()
+    asked = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False)
+    capabilities = re.findall(r"^(\d+)\.(\d+)$", told.stdout, re.M) if not told.returncode else []
+    return tuple(sorted({compiled_for(int(a), int(b)) for a, b in capabilities} - {""}))
+
+
+def compiled_for(major: int, minor: int) -> str:
+    """The best of `ARCHITECTURES` for a compute capability; "" where none runs there."""
+    exact = f"{major}{minor}"
+    if exact in ARCHITECTURES:
+        return exact
+    if f"{exact}a" in ARCHITECTURES:
+        return f"{exact}a"
+    family = [a for a in ARCHITECTURES if a.isdigit() and int(a) // 10 == major and int(a) % 10 <= minor]
+    return family[-1] if family else ""
+
+
+def runs_on(architectures: tuple[str, ...], capability: str) -> bool:
+    """Whether code compiled for `architectures` runs on a GPU of `capability`, such as "89"."""
+    if capability in architectures or f"{capability}a" in architectures:
+        return True
+    family = [a for a in architectures if a.isdigit() and int(a) // 10 == int(capability) // 10]
+    return any(int(a) <= int(capability) for a in family)
+
+
+def _nvcc() -> Path | None:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (found := Path(home) / "bin" / "nvcc").is_file():
+            return found
+    if found_on_path := shutil.which("nvcc"):
+        return Path(found_on_path).resolve()
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(f) for f in (spec.submodule_search_locations or ())] if spec else []
+    return next((nvcc for f in folders for nvcc in sorted(f.glob("cu*/bin/nvcc"), reverse=True)), None)
+
+
+def _tool(name: str) -> Path | None:
+    """A program of the environment's scripts, or of PATH."""
+    import sysconfig
+
+    beside = Path(sysconfig.get_path("scripts")) / name
+    if beside.is_file():
+        return beside
+    found = shutil.which(name)
+    return Path(found) if found else None
+
+
+def _cutlass() -> Path | None:
+    if home := os.environ.get("CUTLASS_HOME"):
+        return Path(home) if (Path(home) / "include" / "cutlass").is_dir() else None
+    spec = importlib.util.find_spec("cutlass_library")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        source = Path(folder) / "source"
+        if (source / "include" / "cutlass").is_dir():
+            return source
+    return None
+
+
+def _version(nvcc: Path) -> str:
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", told)
+    if found is None:
+        raise QpassError(f"{nvcc} does not say its version; is it CUDA's compiler?")
+    return found.group(1)
