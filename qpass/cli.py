@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 import qpass.pipeline as pipeline
 from qpass import report
 from qpass.errors import QpassError
+from qpass.plugins.commands import app as plugins_app
 from qpass.rewriter import PatternError
 from qpass.rules import LIFT, MERGE, RULES
 from qpass.runs import last_run, remember
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 spec_app = typer.Typer(no_args_is_help=True, help="Show and check what is quantized and how.")
 app.add_typer(spec_app, name="spec")
+app.add_typer(plugins_app, name="plugins")
 
 Model = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
 Preset = Annotated[

@@ -31,4 +31,18 @@ REGISTRY: dict[str, Op] = {
 }
 """Every op by its name."""
 
-__all__ = ["DOMAIN", "OPSET_VERSION", "PLUGIN", "REGISTRY", "Attribute", "Input", "Op", "Output", "When"]
+
+def register(op: Op) -> Op:
+    """Make an op of your own known to rules (`new.MyOp(…)`), bodies, engines and tests, and return it.
+
+    Its plugin is compiled in by `qpass plugins build --with my_op.cu`.
+
+    Raises:
+        ValueError: another op has this name.
+    """
+    there = REGISTRY.setdefault(op.name, op)
+    if type(there).__qualname__ != type(op).__qualname__ or type(there).__module__ != type(op).__module__:
+        raise ValueError(f"there is an op {op.name} already; an op is named by its class")
+    return there
+
+__all__ = ["DOMAIN", "OPSET_VERSION", "PLUGIN", "REGISTRY", "Attribute", "Input", "Op", "Output", "When", "register"]

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from qpass.errors import QpassError
-from qpass.plugins.build import build, built, source_hash
+from qpass.plugins.compile import build, built, source_hash
 from qpass.plugins.library import DeviceTensor, Library, OpInfo
 from qpass.plugins.toolchain import ARCHITECTURES, runs_on
 

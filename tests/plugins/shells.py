@@ -1,0 +1,78 @@
+"""The plugin library without its kernels: TensorRT's shells and the ops' declarations, compiled in seconds by g++.
+
+An engine is built from what the shells say, and no kernel runs; so what is built and proven with this library is what
+would be with the whole one. It cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+from qpass import cache
+from qpass.plugins import Library
+from qpass.plugins.compile import source_folder
+from qpass.plugins.library import LIBRARY
+
+
+def cuda_include() -> Path | None:
+    """The folder of cuda_runtime_api.h that pip's nvidia-cuda-runtime brings."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(f) for f in (spec.submodule_search_locations or ())] if spec else []
+    return next((h.parent for f in folders for h in f.glob("cu*/include/cuda_runtime_api.h")), None)
+
+
+def compile_shells(folder: Path, architectures: str = "80 90a", interface: str = "shells") -> Library:
+    """The library in `folder`, compiled if it is not there yet."""
+    target = folder / LIBRARY
+    with cache.locked(folder / "lock"):
+        if not target.exists():
+            include = cuda_include()
+            assert include is not None, "nvidia-cuda-runtime is not installed"
+            (folder / "kernels.cpp").write_text(_empty_kernels())
+            sources = [*sorted((source_folder() / "plugins").glob("*.cpp")), folder / "kernels.cpp"]
+            command = [
+                "g++",
+                "-std=c++17",
+                "-O0",
+                "-shared",
+                "-fPIC",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+            ]
+            command += [
+                f"-I{source_folder() / 'minimal'}",
+                f"-I{source_folder() / 'kernels'}",
+                "-isystem",
+                str(include),
+            ]
+            command += [f'-DQPASS_ARCHITECTURES="{architectures}"', f'-DQPASS_INTERFACE="{interface}"']
+            fresh = folder / "fresh.so"
+            done = subprocess.run(
+                [*command, *map(str, sources), "-o", str(fresh)], capture_output=True, text=True, check=False
+            )
+            assert not done.returncode, done.stderr
+            fresh.rename(target)
+    return Library(target)
+
+
+def _empty_kernels() -> str:
+    """Every function of the C interface, each of which fails; and the two of CUDA's that name an error."""
+    header = (source_folder() / "kernels" / "qpass_kernels.h").read_text()
+    declared = re.findall(r"^((?:int|size_t) qpass_\w+\([^;]*\));", header, re.M)
+    assert len(declared) == 9, declared
+    says = '{ return "there is no kernel in this library"; }'
+    lines = [
+        '#include "qpass_kernels.h"',
+        '#pragma GCC diagnostic ignored "-Wunused-parameter"',
+        'extern "C" {',
+        *(f"{d} {{ return 801; }}" for d in declared),
+        f"const char* cudaGetErrorString(cudaError_t) {says}",
+        f"const char* cudaGetErrorName(cudaError_t) {says}",
+        "}",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,188 @@
+"""The cache of compiled plugins, the tools that are looked for, and what is said where something is missing.
+
+Nothing is compiled here, but for a stand-in library: the compiler's part is that of `make plugins`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qpass import plugins
+from qpass.errors import QpassError
+from qpass.plugins import Library, toolchain
+from qpass.plugins import compile as building
+from qpass.plugins.library import LIBRARY
+from tests.conftest import Run
+
+
+@pytest.fixture
+def compiled(shells: Library, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The objects' folders that were compiled in, each time; compiling takes no time and gives the shells."""
+    seen: list[Path] = []
+
+    def instead(tools: Any, objects: Path, flags: Any, jobs: Any, progress: Any) -> None:
+        seen.append(objects)
+        (objects / "build").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(shells.path, objects / "build" / LIBRARY)
+
+    tools = toolchain.Toolchain(Path("nvcc"), "13.0.88", None, Path("cmake"), Path("ninja"), Path("cutlass"))
+    monkeypatch.setattr(building, "_compile", instead)
+    monkeypatch.setattr(toolchain, "find", lambda: tools)
+    monkeypatch.setattr(toolchain, "gpu_architectures", tuple)
+    return seen
+
+
+def test_built_once(compiled: list[Path]) -> None:
+    first = plugins.build(["90a"])
+    assert plugins.build(["90a"]).path == first.path == plugins.find().path
+    assert len(compiled) == 1
+    assert plugins.build(["90a"], force=True).path == first.path
+    assert len(compiled) == 2
+    assert first.ops
+
+
+def test_key_is_all_that_goes_in(compiled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own.cu"
+    own.write_text("// nothing")
+    one = {plugins.build(["90a"]).path, plugins.build(["80"]).path, plugins.build(["90a"], extra=[own]).path}
+    own.write_text("// something")
+    one.add(plugins.build(["90a"], extra=[own]).path)
+    assert len(one) == 4
+    assert compiled[0] == compiled[2] == compiled[3] != compiled[1], "objects are shared but by architecture"
+    assert plugins.build(["90a", "80"]).path == plugins.build(["80", "90a", "80"]).path
+    monkeypatch.setattr(building, "source_hash", lambda: "other")
+    assert plugins.build(["90a"]).path not in one
+
+
+def test_sources_are_copied_by_content(compiled: list[Path]) -> None:
+    plugins.build(["90a"])
+    copy = compiled[0] / "cuda_plugins"
+    files = {f.relative_to(copy): f.stat().st_mtime_ns for f in copy.rglob("*") if f.is_file()}
+    assert {Path("CMakeLists.txt"), Path("plugins/op.h"), Path("kernels/qpass_kernels.h")} <= set(files)
+    (copy / "plugins" / "gone.cpp").write_text("// of another version")
+    (copy / "plugins" / "op.h").write_text("// of another version")
+    plugins.build(["90a"], force=False)
+    building._synchronize(building.source_folder(), copy)
+    after = {f.relative_to(copy): f.stat().st_mtime_ns for f in copy.rglob("*") if f.is_file()}
+    assert set(after) == set(files)
+    changed = {f for f in files if files[f] != after[f]}
+    assert changed == {Path("plugins/op.h")}
+
+
+def test_find(compiled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(QpassError, match="compile them with `qpass plugins build`"):
+        plugins.find()
+    for_ampere, for_hopper = plugins.build(["80"]), plugins.build(["90a"])
+    time.sleep(0.01)
+    for_hopper.path.touch()
+    assert plugins.find().path == for_hopper.path, "the newest"
+    assert plugins.find(capability="89").path == for_ampere.path, "one that runs there"
+    assert plugins.find(capability="120").path == for_hopper.path, "none runs there: the newest"
+    with pytest.raises(QpassError, match=r"none\.so: no such plugin library"):
+        plugins.find(tmp_path / "none.so")
+    monkeypatch.setenv("QPASS_PLUGINS", str(for_ampere.path))
+    assert plugins.find().path == for_ampere.path
+    monkeypatch.delenv("QPASS_PLUGINS")
+    monkeypatch.setattr(plugins, "source_hash", lambda: "those of another version")
+    with pytest.raises(QpassError, match="not compiled"):
+        plugins.find()
+
+
+def test_what_runs_where() -> None:
+    assert toolchain.runs_on(("80",), "89")
+    assert toolchain.runs_on(("80", "90a"), "90")
+    assert not toolchain.runs_on(("90a",), "100")
+    assert not toolchain.runs_on(("89",), "86")
+    assert not toolchain.runs_on(("80",), "90")
+    assert toolchain.runs_on(("120",), "121")
+    assert [toolchain.compiled_for(*c) for c in ((8, 0), (8, 7), (8, 9), (9, 0), (10, 0), (12, 1), (7, 5))] == [
+        *("80", "86", "89", "90a", "100a", "120", "")
+    ]
+
+
+def build_beside(folder: str, done: Any) -> None:
+    """A process that builds into a cache that another fills too."""
+    import os
+
+    os.environ["XDG_CACHE_HOME"] = folder
+    done.put(str(plugins.build(["90a"]).path))
+
+
+def test_two_builds_side_by_side(compiled: list[Path], cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both succeed, with one library, complete."""
+    at_once = building._compile
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.3)
+        at_once(*args)
+
+    monkeypatch.setattr(building, "_compile", slowly)
+    fork = multiprocessing.get_context("fork")
+    done = fork.Queue()
+    both = [fork.Process(target=build_beside, args=(str(cache_folder.parents[1]), done)) for _ in range(2)]
+    for p in both:
+        p.start()
+    paths = {done.get(timeout=60) for _ in both}
+    for p in both:
+        p.join()
+    assert [p.exitcode for p in both] == [0, 0]
+    assert len(paths) == 1
+    assert Library(Path(paths.pop())).ops
+    assert not list(cache_folder.glob("*.[0-9]*"))
+
+
+def test_missing_tools(cache_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All that is missing is named at once, with the mend."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "CUTLASS_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(toolchain, "_tool", lambda name: None)
+    with pytest.raises(QpassError) as missing:
+        plugins.build(["90a"])
+    for word in ("nvcc", "cmake", "ninja", "CUTLASS", "pip install 'qpass[plugins]'"):
+        assert word in str(missing.value)
+
+
+def test_a_compiler_that_fails(
+    shells: Library, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first error is told, the rest is in a file; nothing is in the cache."""
+    (tmp_path / "cmake").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "ninja").write_text("#!/bin/sh\necho '[1/3] nvcc a.cu'\necho 'a.cu(3): error: no such thing'\nexit 1\n")
+    for tool in ("cmake", "ninja"):
+        (tmp_path / tool).chmod(0o755)
+    tools = toolchain.Toolchain(Path("nvcc"), "13", None, tmp_path / "cmake", tmp_path / "ninja", tmp_path)
+    monkeypatch.setattr(toolchain, "find", lambda: tools)
+    steps = []
+    with pytest.raises(QpassError, match=r"a\.cu\(3\): error: no such thing; all that the compiler said: .*build\.log"):
+        plugins.build(["90a"], progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 3)]
+    assert not building.built()
+
+
+def test_commands(compiled: list[Path], run: Run, tmp_path: Path) -> None:
+    assert "not compiled" in run("plugins", "info").err
+    built = run("plugins", "build", "--arch", "90a", "-o", tmp_path / "mine.so")
+    assert built.code == 0
+    assert "mine.so for 80, 90a" in built.out
+    assert "SmoothQuantGemm" in run("plugins", "info").out
+    assert '"architectures": "80 90a"' in run("plugins", "info", "--library", tmp_path / "mine.so", "--json").out
+    for args, said in (
+        (("build", "--arch", "75"), "--arch 75: qpass compiles for 80, 86"),
+        (("build", "--with", tmp_path / "none.cu"), "wants a .cpp or .cu file that is there"),
+        (("build", "--tensorrt-include", tmp_path), "has no NvInferRuntime.h"),
+        (("build", "-o", tmp_path / "no" / "where.so"), "cannot be written"),
+        (("selftest", "--op", "Nothing"), "--op Nothing: there are QuantizeTensor"),
+        (("bench", "--dtype", "int8"), "--dtype int8: wants one of"),
+    ):
+        refused = run("plugins", *args)
+        assert refused.code == 2
+        assert said in refused.err
+        assert "Traceback" not in refused.err
