@@ -18,16 +18,17 @@ struct Gemm {
   const float* col_scale;  // [n] with per_column, else [1]; null: 1
   bool per_row, per_column;
   const void* bias;  // [n] of type `out`, or null
-  void* d;           // [m, n], contiguous
+  void* d;           // [m, n], rows `ldd` elements apart
+  int64_t ldd;
   void* workspace;   // gemm_workspace bytes, 256-byte aligned
 };
 
 cudaError_t gemm(const Gemm& g, cudaStream_t stream);
 size_t gemm_workspace(const Gemm& g);  // an upper bound for every m up to this one
 
-// Few tokens: weights stream once through the tensor cores as operand A. Chosen by `gemm` and the weight-only op; see skinny.cuh.
+// Few tokens: weights stream once through the tensor cores. Any m; best up to this many.
 constexpr int kSkinnyTokens = 64;
-cudaError_t skinny_int8(const Gemm& g, cudaStream_t stream);  // int8 in; any m, best up to kSkinnyTokens
+cudaError_t skinny_int8(const Gemm& g, cudaStream_t stream);  // int8 inputs
 size_t skinny_int8_workspace(const Gemm& g);
 
 // Copies rows of `bytes` bytes (any number) to rows `padded` bytes apart (a multiple of 16), zeros behind.

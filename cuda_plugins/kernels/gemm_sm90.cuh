@@ -1,0 +1,106 @@
+// CUTLASS 3.x on Hopper: wgmma fed by TMA, scales and bias in an epilogue visitor tree. One instantiation a translation unit
+// (gemm_sm90_*.cu): each takes a minute to compile.
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <cutlass/cutlass.h>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "gemm_kernels.h"
+#include "types.cuh"
+
+namespace qpass {
+
+template <typename T>
+struct CutlassType {
+  using type = T;
+};
+template <>
+struct CutlassType<half> {
+  using type = cutlass::half_t;
+};
+template <>
+struct CutlassType<bfloat16> {
+  using type = cutlass::bfloat16_t;
+};
+
+template <typename In, typename Out, bool kWide>
+struct GemmSm90 {
+  using A = typename CutlassType<In>::type;
+  using D = typename CutlassType<Out>::type;
+  using Accumulator = std::conditional_t<std::is_same_v<In, int8_t>, int32_t, float>;
+
+  // 128 bytes of K a stage; two consumer warpgroups share a wide tile, one has a narrow one
+  static constexpr int kTileK = 128 / sizeof(In);
+  using Tile = cute::Shape<cute::Int<kWide ? 128 : 64>, cute::Int<kWide ? 256 : 128>, cute::Int<kTileK>>;
+  using Cluster = cute::Shape<cute::Int<kWide ? 2 : 1>, cute::_1, cute::_1>;
+  using Mainloop = std::conditional_t<kWide, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
+      cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
+  using Epilogue = std::conditional_t<kWide, cutlass::epilogue::TmaWarpSpecializedCooperative,
+      cutlass::epilogue::TmaWarpSpecialized>;
+
+  // strides of type bool: a vector, or one value for all, chosen at run time; a null pointer gives the default
+  using AlongM = cute::Stride<bool, cute::_0, int64_t>;
+  using AlongN = cute::Stride<cute::_0, bool, int64_t>;
+  static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+  using RowScale = cutlass::epilogue::fusion::Sm90ColBroadcast<0, Tile, float, float, AlongM>;
+  using ColScale = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, AlongN>;
+  using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, D, float, AlongN>;
+  template <template <class> class Op, typename To>
+  using Compute = cutlass::epilogue::fusion::Sm90Compute<Op, To, float, kRound>;
+  using Scaled = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::multiplies, float>, RowScale,
+      cutlass::epilogue::fusion::Sm90AccFetch>;
+  using ScaledTwice = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::multiplies, float>, ColScale, Scaled>;
+  using Tree = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::plus, D>, Bias, ScaledTwice>;
+
+  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<cutlass::arch::Sm90,
+      cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, Accumulator, float,
+      void, cutlass::layout::RowMajor, 128 / cutlass::sizeof_bits<D>::value, D, cutlass::layout::RowMajor,
+      128 / cutlass::sizeof_bits<D>::value, Epilogue, Tree>::CollectiveOp;
+  using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<cutlass::arch::Sm90,
+      cutlass::arch::OpClassTensorOp, A, cutlass::layout::RowMajor, 16 / sizeof(In), A, cutlass::layout::ColumnMajor,
+      16 / sizeof(In), Accumulator, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename CollectiveEpilogue::SharedStorage))>,
+      Mainloop>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
+      CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
+  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  static typename Device::Arguments arguments(const Gemm& g, int multiprocessors) {
+    int m = int(g.m), n = int(g.n), k = int(g.k);
+    typename Kernel::StrideA a{g.lda, cute::_1{}, 0};
+    typename Kernel::StrideB b{g.ldb, cute::_1{}, 0};
+    typename Kernel::StrideD d{g.ldd, cute::_1{}, 0};
+    typename Device::Arguments args{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1},
+        {static_cast<const A*>(g.a), a, static_cast<const A*>(g.b), b}, {{}, nullptr, {}, static_cast<D*>(g.d), d}};
+    typename Scaled::Arguments scaled{{g.row_scale, 1.f, {g.per_row, {}, 0}}, {}, {}};
+    typename ScaledTwice::Arguments twice{{g.col_scale, 1.f, {{}, g.per_column, 0}}, scaled, {}};
+    args.epilogue.thread = {{static_cast<const D*>(g.bias), D(0), {{}, true, 0}}, twice, {}};
+    args.hw_info.sm_count = multiprocessors;
+    return args;
+  }
+};
+
+template <typename In, typename Out, bool kWide>
+cudaError_t gemm_sm90(const Gemm& g, cudaStream_t stream) {
+  using Traits = GemmSm90<In, Out, kWide>;
+  Device device;
+  if (cudaError_t e = current_device(&device)) return e;
+  typename Traits::Device gemm;
+  auto args = Traits::arguments(g, device.multiprocessors);
+  if (gemm.can_implement(args) != cutlass::Status::kSuccess || Traits::Device::get_workspace_size(args)) {
+    return cudaErrorNotSupported;
+  }
+  if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorNotSupported;
+  if (gemm.run(stream) != cutlass::Status::kSuccess) {
+    cudaError_t e = cudaGetLastError();
+    return e ? e : cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace qpass

@@ -1,0 +1,95 @@
+// Activations and weights as the matmul kernels want them.
+#include "weight_only.h"
+
+namespace qpass {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+__global__ void prepare(const T* x, const float* scale, void* to, int64_t m, int64_t k, int64_t padded) {
+  const int64_t count = m * padded;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
+    int64_t row = i / padded, column = i % padded;
+    float value = column < k ? to_float(x[row * k + column]) : 0.f;
+    if (scale && column < k) value *= scale[column];
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        bfloat16 part = from_float<bfloat16>(value);
+        static_cast<bfloat16*>(to)[plane * count + i] = part;
+        value -= to_float(part);
+      }
+    } else {
+      static_cast<T*>(to)[i] = from_float<T>(value);
+    }
+  }
+}
+
+// One block a row.
+template <typename T, bool kInt4>
+__global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args args, int64_t first, T* to, int64_t padded,
+    float* row_scale) {
+  const int64_t n = first + blockIdx.x;
+  const int group = args.group_size ? args.group_size : int(args.k);
+  const int64_t groups = args.group_size ? args.k / args.group_size : 1;
+  const float* scale = args.scale + n * groups;
+  const int8_t* zero = args.zero ? args.zero + n * groups : nullptr;
+  float largest = 0;
+  for (int64_t i = threadIdx.x; i < groups; i += kThreads) largest = fmaxf(largest, fabsf(scale[i]));
+  __shared__ float partial[kThreads / 32];
+  for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = largest;
+  __syncthreads();
+  for (int i = 0; i < kThreads / 32; ++i) largest = fmaxf(largest, partial[i]);
+  if (!args.group_size) largest = scale[0];  // with its sign: the integers stay as they are
+  if (threadIdx.x == 0) row_scale[blockIdx.x] = largest;
+
+  constexpr int V = 8;
+  const int8_t* weight = args.weight + n * (kInt4 ? args.k / 2 : args.k);
+  for (int64_t k = threadIdx.x * V; k < padded; k += kThreads * V) {
+    float v[V];
+    const bool whole = args.k % V == 0;  // then a pack is aligned, and within a row and a group
+    Pack<int8_t, kInt4 ? V / 2 : V> pack;
+    if (whole) pack = *reinterpret_cast<const Pack<int8_t, kInt4 ? V / 2 : V>*>(weight + (kInt4 ? k / 2 : k));
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      v[i] = 0;
+      if (k + i >= args.k) continue;
+      int code = whole ? pack.x[kInt4 ? i / 2 : i] : weight[kInt4 ? (k + i) / 2 : k + i];
+      if (kInt4) code = i % 2 ? code >> 4 : int8_t(code << 4) >> 4;
+      int64_t at = (k + i) / group;
+      if (zero) code -= zero[at];
+      v[i] = args.group_size ? largest > 0 ? float(code) * (scale[at] / largest) : 0.f : float(code);
+    }
+    store<V>(to + blockIdx.x * padded + k, v);
+  }
+}
+
+}  // namespace
+
+cudaError_t prepare_activations(
+    qpass_type type, const void* x, const float* scale, void* to, int64_t m, int64_t k, int64_t padded, cudaStream_t stream) {
+  unsigned blocks = unsigned(std::min<int64_t>(ceil_div(m * padded, kThreads), 132 * 32));
+  return with_float_type(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    prepare<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(x), scale, to, m, k, padded);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t expand_weight(const qpass_weight_only_matmul_args& args, int64_t first, int64_t rows, void* to,
+    int64_t padded, float* row_scale, cudaStream_t stream) {
+  auto launch = [&](auto type, auto int4) {
+    using T = typename decltype(type)::type;
+    expand<T, decltype(int4)::value>
+        <<<unsigned(rows), kThreads, 0, stream>>>(args, first, static_cast<T*>(to), padded, row_scale);
+    return cudaGetLastError();
+  };
+  if (args.type == QPASS_HALF) {
+    return args.int4 ? launch(Tag<half>(), std::true_type()) : launch(Tag<half>(), std::false_type());
+  }
+  return args.int4 ? launch(Tag<bfloat16>(), std::true_type()) : launch(Tag<bfloat16>(), std::false_type());
+}
+
+}  // namespace qpass

@@ -1,0 +1,287 @@
+// The matrix product for few tokens: y[m, n] = sum_k x[m, k] * w[n, k], where all the time goes into reading w once.
+//
+// Weights are operand A of mma.sync, 16 output channels a tile, and tokens operand B, 8 a tile; so one token costs no more
+// than eight. Rows of w stay as they are stored: the order of K within an mma is free as long as both operands agree on it, so
+// of 4 * kRun neighbouring bytes of a row (a unit) each of the four lanes that share the row takes a run of kRun, and the
+// same K of each token. A unit never spans two groups. Integers become 16-bit floats exactly; a unit's partial sum is
+// multiplied by its group's scale in float32. float32 activations come as three bfloat16 planes that add up to them.
+#pragma once
+
+#include <algorithm>
+
+#include "gemm.h"
+#include "mma.cuh"
+#include "vectors.cuh"
+#include "weight_codes.cuh"
+
+namespace qpass {
+
+struct Skinny {
+  Gemm g;              // a: activations, b: the weight; k counts values, ldb bytes
+  int64_t plane;       // elements from one plane of the activations to the next
+  const float* scale;  // grouped: [n, scales]; else unused
+  const int8_t* zero;  // grouped: [n, scales], else [n]; or null
+  int64_t scales;      // a row
+  int group_shift;     // log2 of the group size
+  void* partial;       // [splits, m, n] sums, with more than one split
+  int splits;
+  int64_t stages_a_split;
+};
+
+constexpr int kSkinnyWarps = 4;
+constexpr int kSkinnyBlocks = 528;  // what K is split for: four blocks for each multiprocessor of a big GPU
+constexpr int kMostSplits = 32;
+constexpr int kSkinnyShared = 96 << 10;  // what every architecture from sm_80 on has
+
+__device__ __forceinline__ void store_as(qpass_type type, void* y, int64_t i, float value) {
+  if (type == QPASS_HALF) static_cast<half*>(y)[i] = from_float<half>(value);
+  else if (type == QPASS_BFLOAT16) static_cast<bfloat16*>(y)[i] = from_float<bfloat16>(value);
+  else static_cast<float*>(y)[i] = value;
+}
+
+__device__ __forceinline__ float load_as(qpass_type type, const void* x, int64_t i) {
+  if (type == QPASS_HALF) return to_float(static_cast<const half*>(x)[i]);
+  if (type == QPASS_BFLOAT16) return to_float(static_cast<const bfloat16*>(x)[i]);
+  return static_cast<const float*>(x)[i];
+}
+
+// Scales and bias, once all of K is summed.
+__device__ __forceinline__ void finish(const Gemm& g, int64_t m, int64_t n, float sum) {
+  if (g.row_scale) sum *= g.row_scale[g.per_row ? m : 0];
+  if (g.col_scale) sum *= g.col_scale[g.per_column ? n : 0];
+  if (g.bias) sum += load_as(g.out, g.bias, n);
+  store_as(g.out, g.d, m * g.ldd + n, sum);
+}
+
+// Act: of the activations. kRun: bytes of a row that a lane takes at once. kTokens, kTiles: mma tiles of tokens a block, of
+// output channels a warp.
+template <typename Act_, bool kInt4_, int kRun_, bool kGrouped_, int kPlanes_, int kTokens_, int kTiles_>
+struct SkinnyShape {
+  using Act = Act_;
+  static constexpr bool kInt4 = kInt4_, kGrouped = kGrouped_;
+  static constexpr int kRun = kRun_, kPlanes = kPlanes_, kTokens = kTokens_, kTiles = kTiles_;
+  static constexpr int kRows = kSkinnyWarps * 16 * kTiles;
+  static constexpr int kRowBytes = 128;                              // of a weight's row, a stage
+  static constexpr int kStageK = kRowBytes * (kInt4 ? 2 : 1);
+  static constexpr int kActBytes = kStageK * sizeof(Act);            // of a token, a stage
+  static constexpr int kUnits = kRowBytes / (4 * kRun);
+  static constexpr int kUnitK = kStageK / kUnits;
+  static constexpr int kChunks = kUnitK / 4 * sizeof(Act) / 16;      // 16-byte chunks of a token in a lane's run
+  static constexpr int kChunkBytes = kRun / kChunks;                 // of the weight that go with one
+  static constexpr int kWeights = kRows * kRowBytes;                 // bytes a stage
+  static constexpr int kStageBytes = kWeights + kPlanes * kTokens * 8 * kActBytes;
+  static constexpr int kStages = kSkinnyShared / kStageBytes < 4 ? kSkinnyShared / kStageBytes : 4;
+  static_assert(kStages >= 2);
+
+  // Where the chunks of a row lie in shared memory: those that lanes of one phase of a load read fall on different banks.
+  static __device__ __forceinline__ int weight_place(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ (row % (32 / kRun) * (kRun / 4))) * 16;
+  }
+  static __device__ __forceinline__ int act_place(int token, int chunk) {
+    int odd = token & 1;
+    int flip = kChunks == 1 ? odd << 2 : kChunks == 2 ? odd : (chunk >> 3 & 1) ^ odd << 1;
+    return token * kActBytes + (chunk ^ flip) * 16;
+  }
+};
+
+template <typename S>
+__device__ __forceinline__ void fetch_stage(const Skinny& p, char* to, int64_t n0, int64_t m0, int64_t stage) {
+  constexpr int kThreads = kSkinnyWarps * 32;
+  const int64_t weight_bytes = S::kInt4 ? p.g.k / 2 : p.g.k;
+  const char* weight = static_cast<const char*>(p.g.b);
+#pragma unroll
+  for (int i = threadIdx.x; i < S::kRows * (S::kRowBytes / 16); i += kThreads) {
+    int row = i / (S::kRowBytes / 16), chunk = i % (S::kRowBytes / 16);
+    int64_t byte = stage * S::kRowBytes + chunk * 16;
+    bool there = n0 + row < p.g.n && byte < weight_bytes;  // rows are padded to whole chunks
+    copy_async(to + S::weight_place(row, chunk), there ? weight + (n0 + row) * p.g.ldb + byte : weight, there ? 16 : 0);
+  }
+  constexpr int kTokenChunks = S::kActBytes / 16;
+  const char* x = static_cast<const char*>(p.g.a);
+#pragma unroll
+  for (int i = threadIdx.x; i < S::kPlanes * S::kTokens * 8 * kTokenChunks; i += kThreads) {
+    int line = i / kTokenChunks, chunk = i % kTokenChunks;
+    int plane = line / (S::kTokens * 8), token = line % (S::kTokens * 8);
+    int64_t byte = stage * S::kActBytes + chunk * 16;
+    bool there = m0 + token < p.g.m && byte < p.g.k * int64_t(sizeof(typename S::Act));
+    int64_t from = (plane * p.plane + (m0 + token) * p.g.lda) * int64_t(sizeof(typename S::Act)) + byte;
+    copy_async(to + S::kWeights + S::act_place(line, chunk), there ? x + from : x, there ? 16 : 0);
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(kSkinnyWarps * 32) skinny(Skinny p, int64_t blocks_n) {
+  using Act = typename S::Act;
+  using Accumulator = typename Mma<Act>::Accumulator;
+  extern __shared__ __align__(128) char shared[];
+  const int64_t n0 = blockIdx.x % blocks_n * S::kRows, m0 = blockIdx.x / blocks_n * (S::kTokens * 8);
+  const int64_t all = ceil_div(p.g.k, S::kStageK), first = blockIdx.z * p.stages_a_split;
+  const int64_t count = min(p.stages_a_split, all - first);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
+  auto channel = [&](int tile, int h) { return n0 + (warp * S::kTiles + tile) * 16 + h * 8 + row; };
+
+  // Of each row's scales and zeros in a stage every lane holds those of units `quarter`, `quarter` + 4, …; they are handed round.
+  constexpr int kHeld = S::kUnits > 4 ? S::kUnits / 4 : 1;
+  struct Held {
+    float scale[kHeld][S::kTiles][2];
+    int zero[kHeld][S::kTiles][2];
+  };
+  auto fetch_scales = [&](int64_t stage) {
+    Held held = {};
+    if constexpr (S::kGrouped) {
+#pragma unroll
+      for (int i = 0; i < kHeld * S::kTiles * 2; ++i) {
+        int u = i / (S::kTiles * 2), tile = i / 2 % S::kTiles, h = i % 2, unit = quarter + u * 4;
+        int64_t n = channel(tile, h), k = stage * S::kStageK + unit * S::kUnitK;
+        if (unit < S::kUnits && n < p.g.n && k < p.g.k) {
+          int64_t at = n * p.scales + (k >> p.group_shift);
+          held.scale[u][tile][h] = p.scale[at];
+          if (p.zero) held.zero[u][tile][h] = p.zero[at];
+        }
+      }
+    }
+    return held;
+  };
+  int row_zero[S::kTiles][2] = {};
+  if (!S::kGrouped && p.zero) {
+#pragma unroll
+    for (int i = 0; i < S::kTiles * 2; ++i) {
+      if (channel(i / 2, i % 2) < p.g.n) row_zero[i / 2][i % 2] = p.zero[channel(i / 2, i % 2)];
+    }
+  }
+
+  auto fetch = [&](int64_t i) {
+    if (i < count) fetch_stage<S>(p, shared + i % S::kStages * S::kStageBytes, n0, m0, first + i);
+    commit_copies();
+  };
+  Accumulator acc[S::kTiles][S::kTokens][4] = {};
+  for (int i = 0; i < S::kStages - 1; ++i) fetch(i);
+  Held held = fetch_scales(first);
+  for (int64_t i = 0; i < count; ++i) {
+    wait_copies<S::kStages - 2>();
+    __syncthreads();  // the stage is complete, and everyone is done with the one that is filled next
+    fetch(i + S::kStages - 1);
+    Held next = fetch_scales(first + i + 1);
+    const char* weights = shared + i % S::kStages * S::kStageBytes;
+    const char* acts = weights + S::kWeights;
+#pragma unroll
+    for (int unit = 0; unit < S::kUnits; ++unit) {
+      Accumulator part[S::kTiles][S::kTokens][4] = {};
+      auto& sums = S::kGrouped ? part : acc;
+      uint32_t words[S::kTiles][2][S::kRun / 4];
+      int zero[S::kTiles][2];
+#pragma unroll
+      for (int j = 0; j < S::kTiles * 2; ++j) {
+        int tile = j / 2, h = j % 2, byte = unit * 4 * S::kRun + quarter * S::kRun;
+        int line = (warp * S::kTiles + tile) * 16 + h * 8 + row;
+        const char* from = weights + S::weight_place(line, byte / 16) + byte % 16;
+        *reinterpret_cast<Pack<uint32_t, S::kRun / 4>*>(words[tile][h]) =
+            *reinterpret_cast<const Pack<uint32_t, S::kRun / 4>*>(from);
+        zero[tile][h] = row_zero[tile][h];
+        if (S::kGrouped && p.zero) zero[tile][h] = __shfl_sync(~0u, held.zero[unit / 4][tile][h], (lane & ~3) | unit % 4);
+      }
+#pragma unroll
+      for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+        uint32_t a[S::kTiles][2][4];  // of each mma of the two that a chunk makes
+#pragma unroll
+        for (int tile = 0; tile < S::kTiles; ++tile) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            uint32_t codes[4];
+            weight_codes<Act, S::kInt4>(words[tile][h] + chunk * (S::kChunkBytes / 4), codes, p.zero, zero[tile][h]);
+            a[tile][0][h] = codes[0], a[tile][0][h + 2] = codes[1];
+            a[tile][1][h] = codes[2], a[tile][1][h + 2] = codes[3];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < S::kPlanes * S::kTokens; ++j) {
+          int at = (unit * 4 + quarter) * S::kChunks + chunk;
+          uint4 loaded = *reinterpret_cast<const uint4*>(acts + S::act_place(j * 8 + row, at));
+          uint32_t b[4];
+          matching_activations<S::kInt4>(loaded, b);
+#pragma unroll
+          for (int tile = 0; tile < S::kTiles; ++tile) {
+            auto& sum = sums[tile][j % S::kTokens];
+            Mma<Act>::run(sum, a[tile][0], b[0], b[1]);
+            Mma<Act>::run(sum, a[tile][1], b[2], b[3]);
+          }
+        }
+      }
+      if constexpr (S::kGrouped) {
+#pragma unroll
+        for (int j = 0; j < S::kTiles * 2; ++j) {
+          int tile = j / 2, h = j % 2;
+          float scale = __shfl_sync(~0u, held.scale[unit / 4][tile][h], (lane & ~3) | unit % 4);
+#pragma unroll
+          for (int token = 0; token < S::kTokens; ++token) {
+            acc[tile][token][h * 2] += scale * part[tile][token][h * 2];
+            acc[tile][token][h * 2 + 1] += scale * part[tile][token][h * 2 + 1];
+          }
+        }
+      }
+    }
+    held = next;
+  }
+
+#pragma unroll
+  for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
+    int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
+    int64_t n = channel(tile, c / 2), m = m0 + token * 8 + quarter * 2 + c % 2;
+    if (n >= p.g.n || m >= p.g.m) continue;
+    if (p.splits == 1) finish(p.g, m, n, float(acc[tile][token][c]));
+    else static_cast<Accumulator*>(p.partial)[(blockIdx.z * p.g.m + m) * p.g.n + n] = acc[tile][token][c];
+  }
+}
+
+// The sums of the splits, always in the same order.
+template <typename Accumulator>
+__global__ void __launch_bounds__(256) add_splits(Skinny p) {
+  const int64_t count = p.g.m * p.g.n;
+  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count; i += int64_t(gridDim.x) * 256) {
+    Accumulator sum = 0;
+    for (int s = 0; s < p.splits; ++s) sum += static_cast<const Accumulator*>(p.partial)[s * count + i];
+    finish(p.g, i / p.g.n, i % p.g.n, float(sum));
+  }
+}
+
+// An upper bound of the bytes that `splits` can ask for, for every m up to this one.
+inline size_t partial_bytes(int64_t m, int64_t n) {
+  // with more than one split there are fewer than twice kSkinnyBlocks blocks, each of at most 128 × 64 sums
+  int64_t most = 2 * int64_t(kSkinnyBlocks) * 128 * 64 * 4;
+  return size_t(std::min(most, kMostSplits * m * n * 4));
+}
+
+template <typename S>
+cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
+  const int64_t blocks_n = ceil_div(p.g.n, S::kRows), blocks_m = ceil_div(p.g.m, S::kTokens * 8);
+  const int64_t stages = ceil_div(p.g.k, S::kStageK);
+  // at least two stages a split: a shorter one costs more to sum than it saves
+  int64_t splits = std::min(kSkinnyBlocks / (blocks_n * blocks_m), std::min<int64_t>(stages / 2, kMostSplits));
+  p.stages_a_split = ceil_div(stages, std::max<int64_t>(splits, 1));
+  p.splits = int(ceil_div(stages, p.stages_a_split));
+  constexpr int kBytes = S::kStages * S::kStageBytes;
+  if (cudaError_t e = cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) return e;
+  dim3 grid(unsigned(blocks_n * blocks_m), 1, unsigned(p.splits));
+  skinny<S><<<grid, kSkinnyWarps * 32, kBytes, stream>>>(p, blocks_n);
+  if (cudaError_t e = cudaGetLastError()) return e;
+  if (p.splits > 1) {
+    unsigned blocks = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));
+    add_splits<typename Mma<typename S::Act>::Accumulator><<<blocks, 256, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+// The tiles of tokens and channels by how many tokens there are.
+template <typename Act, bool kInt4, int kRun, bool kGrouped, int kPlanes>
+cudaError_t skinny_by_tokens(const Skinny& p, cudaStream_t stream) {
+  if (p.g.m <= 8) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 1, 1>>(p, stream);
+  if (p.g.m <= 16 || kPlanes > 1) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 2, 1>>(p, stream);
+  if constexpr (kPlanes == 1) {
+    if (p.g.m <= 32) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 4, 1>>(p, stream);
+    // two tiles of channels share each load of activations; with a group's sums beside the row's they would not fit
+    return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, kGrouped ? 1 : 2>>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace qpass

@@ -1,0 +1,121 @@
+// WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by the skinny kernel on the integers, many by a 16-bit
+// product on the weight expanded chunk by chunk, each chunk small enough to stay in L2 between the two.
+#include "weight_only.h"
+
+namespace qpass {
+namespace {
+
+constexpr int64_t kChunkBytes = 32 << 20;  // of expanded weight
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// How a call goes: which path, and where in the workspace its parts lie.
+struct Plan {
+  explicit Plan(const qpass_weight_only_matmul_args& args) {
+    few = args.m <= kSkinnyTokens || args.type == QPASS_FLOAT;
+    int64_t bytes = args.int4 ? args.k / 2 : args.k;
+    row_bytes = ceil_div(bytes, 16) * 16;
+    pads_weight = few && row_bytes != bytes;
+    padded = few ? row_bytes * (args.int4 ? 2 : 1) : ceil_div(args.k, 8) * 8;
+    prepares = args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k;
+    size_t at = 0;
+    auto take = [&](size_t size) {
+      size_t from = at;
+      at += aligned(size);
+      return from;
+    };
+    int64_t planes = args.type == QPASS_FLOAT ? kPlanes : 1;
+    x = take(prepares ? args.m * padded * 2 * planes : 0);
+    weight = take(pads_weight ? args.n * row_bytes : 0);
+    partial = take(few ? partial_bytes(args.m, args.n) : 0);
+    if (!few) {
+      chunk = std::min(args.n, std::max<int64_t>(128, kChunkBytes / (padded * 2) / 128 * 128));
+      expanded = take(chunk * padded * 2);
+      scale = take(chunk * sizeof(float));
+    }
+    size = at;
+  }
+
+  bool few, pads_weight, prepares;
+  int64_t padded;  // values of a row as the kernel sees it
+  int64_t row_bytes;
+  int64_t chunk = 0;  // rows of weight that are expanded at a time
+  size_t x, weight, partial, expanded = 0, scale = 0, size;
+};
+
+Gemm product_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
+  char* workspace = static_cast<char*>(args.workspace);
+  Gemm g{};
+  g.out = args.type;
+  g.in = args.type == QPASS_HALF ? QPASS_HALF : QPASS_BFLOAT16;
+  g.m = args.m, g.n = args.n, g.k = plan.padded;
+  g.a = plan.prepares ? workspace + plan.x : args.x;
+  g.lda = plan.padded;
+  g.bias = args.bias;
+  g.d = args.y, g.ldd = args.n;
+  return g;
+}
+
+cudaError_t few_tokens(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
+  char* workspace = static_cast<char*>(args.workspace);
+  Skinny p{};
+  p.g = product_of(args, plan);
+  p.g.b = args.weight;
+  p.g.ldb = plan.row_bytes;
+  if (plan.pads_weight) {
+    int64_t bytes = args.int4 ? args.k / 2 : args.k;
+    p.g.b = workspace + plan.weight;
+    if (cudaError_t e = pad_rows(args.weight, workspace + plan.weight, args.n, bytes, plan.row_bytes, stream)) return e;
+  }
+  if (!args.group_size) p.g.col_scale = args.scale, p.g.per_column = true;
+  p.plane = args.m * plan.padded;
+  p.scale = args.scale;
+  p.zero = args.zero;
+  p.scales = args.group_size ? args.k / args.group_size : 1;
+  p.group_shift = args.group_size == 32 ? 5 : args.group_size == 64 ? 6 : 7;
+  p.partial = workspace + plan.partial;
+  switch (args.type) {
+    case QPASS_HALF: return weight_only_half(p, args.int4, args.group_size, stream);
+    case QPASS_BFLOAT16: return weight_only_bfloat16(p, args.int4, args.group_size, stream);
+    default: return weight_only_float(p, args.int4, args.group_size, stream);
+  }
+}
+
+cudaError_t many_tokens(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
+  char* workspace = static_cast<char*>(args.workspace);
+  const Gemm whole = product_of(args, plan);
+  for (int64_t n = 0; n < args.n; n += plan.chunk) {
+    Gemm g = whole;
+    g.n = std::min(plan.chunk, args.n - n);
+    g.b = workspace + plan.expanded, g.ldb = plan.padded;
+    g.col_scale = reinterpret_cast<float*>(workspace + plan.scale), g.per_column = true;
+    g.d = static_cast<char*>(whole.d) + n * 2;
+    if (g.bias) g.bias = static_cast<const char*>(whole.bias) + n * 2;
+    float* scale = reinterpret_cast<float*>(workspace + plan.scale);
+    if (cudaError_t e = expand_weight(args, n, g.n, workspace + plan.expanded, plan.padded, scale, stream)) return e;
+    if (cudaError_t e = gemm(g, stream)) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+}  // namespace qpass
+
+size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* args) {
+  using namespace qpass;
+  qpass_weight_only_matmul_args few = *args;  // a smaller m may take the other way
+  few.m = std::min<int64_t>(args->m, kSkinnyTokens);
+  return std::max(Plan(*args).size, Plan(few).size);
+}
+
+int qpass_weight_only_matmul(const qpass_weight_only_matmul_args* args, cudaStream_t stream) {
+  using namespace qpass;
+  if (!args->m) return cudaSuccess;
+  Plan plan(*args);
+  if (plan.prepares) {
+    void* x = static_cast<char*>(args->workspace) + plan.x;
+    cudaError_t e = prepare_activations(args->type, args->x, args->pre_quant_scale, x, args->m, args->k, plan.padded, stream);
+    if (e) return e;
+  }
+  return plan.few ? few_tokens(*args, plan, stream) : many_tokens(*args, plan, stream);
+}

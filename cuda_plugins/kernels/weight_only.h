@@ -1,0 +1,46 @@
+// The parts of the weight-only matmul: activations and weights made ready, and the kernel for few tokens by activation type.
+#pragma once
+
+#include "skinny.cuh"
+
+namespace qpass {
+
+constexpr int kPlanes = 3;  // bfloat16 values that add up to a float32: 3 · 8 bits of mantissa
+
+// to = x · scale (scale may be null), rows of k values to rows of `padded`, zeros behind. half and bfloat16 keep their type;
+// float becomes kPlanes planes of bfloat16, m * padded elements apart.
+cudaError_t prepare_activations(
+    qpass_type type, const void* x, const float* scale, void* to, int64_t m, int64_t k, int64_t padded, cudaStream_t stream);
+
+// Rows of a weight as 16-bit floats, `padded` elements apart, each to be multiplied by row_scale: integers less their zero
+// points where there is one scale a row, and shares of the row's largest scale where there are groups.
+cudaError_t expand_weight(const qpass_weight_only_matmul_args& args, int64_t first, int64_t rows, void* to,
+    int64_t padded, float* row_scale, cudaStream_t stream);
+
+// Few tokens; `p` has everything but what follows from its shape.
+cudaError_t weight_only_half(const Skinny& p, bool int4, int group_size, cudaStream_t stream);
+cudaError_t weight_only_bfloat16(const Skinny& p, bool int4, int group_size, cudaStream_t stream);
+cudaError_t weight_only_float(const Skinny& p, bool int4, int group_size, cudaStream_t stream);
+
+// A run of kRun bytes of each of four lanes stays within a group.
+template <typename Act, int kPlanesOfAct>
+cudaError_t skinny_by_group(const Skinny& p, bool int4, int group_size, cudaStream_t stream) {
+  if (int4) {
+    switch (group_size) {
+      case 0: return skinny_by_tokens<Act, true, 16, false, kPlanesOfAct>(p, stream);
+      case 32: return skinny_by_tokens<Act, true, 4, true, kPlanesOfAct>(p, stream);
+      case 64: return skinny_by_tokens<Act, true, 8, true, kPlanesOfAct>(p, stream);
+      case 128: return skinny_by_tokens<Act, true, 16, true, kPlanesOfAct>(p, stream);
+    }
+  } else {
+    switch (group_size) {
+      case 0: return skinny_by_tokens<Act, false, 16, false, kPlanesOfAct>(p, stream);
+      case 32: return skinny_by_tokens<Act, false, 8, true, kPlanesOfAct>(p, stream);
+      case 64:
+      case 128: return skinny_by_tokens<Act, false, 16, true, kPlanesOfAct>(p, stream);
+    }
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace qpass
