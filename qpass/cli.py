@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.exceptions import TyperException
 
 import qpass.pipeline as pipeline
 from qpass import report
+from qpass.engine import commands as engine
 from qpass.errors import QpassError
+from qpass.options import (
+    BUG,
+    DONE,
+    MISTAKE,
+    NOT_MET,
+    Calibration,
+    GroupSize,
+    Json,
+    Model,
+    NoProgress,
+    Preset,
+    Quiet,
+    Rules,
+    SpecFile,
+    bar,
+    bytes_of,
+    chosen_spec,
+)
 from qpass.plugins.commands import app as plugins_app
 from qpass.rewriter import PatternError
 from qpass.rules import LIFT, MERGE, RULES
 from qpass.runs import last_run, remember
 from qpass.spec import PRESETS, QuantSpec
-
-DONE, NOT_MET, MISTAKE, BUG = 0, 1, 2, 3
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,21 +48,12 @@ app = typer.Typer(
 spec_app = typer.Typer(no_args_is_help=True, help="Show and check what is quantized and how.")
 app.add_typer(spec_app, name="spec")
 app.add_typer(plugins_app, name="plugins")
+app.command("build")(engine.build)
+app.command("run")(engine.run)
 
-Model = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]
-Preset = Annotated[
-    str | None, typer.Option("--preset", "-p", help=f"One of {', '.join(PRESETS)}. Default: {pipeline.DEFAULT_PRESET}.")
-]
-SpecFile = Annotated[Path | None, typer.Option("--spec", "-s", help="A YAML recipe instead of a preset.")]
-GroupSize = Annotated[int | None, typer.Option("--group-size", "-g", help="32, 64 or 128, for groupwise presets.")]
-Calibration = Annotated[Path | None, typer.Option("--calibration", "-c", help="Statistics made by `qpass calibrate`.")]
-Rules = Annotated[list[Path] | None, typer.Option("--rules", "-r", help="A Python file with rules of your own.")]
 ReportPage = Annotated[
     Path | None, typer.Option("--report", help="Write a page of the run: ledger, layers, sizes, near misses, rules.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
 
 
 def _version(wanted: bool) -> None:
@@ -90,13 +95,13 @@ def rewrite(
 
     Example: `qpass rewrite model.onnx --preset w4a16-g128 --require-coverage 100%`
     """
-    chosen = _spec(preset, spec, group_size)
+    chosen = chosen_spec(preset, spec, group_size)
     least = _share(require_coverage)
     own = [r for f in rules or () for r in pipeline.load_rules(f)]
     show = not (quiet or as_json)
     if report_page is not None:
         report.check_place(report_page, model, output or pipeline.default_output(model), calibration, spec)
-    with _bar("writing", show and not no_progress, data=True) as progress:
+    with bar("writing", show and not no_progress, data=True) as progress:
         done = pipeline.rewrite(
             model,
             output,
@@ -104,7 +109,7 @@ def rewrite(
             calibration=calibration,
             rules=own,
             progress=progress,
-            max_memory=_bytes(max_memory),
+            max_memory=bytes_of("max-memory", max_memory),
         )
     remember(report.stats_of(done.outcome.stats))
     if report_page is not None:
@@ -144,7 +149,7 @@ def explain(
     if rule is not None and rule not in known:
         raise QpassError(f"--rule {rule}: no such rule; there are {', '.join(sorted(known))}")
     done = pipeline.rewrite(
-        model, spec=_spec(preset, spec, group_size), calibration=calibration, rules=own, dry_run=True
+        model, spec=chosen_spec(preset, spec, group_size), calibration=calibration, rules=own, dry_run=True
     )
     out = report.console()
     told = report.about_site(done, site) if site is not None else report.explained(done, rule, limit)
@@ -168,7 +173,7 @@ def inspect(
     """
     if report_page is not None:
         report.check_place(report_page, model, None, calibration, spec)
-    done = pipeline.rewrite(model, spec=_spec(preset, spec, group_size), calibration=calibration, dry_run=True)
+    done = pipeline.rewrite(model, spec=chosen_spec(preset, spec, group_size), calibration=calibration, dry_run=True)
     if report_page is not None:
         report.write_page(report_page, done, _all_rules([]))
     if as_json:
@@ -199,7 +204,7 @@ def calibrate(
     from qpass.calibrate import calibrate as run
 
     say = report.console(stderr=True)
-    with _bar("calibrating", not quiet and not no_progress) as progress:
+    with bar("calibrating", not quiet and not no_progress) as progress:
         stats = run(
             model, data, output, mask=mask, rows=rows, progress=progress, force=force, note=None if quiet else say.print
         )
@@ -228,7 +233,7 @@ def verify(
     """
     from qpass.verify import verify as run
 
-    with _bar("verifying", not as_json and not no_progress) as progress:
+    with bar("verifying", not as_json and not no_progress) as progress:
         found = run(original, rewritten, data=data, layers=layers, minimum=minimum, mask=mask, progress=progress)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
@@ -248,7 +253,11 @@ def spec_show(
     Example: `qpass spec show w4a16-g128 > recipe.yaml`
     """
     recipe = Path(preset)
-    spec = _spec(None, recipe, group_size) if recipe.suffix in (".yaml", ".yml") else _spec(preset, None, group_size)
+    spec = (
+        chosen_spec(None, recipe, group_size)
+        if recipe.suffix in (".yaml", ".yml")
+        else chosen_spec(preset, None, group_size)
+    )
     typer.echo(spec.to_yaml(), nl=False)
 
 
@@ -292,15 +301,6 @@ def _all_rules(own: list[Any]) -> list[tuple[str, Any]]:
     return [("own", r) for r in own] + [(name, r) for name, group in stages for stage in group for r in stage]
 
 
-def _spec(preset: str | None, file: Path | None, group_size: int | None) -> QuantSpec:
-    if preset is not None and file is not None:
-        raise QpassError("--preset and --spec: give one of them; a recipe may name a preset with `preset:`")
-    if file is None:
-        return QuantSpec.preset(preset or pipeline.DEFAULT_PRESET, group_size)
-    spec = QuantSpec.from_yaml(file)
-    return spec if group_size is None else spec.with_group_size(group_size)
-
-
 def _share(text: str | None) -> float | None:
     """'97.5%' or '0.975' as a share."""
     if text is None:
@@ -309,31 +309,6 @@ def _share(text: str | None) -> float | None:
         return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise QpassError(f"--require-coverage {text}: wants a percentage such as 100%") from None
-
-
-def _bytes(text: str | None) -> int | None:
-    """'256MB' as bytes."""
-    if text is None:
-        return None
-    units = {"": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
-    number = text.rstrip("KMGBkmgb")
-    unit = text[len(number) :].upper()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise QpassError(f"--max-memory {text}: wants a size such as 256MB") from None
-
-
-@contextmanager
-def _bar(what: str, shown: bool, data: bool = False) -> Iterator[pipeline.Progress | None]:
-    if not shown or not sys.stderr.isatty():
-        yield None
-        return
-    count = DownloadColumn() if data else MofNCompleteColumn()
-    columns = (TextColumn(what), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=report.console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ plugins.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 from collections.abc import Callable
 from functools import cache
@@ -40,7 +41,9 @@ def driver() -> Any:
         cuda.init()
         if not cuda.Device.count():
             raise QpassError("there is no CUDA GPU on this machine")
-        cuda.Device(0).retain_primary_context().push()
+        context = cuda.Device(0).retain_primary_context()
+        context.push()
+        atexit.register(context.pop)  # pycuda aborts the process where one is left
     except cuda.Error as error:
         raise QpassError(f"there is no usable CUDA GPU on this machine: {error}") from error
     return cuda
@@ -103,20 +106,20 @@ class Graph:
     """What `work` enqueues on a stream, captured once and launched as one.
 
     Args:
-        work: called with the stream's handle; may only enqueue.
+        work: called with the stream, a pycuda.driver.Stream; may only enqueue.
 
     Raises:
         QpassError: the driver could not capture it.
     """
 
-    def __init__(self, work: Callable[[int], None]) -> None:
+    def __init__(self, work: Callable[[Any], None]) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
         self.stream = driver().Stream()
         handle = ctypes.c_void_p(self.stream.handle)
         graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", handle, _THREAD_LOCAL)
         try:
-            work(self.stream.handle)
+            work(self.stream)
         finally:
             self._call("cuStreamEndCapture", handle, ctypes.byref(graph))
         self._call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))

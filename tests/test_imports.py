@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "qpass"
 
 # Each layer may import itself and those to its left.
 LAYERS = [
-    {"errors", "quant_mode"},
+    {"errors", "quant_mode", "cache"},
+    {"gpu"},
     {"spec_yaml", "filters", "spec", "quantize"},
     {"graph"},
     {"ops"},
@@ -21,6 +22,9 @@ LAYERS = [
     {"runtime", "calibrate"},
     {"rules"},
     {"verify", "pipeline"},
+    {"options"},
+    {"plugins"},
+    {"engine"},
     {"testing", "report", "runs"},
     {"cli"},
 ]

@@ -11,9 +11,9 @@ from pathlib import Path
 from qpass.errors import QpassError
 from qpass.plugins.compile import build, built, source_hash
 from qpass.plugins.library import DeviceTensor, Library, OpInfo
-from qpass.plugins.toolchain import ARCHITECTURES, runs_on
+from qpass.plugins.toolchain import ARCHITECTURES, gpu_capabilities, runs_on
 
-__all__ = ["ARCHITECTURES", "DeviceTensor", "Library", "OpInfo", "build", "find", "runs_on"]
+__all__ = ["ARCHITECTURES", "DeviceTensor", "Library", "OpInfo", "build", "find", "gpu_capabilities", "runs_on"]
 
 
 def find(path: str | Path | None = None, capability: str | None = None) -> Library:

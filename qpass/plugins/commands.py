@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qpass import plugins
 from qpass.errors import QpassError
 from qpass.ops import REGISTRY
+from qpass.options import NOT_MET, Json, Quiet, bar
 from qpass.plugins.library import Library
-
-NOT_MET = 1
 
 app = typer.Typer(no_args_is_help=True, help="Compile, inspect, test and measure the CUDA plugins.")
 
@@ -27,8 +24,6 @@ LibraryFile = Annotated[
     Path | None, typer.Option("--library", "-l", help="A library's file. Default: QPASS_PLUGINS, or the newest built.")
 ]
 Ops = Annotated[list[str] | None, typer.Option("--op", help="Only this op; may be given several times.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 @app.command()
@@ -48,7 +43,7 @@ def build(
 
     Example: `qpass plugins build --arch 90a`
     """
-    with _Bar("compiling", not quiet) as progress:
+    with bar("compiling", not quiet) as progress:
         library = plugins.build(
             arch or (), extra=own or (), tensorrt_include=tensorrt_include, jobs=jobs, force=force, progress=progress
         )
@@ -101,7 +96,7 @@ def selftest(
     from qpass.plugins.selftest import selftest as run
 
     cases = every_case(_known(op), quick)
-    with _Bar("testing", not quiet and not as_json) as progress:
+    with bar("testing", not quiet and not as_json) as progress:
         tallies = run(plugins.find(library), cases, progress)
     failed = [t for t in tallies if not t.passed]
     if as_json:
@@ -145,7 +140,7 @@ def bench(
     todo = jobs(_known(op), quick)
     timer = Bench(plugins.find(library), dtype)
     rows = []
-    with _Bar("timing", not as_json) as progress:
+    with bar("timing", not as_json) as progress:
         for done, job in enumerate(todo, 1):
             rows.append(timer.time(job))
             if progress is not None:
@@ -194,23 +189,3 @@ def _copy(library: Library, target: Path) -> Library:
     except OSError as error:
         raise QpassError(f"{target}: cannot be written: {error.strerror}") from error
     return Library(target)
-
-
-class _Bar:
-    """A progress bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, what: str, shown: bool) -> None:
-        self._what, self._shown = what, shown and sys.stderr.isatty()
-
-    def __enter__(self) -> Callable[[int, int], None] | None:
-        if not self._shown:
-            return None
-        columns = (TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._bar.start()
-        task = self._bar.add_task(self._what, total=None)
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        if self._shown:
-            self._bar.stop()

@@ -67,15 +67,19 @@ def find() -> Toolchain:
     return Toolchain(nvcc, _version(nvcc), static.parent if static.exists() else None, cmake, ninja, cutlass)
 
 
-def gpu_architectures() -> tuple[str, ...]:
-    """Architectures of this machine's GPUs, as `ARCHITECTURES` has them; none where there is no GPU."""
+def gpu_capabilities() -> tuple[str, ...]:
+    """Compute capabilities of this machine's GPUs, such as "89"; none where there is no GPU."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return ()
     asked = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
     told = subprocess.run(asked, capture_output=True, text=True, check=False)
-    capabilities = re.findall(r"^(\d+)\.(\d+)$", told.stdout, re.M) if not told.returncode else []
-    return tuple(sorted({compiled_for(int(a), int(b)) for a, b in capabilities} - {""}))
+    return tuple(a + b for a, b in re.findall(r"^(\d+)\.(\d)$", told.stdout, re.M)) if not told.returncode else ()
+
+
+def gpu_architectures() -> tuple[str, ...]:
+    """What of `ARCHITECTURES` this machine's GPUs want; none where there is no GPU."""
+    return tuple(sorted({compiled_for(int(c[:-1]), int(c[-1])) for c in gpu_capabilities()} - {""}))
 
 
 def compiled_for(major: int, minor: int) -> str:

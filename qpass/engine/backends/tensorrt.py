@@ -1,0 +1,36 @@
+"""TensorRT 10 and 11: builds and times on the GPU of this machine."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from qpass.engine.backends.base import Backend
+from qpass.errors import QpassError
+
+
+class TensorRT(Backend):
+    name = "tensorrt"
+    module = "tensorrt"
+    install = "pip install 'qpass[tensorrt]'"
+    trtexec = "trtexec"
+    needs_gpu = True
+
+    def version(self) -> str:
+        for package in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
+            with suppress(PackageNotFoundError):
+                return version(package)
+        return "unknown"
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def preload(self) -> None:
+        """Its package loads its libraries by itself."""
+
+    def capabilities(self) -> tuple[str, ...]:
+        return ()
+
+    def target(self, trt: Any, config: Any, capability: str) -> None:
+        raise QpassError("TensorRT builds for the GPU of this machine alone; --target-arch is for tensorrt_rtx")

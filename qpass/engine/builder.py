@@ -1,0 +1,237 @@
+"""From rewritten model to engine: checked before, built in a process of its own, proven, and written whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qpass import cache, plugins, runtime
+from qpass.engine import backends, sidecar
+from qpass.engine.backends import Backend
+from qpass.engine.job import Built, Job
+from qpass.engine.preflight import plugin_nodes, preflight
+from qpass.engine.profiles import Profile, Shape, profiles_of
+from qpass.errors import QpassError
+from qpass.graph import Model
+from qpass.graph.commit import Folder, explain
+from qpass.pipeline import ledger_of
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A build: where its files are, and what is in them."""
+
+    engine: Path
+    sidecar: Path
+    profiles: Mapping[str, Profile]
+    facts: Mapping[str, Any]
+    """The sidecar's content."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def build_files(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    library: str | Path | None = None,
+    use_plugins: bool = True,
+    target_arch: str | None = None,
+    min_shapes: Mapping[str, Shape] | None = None,
+    opt_shapes: Mapping[str, Shape] | None = None,
+    max_shapes: Mapping[str, Shape] | None = None,
+    timing_cache: str | Path | None = None,
+    workspace: int | None = None,
+    progress: Progress | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Finished:
+    """Build a TensorRT engine of a model, by default one that `qpass.rewrite` wrote.
+
+    Args:
+        model: an ONNX file. Only read.
+        output: the engine, by default the model's name with `.engine`. Its sidecar is `<engine>.json`.
+        backend: "tensorrt_rtx", "tensorrt", or "auto" for the first that is installed.
+        library: the plugin library, by default `qpass.plugins.find()`.
+        use_plugins: False builds the bodies of the plugin nodes from TensorRT's own layers.
+        target_arch: compute capability of the GPU that it is for, such as "89"; by default this machine's, and where it
+            has none whatever the backend supports.
+        min_shapes, opt_shapes, max_shapes: input → shape; what is left out is guessed, see `qpass.engine.profiles`.
+        timing_cache: a file to read and to add to, by default one in the cache per backend, version and GPU.
+        workspace: bound in bytes on the memory that layers may use.
+        progress: called with steps done and in all.
+        log: called with every line of TensorRT's.
+
+    Raises:
+        QpassError: something is missing or does not fit, TensorRT refused or died (with its last words), or a plugin
+            node is not a plugin layer of the engine. No file is left then.
+    """
+    path = Path(model)
+    engine = Path(output) if output is not None else path.with_suffix(".engine")
+    chosen = backends.choose(backend)
+    capability = _capability(chosen, target_arch)
+    _check_place(engine, path)
+    loaded = Model.load(path)
+    nodes = {n.name: n.op for n in plugin_nodes(loaded)}
+    found = None
+    if nodes and use_plugins:
+        found = plugins.find(library, capability or _this_gpu())
+        preflight(loaded, path, found, capability or _this_gpu())
+    inputs = {n: i for n, i in runtime.inputs_of(loaded.proto).items() if not i.optional}
+    profiles = profiles_of(inputs, min_shapes or {}, opt_shapes or {}, max_shapes or {})
+    tuned = Path(timing_cache) if timing_cache is not None else _timing_cache(chosen, capability)
+    beside = sidecar.of(engine)
+    try:
+        with Folder(engine.parent) as folder:
+            names = (engine.name, beside.name, f"{engine.name}.timing")
+            fresh, facts_file, learned = map(folder.temporary, names)
+            job = Job(
+                backend=chosen.name,
+                model=str(path.resolve()),
+                engine=str(fresh.path.resolve()),
+                plugins=str(found.path.resolve()) if found else None,
+                nodes=nodes,
+                profiles=profiles,
+                capability=capability,
+                inline=bool(loaded.proto.functions) and found is None,
+                timing_cache=str(tuned),
+                timing_out=str(learned.path.resolve()),
+                workspace=workspace,
+                verbose=log is not None,
+            )
+            built, warnings = _Process(chosen, job, progress, log).run()
+            facts = sidecar.facts(path, ledger_of(path), engine, fresh.path, chosen, found, job, built)
+            os.write(facts_file.fd, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+            folder.commit([(facts_file, beside), (fresh, engine)], iter(()))
+            if built.wrote_timing:
+                _keep(tuned, learned.path.read_bytes())
+    except OSError as error:
+        raise explain(error, engine, 0) from error
+    return Finished(engine, beside, profiles, facts, warnings)
+
+
+def _capability(backend: Backend, target: str | None) -> str | None:
+    if target is None or target == "current":
+        return None
+    wanted = target.removeprefix("sm_").rstrip("a").replace(".", "")
+    known = backend.capabilities()
+    if not known:
+        raise QpassError(f"--target-arch {target}: {backend.name} builds for the GPU of this machine alone")
+    if wanted not in known:
+        raise QpassError(f"--target-arch {target}: {backend.name} builds for {', '.join(known)}, or current")
+    return wanted
+
+
+def _this_gpu() -> str | None:
+    """The compute capability of this machine's GPU."""
+    there = plugins.gpu_capabilities()
+    return there[0] if there else None
+
+
+def _check_place(engine: Path, model: Path) -> None:
+    if not engine.parent.is_dir():
+        raise QpassError(f"cannot write {engine}: there is no folder {engine.parent}; make it first")
+    if engine.is_dir():
+        raise QpassError(f"cannot write {engine}: it is a folder; give a file name")
+    for target in (engine, sidecar.of(engine)):
+        if target.exists() and model.exists() and os.path.samefile(target, model):
+            raise QpassError(f"{target} would overwrite the model; choose another output with -o")
+
+
+def _timing_cache(backend: Backend, capability: str | None) -> Path:
+    target = capability or _this_gpu() or "any"
+    return cache.folder() / "timing" / f"{backend.name}-{backend.version()}-sm{target}.bin"
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Replace a timing cache, whole; of two builds at once the later one's stays."""
+    with cache.locked(path.with_suffix(".lock")):
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(content)
+        fresh.replace(path)
+
+
+class _Process:
+    """The building process, and what it tells."""
+
+    def __init__(
+        self, backend: Backend, job: Job, progress: Progress | None, log: Callable[[str], None] | None
+    ) -> None:
+        self._backend, self._job, self._progress, self._log = backend, job, progress, log
+        self._said: deque[str] = deque(maxlen=4)
+        self._warnings: list[str] = []
+        self._failed: str | None = None
+        self._built: Built | None = None
+
+    def run(self) -> tuple[Built, list[str]]:
+        env = dict(os.environ) | self._backend.environment()
+        command = [sys.executable, "-m", "qpass.engine.worker"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            try:
+                process.stdin.write(self._job.to_json())
+                process.stdin.close()
+                for line in process.stdout:
+                    self._take(line)
+                noise = process.stderr.read()
+            except BaseException:
+                process.kill()
+                raise
+        if self._built is not None and not process.returncode:
+            return self._built, self._warnings
+        raise QpassError(self._why(process.returncode, noise))
+
+    def _take(self, line: str) -> None:
+        try:
+            told = json.loads(line)
+            kind = told.pop("event")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return  # something that TensorRT prints by itself
+        if kind == "log":
+            level, text = told["level"], " ".join(told["text"].split())
+            if level <= _ERROR:
+                self._said.append(text)
+            elif level == _WARNING:
+                self._warnings.append(text)
+            if self._log is not None:
+                self._log(text)
+        elif kind == "step" and self._progress is not None:
+            self._progress(told["done"], told["total"])
+        elif kind == "built":
+            self._built = Built(**told)
+        elif kind == "failed":
+            self._failed = told["text"]
+
+    def _why(self, code: int, noise: str) -> str:
+        """One line: what failed, and TensorRT's last words."""
+        name = Path(self._job.model).name
+        words = "; ".join(self._said)
+        if self._failed is not None:
+            return f"{name}: {self._failed}{f'. TensorRT said: {words}' if words else ''}"
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        last = words or " ".join(noise.strip().splitlines()[-1:]) or "nothing"
+        hint = " (out of memory?)" if code == -9 else ""
+        who = f"{self._backend.name} {self._backend.version()}"
+        return f"{name}: {who} {ended}{hint} while building; it said last: {last}"
+
+
+_ERROR, _WARNING = 1, 2
+
+
+def describe(profiles: Mapping[str, Profile]) -> list[str]:
+    """A line for every input with dynamic dims: its shapes, and which of them were guessed."""
+    return [
+        f"{name}: {p}" + (f" ({', '.join(p.guessed)} guessed; set with --min, --opt, --max)" if p.guessed else "")
+        for name, p in profiles.items()
+    ]

@@ -1,0 +1,143 @@
+"""`qpass build` and `qpass run`: one function a command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.filesize import decimal as size
+
+import qpass.pipeline as pipeline
+from qpass.engine import builder
+from qpass.engine.backends import BACKENDS
+from qpass.engine.profiles import parse
+from qpass.engine.run import Engine
+from qpass.errors import QpassError
+from qpass.graph.commit import Folder, explain
+from qpass.options import (
+    Calibration,
+    GroupSize,
+    Json,
+    Model,
+    NoProgress,
+    Preset,
+    Quiet,
+    Rules,
+    SpecFile,
+    bar,
+    bytes_of,
+    chosen_spec,
+)
+
+Shapes = "Shapes of inputs, such as input_ids:1x8,attention_mask:1x8."
+
+
+def build(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: the model with .engine.")] = None,
+    backend: Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")] = "auto",
+    plugins: Annotated[
+        Path | None, typer.Option("--plugins", "-l", help="The plugin library. Default: the newest built.")
+    ] = None,
+    no_plugins: Annotated[
+        bool, typer.Option("--no-plugins", help="Build plugin nodes from TensorRT's own layers.")
+    ] = False,
+    target_arch: Annotated[
+        str | None, typer.Option(help="Compute capability of the GPU that it is for, such as 89.")
+    ] = None,
+    least: Annotated[str | None, typer.Option("--min", "--minShapes", help=f"Smallest. {Shapes}")] = None,
+    usual: Annotated[str | None, typer.Option("--opt", "--optShapes", help=f"Usual. {Shapes}")] = None,
+    most: Annotated[str | None, typer.Option("--max", "--maxShapes", help=f"Largest. {Shapes}")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="A file that builds learn from. Default: one in the cache.")
+    ] = None,
+    workspace: Annotated[str | None, typer.Option(help="Bound on the memory of layers, such as 2GB.")] = None,
+    preset: Preset = None,
+    spec: SpecFile = None,
+    group_size: GroupSize = None,
+    calibration: Calibration = None,
+    rules: Rules = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print all that TensorRT says.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Build a TensorRT engine and prove that every plugin node is in it. With a preset or recipe, rewrite first.
+
+    Example: `qpass build model.qpass.onnx --min input_ids:1x1 --opt input_ids:1x128 --max input_ids:8x512`
+    """
+    shapes = {"min_shapes": parse(least, "min"), "opt_shapes": parse(usual, "opt"), "max_shapes": parse(most, "max")}
+    show, err = not (quiet or as_json), Console(stderr=True, highlight=False)
+    if preset or spec or group_size or calibration or rules:
+        chosen = chosen_spec(preset, spec, group_size)
+        own = [r for f in rules or () for r in pipeline.load_rules(f)]
+        with bar("writing", show and not no_progress, data=True) as progress:
+            done = pipeline.rewrite(model, spec=chosen, calibration=calibration, rules=own, progress=progress)
+        model = done.output
+        if show:
+            err.print(f"rewritten to {model} ({chosen.describe()})", markup=False)
+    with bar("building", show and not no_progress) as progress:
+        finished = builder.build_files(
+            model,
+            output,
+            backend=backend,
+            library=plugins,
+            use_plugins=not no_plugins,
+            target_arch=target_arch,
+            **shapes,
+            timing_cache=timing_cache,
+            workspace=bytes_of("workspace", workspace),
+            progress=progress,
+            log=(lambda text: print(text, file=sys.stderr)) if verbose else None,
+        )
+    facts = finished.facts
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+    elif not quiet:
+        out = Console(highlight=False, soft_wrap=True)
+        for line in builder.describe(finished.profiles):
+            err.print(line, markup=False)
+        what = facts["backend"]
+        promised = len(facts["plugin_layers"])
+        proof = f"all {promised} plugin nodes are plugin layers" if promised else "no plugin nodes"
+        out.print(
+            f"{finished.engine} {size(facts['engine']['bytes'])} by {what['name']} {what['version']} for "
+            f"{what['target']} in {facts['seconds']:.1f} s; {proof}\n{finished.sidecar}\n{facts['commands']['load']}",
+            markup=False,
+        )
+
+
+def run(
+    engine: Annotated[Path, typer.Argument(help="The engine, with its .json beside it.", show_default=False)],
+    inputs: Annotated[Path, typer.Option("--inputs", "-i", help="An .npz file keyed by input name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the outputs go, an .npz file.")],
+    cuda_graph: Annotated[bool, typer.Option(help="Replay a CUDA graph of the engine.")] = False,
+) -> None:
+    """Run an engine on the GPU.
+
+    Example: `qpass run model.qpass.engine --inputs x.npz -o y.npz`
+    """
+    loaded = Engine(engine, cuda_graph)
+    try:
+        with np.load(inputs) as file:
+            feeds = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise QpassError(f"{inputs}: not an .npz file that can be read: {error}") from error
+    outputs = loaded.run(feeds)
+    if cuda_graph:
+        outputs = loaded.run(feeds)  # the first run is what is captured
+    try:
+        with Folder(output.parent) as folder:
+            fresh = folder.temporary(output.name)
+            with open(fresh.path, "r+b") as file:
+                np.savez(file, **outputs)  # type: ignore[arg-type] # np.savez's names are any
+            folder.commit([(fresh, output)], iter(()))
+    except OSError as error:
+        raise explain(error, output, 0) from error
+    for name, y in outputs.items():
+        typer.echo(f"{name} {y.dtype}{list(y.shape)}")

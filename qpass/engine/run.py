@@ -1,0 +1,203 @@
+"""Run an engine through pycuda: buffers kept, host memory pinned, one stream, and a CUDA graph a shape if asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qpass import gpu
+from qpass.engine import backends, sidecar
+from qpass.errors import QpassError
+
+Array = NDArray[Any]
+
+_DTYPES = {
+    "float": np.dtype(np.float32),
+    "half": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+}
+
+
+class Engine:
+    """An engine that `qpass build` wrote, with its sidecar; loaded onto the GPU when it is first run.
+
+    Args:
+        cuda_graph: capture what the engine does at a shape, once, and replay it.
+
+    Raises:
+        QpassError: a file is missing or is not the sidecar's.
+    """
+
+    def __init__(self, path: str | Path, cuda_graph: bool = False) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise QpassError(f"{self.path}: no such engine; build one with `qpass build`")
+        self.facts = sidecar.read(self.path)
+        self._cuda_graph = cuda_graph
+        self._session: _Session | None = None
+
+    @property
+    def inputs(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Dtype and shape of every input, −1 for a dynamic dim."""
+        return self._tensors("input")
+
+    @property
+    def outputs(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        return self._tensors("output")
+
+    def _tensors(self, mode: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        mine = [t for t in self.facts["tensors"] if t["mode"] == mode]
+        return {t["name"]: (_DTYPES[t["dtype"]], tuple(t["shape"])) for t in mine}
+
+    def check(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The feeds, contiguous, if they are what the engine takes.
+
+        Raises:
+            QpassError: a name, dtype or shape is not.
+        """
+        wanted = self.inputs
+        if missing := sorted(wanted.keys() - feeds.keys()):
+            raise QpassError(f"{self.path.name} needs its input '{missing[0]}'; it has {', '.join(wanted)}")
+        if unknown := sorted(feeds.keys() - wanted.keys()):
+            raise QpassError(f"{self.path.name} has no input '{unknown[0]}'; it has {', '.join(wanted)}")
+        checked = {}
+        for name, (dtype, shape) in wanted.items():
+            x = np.asarray(feeds[name])
+            if x.dtype != dtype:
+                raise QpassError(f"the input '{name}' is {x.dtype}, wants {dtype}")
+            profile = self.facts["profiles"].get(name, {"min": shape, "max": shape})
+            low, high = profile["min"], profile["max"]
+            if len(low) != x.ndim or not all(a <= d <= b for a, d, b in zip(low, x.shape, high, strict=True)):
+                span = f"from {list(low)} to {list(high)}" if low != high else str(list(low))
+                raise QpassError(f"the input '{name}' has shape {list(x.shape)}, the engine was built for {span}")
+            checked[name] = np.ascontiguousarray(x)
+        return checked
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute the outputs.
+
+        Args:
+            feeds: every input by name, of the engine's dtypes and within its profile's shapes.
+
+        Raises:
+            QpassError: the feeds do not fit, there is no usable GPU, or CUDA or TensorRT failed.
+        """
+        checked = self.check(feeds)
+        if self._session is None:
+            self._session = _Session(self)
+        return self._session.run(checked, self._cuda_graph)
+
+
+class _Buffers:
+    """Device memory and pinned host memory of one tensor; grows, never shrinks."""
+
+    def __init__(self) -> None:
+        self.device: gpu.Buffer | None = None
+        self.host: Any = None
+
+    def hold(self, size: int) -> gpu.Buffer:
+        if self.device is None or self.device.size < size:
+            self.device = gpu.Buffer(size)
+            self.host = gpu.driver().pagelocked_empty(max(size, 1), np.uint8)
+        return self.device
+
+    def view(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """The host memory as an array."""
+        view: Array = self.host[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return view
+
+
+class _Session:
+    """A loaded engine with its context."""
+
+    def __init__(self, engine: Engine) -> None:
+        facts = engine.facts
+        self._engine = engine
+        self._cuda = gpu.driver()
+        backend = backends.choose(facts["backend"]["name"])
+        backend.preload()
+        trt = backend.load()
+        said: list[str] = []
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined] # TensorRT has no type hints
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                if int(severity) <= int(trt.ILogger.Severity.ERROR):
+                    said.append(" ".join(text.split()))
+
+        self._said, self._logger = said, Logger()
+        library = facts["plugins"]
+        if library is not None:
+            if not Path(library["path"]).is_file():
+                raise QpassError(f"{library['path']}: the engine's plugins are not there; `qpass plugins build`")
+            trt.get_plugin_registry().load_library(library["path"])
+        self._runtime = trt.Runtime(self._logger)
+        self._loaded = self._runtime.deserialize_cuda_engine(engine.path.read_bytes())
+        if self._loaded is None:
+            raise QpassError(f"{engine.path} cannot be loaded on this GPU: {'; '.join(said[-3:])}")
+        self._context = self._loaded.create_execution_context()
+        self._stream = self._cuda.Stream()
+        self._buffers = {name: _Buffers() for name in (*engine.inputs, *engine.outputs)}
+        self._graphs: dict[tuple[tuple[int, ...], ...], gpu.Graph] = {}
+
+    def run(self, feeds: Mapping[str, Array], cuda_graph: bool) -> dict[str, Array]:
+        for name, x in feeds.items():
+            if not self._context.set_input_shape(name, x.shape):
+                raise QpassError(f"TensorRT refuses the shape {list(x.shape)} of '{name}': {self._words()}")
+        if unknown := self._context.infer_shapes():
+            raise QpassError(f"the shape of '{unknown[0]}' is not known from the inputs' shapes")
+        results = {n: (d, tuple(self._context.get_tensor_shape(n))) for n, (d, _) in self._engine.outputs.items()}
+        moved = False
+        for name, (dtype, shape) in {**{n: (x.dtype, x.shape) for n, x in feeds.items()}, **results}.items():
+            before = self._buffers[name].device
+            buffer = self._buffers[name].hold(math.prod(shape) * dtype.itemsize)
+            moved |= buffer is not before
+            self._context.set_tensor_address(name, buffer.address)
+        if moved:
+            self._graphs.clear()  # they hold the old addresses
+        for name, x in feeds.items():
+            self._buffers[name].view(x.dtype, x.shape)[...] = x
+        key = tuple(x.shape for x in feeds.values())
+        if cuda_graph and key in self._graphs:
+            graph = self._graphs[key]
+            graph.launch()
+            graph.stream.synchronize()
+        else:
+            self._work(feeds, results, self._stream)
+            self._stream.synchronize()
+            if cuda_graph:  # TensorRT wants one run at a shape before it is captured
+                self._graphs[key] = gpu.Graph(partial(self._work, feeds, results))
+        return {n: self._buffers[n].view(d, s).copy() for n, (d, s) in results.items()}
+
+    def _words(self) -> str:
+        """The last that TensorRT said."""
+        return "; ".join(self._said[-3:]) or "TensorRT does not say why"
+
+    def _work(
+        self, feeds: Mapping[str, Array], results: Mapping[str, tuple[Any, tuple[int, ...]]], stream: Any
+    ) -> None:
+        """Enqueue copies in, the engine, copies out."""
+        for name, x in feeds.items():
+            buffers = self._buffers[name]
+            if x.nbytes and buffers.device is not None:
+                self._cuda.memcpy_htod_async(buffers.device.address, buffers.host[: x.nbytes], stream)
+        if not self._context.execute_async_v3(stream.handle):
+            raise QpassError(f"{self._engine.path.name} failed: {self._words()}")
+        for name, (dtype, shape) in results.items():
+            buffers, size = self._buffers[name], math.prod(shape) * dtype.itemsize
+            if size and buffers.device is not None:
+                self._cuda.memcpy_dtoh_async(buffers.host[:size], buffers.device.address, stream)

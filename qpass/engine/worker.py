@@ -1,0 +1,233 @@
+"""The process that builds: `python -m qpass.engine.worker`, a Job on its standard input, events on its standard output.
+
+A process of its own, so that TensorRT's crashes and its library search path stay here. It dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qpass.engine import prove
+from qpass.engine.backends import BACKENDS
+from qpass.engine.job import Built, Job, event
+from qpass.errors import QpassError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        return 1
+    job = Job.from_json(sys.stdin.read())
+    try:
+        built = build(job)
+    except QpassError as error:
+        event("failed", text=str(error))
+        return 1
+    event("built", **vars(built))
+    return 0
+
+
+def build(job: Job) -> Built:
+    """Parse, build, prove and write the engine.
+
+    Raises:
+        QpassError: TensorRT refuses the model, or a plugin node did not become a plugin layer.
+    """
+    began = time.monotonic()
+    backend = BACKENDS[job.backend]
+    trt = backend.load()
+    logger = _logger(trt, job.verbose)
+    if job.plugins is not None and trt.get_plugin_registry().load_library(job.plugins) is None:
+        raise QpassError(f"TensorRT could not load the plugins {job.plugins}")
+    builder = trt.Builder(logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    _parse(parser, job)
+    parsed = [_layer_of(network.get_layer(i)) for i in range(network.num_layers)]
+    if job.plugins is not None and (gone := prove.missing(job.nodes, parsed)):
+        raise QpassError(f"not every plugin node became a plugin layer: {_few(gone)}")
+    config = _config(trt, builder, network, job)
+    cache = _timing_cache(config, job)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise QpassError("TensorRT built no engine")
+    data = memoryview(engine)
+    checked, layers = _check(trt, logger, data, job, parsed)
+    with open(job.engine, "r+b") as file:
+        file.write(data)
+        file.truncate()
+    wrote = False
+    if cache is not None and job.timing_out is not None:
+        Path(job.timing_out).write_bytes(memoryview(cache.serialize()))
+        wrote = True
+    plugins = list(job.nodes) if job.plugins is not None else []
+    seconds = time.monotonic() - began
+    return Built(trt.__version__, prove.summary(layers), plugins, checked, _tensors(trt, network), seconds, wrote)
+
+
+def _logger(trt: Any, verbose: bool) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc] # TensorRT has no type hints
+        """Hands every message to the parent, as an event."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            level = int(severity)
+            if level <= int(trt.ILogger.Severity.WARNING) or verbose:
+                event("log", level=level, text=text)
+
+    return Logger()
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed: the types of the model are the types of the engine. TensorRT 11 and RTX know nothing else."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _parse(parser: Any, job: Job) -> None:
+    if job.inline:
+        done = parser.parse(inlined(job.model).SerializeToString(), job.model)
+    else:
+        done = parser.parse_from_file(job.model)
+    if not done:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        told = "; ".join(f"{e.node_name() or 'the model'}: {e.desc()}" for e in errors[:5])
+        raise QpassError(f"TensorRT cannot parse the model: {told or 'it does not say why'}")
+
+
+def inlined(path: str) -> onnx.ModelProto:
+    """A model without local functions, its weights left where they are, its nodes named uniquely.
+
+    TensorRT expands functions by itself, but TensorRT-RTX refuses the second call of one that holds a DequantizeLinear:
+    it gives the nodes of both the same names.
+    """
+    from onnx import inliner
+
+    model = inliner.inline_local_functions(onnx.load(path, load_external_data=False))
+    seen: set[str] = set()
+    for i, node in enumerate(model.graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.name or node.op_type}#{i}"
+        seen.add(node.name)
+    return model
+
+
+def _layer_of(layer: Any) -> prove.Layer:
+    metadata = str(getattr(layer, "metadata", "") or "")
+    origin = metadata.removeprefix("[ONNX Layer: ").removesuffix("]") if metadata.startswith("[ONNX Layer: ") else ""
+    return prove.Layer(layer.name, str(layer.type).rpartition(".")[2], origin)
+
+
+def _config(trt: Any, builder: Any, network: Any, job: Job) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
+    if job.capability is not None:
+        BACKENDS[job.backend].target(trt, config, job.capability)
+    if hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = _monitor(trt)
+    if job.profiles:
+        profile = builder.create_optimization_profile()
+        shape_tensors = {t.name for t in (network.get_input(i) for i in range(network.num_inputs)) if t.is_shape_tensor}
+        for name, p in job.profiles.items():
+            if name in shape_tensors:
+                raise QpassError(f"the input '{name}' holds a shape; make it a constant of the model")
+            profile.set_shape(name, p.min, p.opt, p.max)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _monitor(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # TensorRT has no type hints
+        """Tells the parent of the outermost phase's steps."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self._steps:
+                event("step", phase=phase, done=step + 1, total=self._steps[phase])
+            return True  # go on
+
+        def phase_finish(self, phase: str) -> None:
+            if steps := self._steps.pop(phase, 0):
+                event("step", phase=phase, done=steps, total=steps)
+
+    return Monitor()
+
+
+def _timing_cache(config: Any, job: Job) -> Any:
+    """The cache of earlier builds, in the config; None where the backend keeps none."""
+    known = Path(job.timing_cache) if job.timing_cache else None
+    try:
+        cache = config.create_timing_cache(known.read_bytes() if known is not None and known.is_file() else b"")
+    except (AttributeError, TypeError):
+        return None
+    return cache if cache is not None and config.set_timing_cache(cache, False) else None
+
+
+def _check(
+    trt: Any, logger: Any, engine: memoryview, job: Job, parsed: list[prove.Layer]
+) -> tuple[str, list[prove.Layer]]:
+    """See the layers of the finished engine: how, and which."""
+    loaded = None
+    if not BACKENDS[job.backend].needs_gpu and not _has_gpu():
+        pass  # nothing can be loaded here, and trying writes errors
+    else:
+        loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    if loaded is not None:
+        layers = prove.inspected(
+            loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        )
+        if job.plugins is not None and (gone := prove.missing(job.nodes, layers)):
+            raise QpassError(f"plugin nodes are not in the finished engine: {_few(gone)}")
+        return "inspector", layers
+    if job.plugins is not None and (gone := prove.unnamed(job.nodes, bytes(engine))):
+        raise QpassError(f"plugin nodes are not in the finished engine: {_few(gone)}")
+    return "names", parsed
+
+
+def _has_gpu() -> bool:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)) and count.value > 0
+
+
+def _tensors(trt: Any, network: Any) -> list[dict[str, Any]]:
+    """Inputs and outputs as the sidecar lists them."""
+
+    def of(t: Any, mode: str) -> dict[str, Any]:
+        return {"name": t.name, "mode": mode, "dtype": str(t.dtype).rpartition(".")[2].lower(), "shape": list(t.shape)}
+
+    inputs = [of(network.get_input(i), "input") for i in range(network.num_inputs)]
+    return inputs + [of(network.get_output(i), "output") for i in range(network.num_outputs)]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
