@@ -1,11 +1,36 @@
 // The choice of a kernel for a matrix product, and SmoothQuantGemm.
 #include "gemm.h"
 
+#include <algorithm>
+
 #include "gemm_kernels.h"
 #include "types.cuh"
 
 namespace qpass {
 namespace {
+
+int64_t padded(int64_t k) { return ceil_div(k, 16) * 16; }
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+__global__ void spread(const float* value, float* to, int64_t count) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    to[i] = *value;
+  }
+}
+
+// Single scales as vectors in the workspace, for kernels that know no others.
+[[maybe_unused]] cudaError_t spread_scales(Gemm* g, cudaStream_t stream) {
+  float* at = static_cast<float*>(g->workspace);
+  auto one = [&](const float*& scale, bool& is_vector, int64_t count) {
+    if (!scale || is_vector) return cudaSuccess;
+    spread<<<unsigned(std::min<int64_t>(ceil_div(count, 256), 1024)), 256, 0, stream>>>(scale, at, count);
+    scale = at, is_vector = true;
+    at += aligned(count * sizeof(float)) / sizeof(float);  // vectors are loaded 16 bytes at a time
+    return cudaGetLastError();
+  };
+  if (cudaError_t e = one(g->row_scale, g->per_row, g->m)) return e;
+  return one(g->col_scale, g->per_column, g->n);
+}
 
 template <typename In, typename Out>
 cudaError_t with_cutlass(const Gemm& g, const Device& device, cudaStream_t stream) {
@@ -17,7 +42,11 @@ cudaError_t with_cutlass(const Gemm& g, const Device& device, cudaStream_t strea
   }
 #endif
 #if QPASS_SM80
-  if (device.major != 9) return gemm_sm80<In, Out>(g, stream);
+  if (device.major != 9 || !QPASS_SM90A) {
+    Gemm vectors = g;
+    if (cudaError_t e = spread_scales(&vectors, stream)) return e;
+    return gemm_sm80<In, Out>(vectors, stream);
+  }
 #endif
   return cudaErrorNotSupported;
 }
@@ -36,8 +65,6 @@ bool fits_cutlass(const Gemm& g) {
   return g.ldd * size % 16 == 0 && g.n * size % 16 == 0 && g.m <= kMost && g.n <= kMost && g.k <= kMost;
 }
 
-int64_t padded(int64_t k) { return ceil_div(k, 16) * 16; }
-size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
@@ -53,7 +80,10 @@ cudaError_t gemm(const Gemm& g, cudaStream_t stream) {
   return gemm_mma(g, stream);
 }
 
-size_t gemm_workspace(const Gemm& g) { return g.in == QPASS_INT8 ? skinny_int8_workspace(g) : 0; }
+size_t gemm_workspace(const Gemm& g) {
+  size_t vectors = QPASS_SM80 ? aligned(g.m * sizeof(float)) + aligned(g.n * sizeof(float)) : 0;
+  return std::max(vectors, g.in == QPASS_INT8 ? skinny_int8_workspace(g) : 0);
+}
 
 namespace {
 

@@ -39,13 +39,13 @@ struct Normed {
   }
 
   template <int V>
-  __device__ void scale(int column, float mean, float deviation, float (&v)[V]) const {
+  __device__ void scale(int column, float mean, float inverse, float (&v)[V]) const {
     float by[V], plus[V];
     qpass::load<V>(gamma + column, by);
     if (beta) qpass::load<V>(beta + column, plus);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      v[i] = __fmul_rn(__fdiv_rn(v[i] - mean, deviation), by[i]);  // rounded after each step, like the ONNX body
+      v[i] = __fmul_rn(__fmul_rn(v[i] - mean, inverse), by[i]);  // rounded after each step, like the ONNX body
       if (beta) v[i] = __fadd_rn(v[i], plus[i]);
     }
   }

@@ -45,22 +45,23 @@ __global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args
   if (!args.group_size) largest = scale[0];  // with its sign: the integers stay as they are
   if (threadIdx.x == 0) row_scale[blockIdx.x] = largest;
 
-  constexpr int V = 8;
+  constexpr int V = 8;  // values a thread takes at once: within a row, and within a group
+  using Codes = Pack<int8_t, kInt4 ? V / 2 : V>;
   const int8_t* weight = args.weight + n * (kInt4 ? args.k / 2 : args.k);
-  for (int64_t k = threadIdx.x * V; k < padded; k += kThreads * V) {
+  const bool whole = args.k % V == 0;  // else rows are not aligned, and the last values of one are fewer
+  for (int k = threadIdx.x * V; k < padded; k += kThreads * V) {
+    Codes codes;
+    if (whole) codes = *reinterpret_cast<const Codes*>(weight + (kInt4 ? k / 2 : k));
+    const int at = args.group_size ? k / group : 0;
+    const int minus = zero && k < args.k ? zero[at] : 0;
+    const float by = args.group_size ? largest > 0 ? scale[at] / largest : 0.f : 1.f;
     float v[V];
-    const bool whole = args.k % V == 0;  // then a pack is aligned, and within a row and a group
-    Pack<int8_t, kInt4 ? V / 2 : V> pack;
-    if (whole) pack = *reinterpret_cast<const Pack<int8_t, kInt4 ? V / 2 : V>*>(weight + (kInt4 ? k / 2 : k));
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      v[i] = 0;
-      if (k + i >= args.k) continue;
-      int code = whole ? pack.x[kInt4 ? i / 2 : i] : weight[kInt4 ? (k + i) / 2 : k + i];
+      bool there = k + i < args.k;
+      int code = whole ? codes.x[kInt4 ? i / 2 : i] : there ? weight[kInt4 ? (k + i) / 2 : k + i] : 0;
       if (kInt4) code = i % 2 ? code >> 4 : int8_t(code << 4) >> 4;
-      int64_t at = (k + i) / group;
-      if (zero) code -= zero[at];
-      v[i] = args.group_size ? largest > 0 ? float(code) * (scale[at] / largest) : 0.f : float(code);
+      v[i] = there ? float(code - minus) * by : 0.f;
     }
     store<V>(to + blockIdx.x * padded + k, v);
   }

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads)
   };
 
   if constexpr (!kLong) each([&](float (&x)[V], int column) { source.template load<V>(column, x); });
-  float mean = 0, deviation = 1;
+  float mean = 0, inverse_deviation = 1;
   if constexpr (Source::kNorm) {
     if (!source.rms) {
       float sum = 0;
@@ -86,11 +86,12 @@ __global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads)
 #pragma unroll
       for (int i = 0; i < V; ++i) squares += (x[i] - mean) * (x[i] - mean);
     });
-    deviation = sqrtf(reduce<kThreads>(squares, Sum()) / k + source.epsilon);
+    // a product instead of the body's division: one more rounding, and half the time of the whole kernel
+    inverse_deviation = __fdiv_rn(1.f, sqrtf(reduce<kThreads>(squares, Sum()) / k + source.epsilon));
   }
 
   auto finished = [&](float (&x)[V], int column, bool first) {
-    if constexpr (Source::kNorm) source.template scale<V>(column, mean, deviation, x);
+    if constexpr (Source::kNorm) source.template scale<V>(column, mean, inverse_deviation, x);
     if (first && result.y) store<V>(static_cast<T*>(result.y) + start + column, x);
     if (result.smoother) {
       float smoother[V];

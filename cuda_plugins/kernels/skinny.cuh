@@ -4,7 +4,8 @@
 // than eight. Rows of w stay as they are stored: the order of K within an mma is free as long as both operands agree on it, so
 // of 4 * kRun neighbouring bytes of a row (a unit) each of the four lanes that share the row takes a run of kRun, and the
 // same K of each token. A unit never spans two groups. Integers become 16-bit floats exactly; a unit's partial sum is
-// multiplied by its group's scale in float32. float32 activations come as three bfloat16 planes that add up to them.
+// multiplied by its group's scale in float32. float32 activations come as three bfloat16 planes that add up to them, and
+// units are summed by float32 additions: tensor cores cut off bits of long sums that float32 results would miss.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +29,7 @@ struct Skinny {
   int64_t stages_a_split;
 };
 
-constexpr int kSkinnyWarps = 4;
-constexpr int kSkinnyBlocks = 528;  // what K is split for: four blocks for each multiprocessor of a big GPU
+constexpr int kSkinnyBlocks = 528;  // what K is split for: four blocks for each multiprocessor of a big GPU, two of many tokens
 constexpr int kMostSplits = 32;
 constexpr int kSkinnyShared = 96 << 10;  // what every architecture from sm_80 on has
 
@@ -60,8 +60,11 @@ struct SkinnyShape {
   using Act = Act_;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGrouped_;
   static constexpr int kRun = kRun_, kPlanes = kPlanes_, kTokens = kTokens_, kTiles = kTiles_;
-  static constexpr int kRows = kSkinnyWarps * 16 * kTiles;
-  static constexpr int kRowBytes = 128;                              // of a weight's row, a stage
+  static constexpr int kWarps = kTokens >= 4 ? 8 : 4;  // more channels share what many tokens take in shared memory
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr bool kByUnit = kGrouped || kPlanes > 1;  // a unit has a sum of its own
+  static constexpr int kRows = kWarps * 16 * kTiles;
+  static constexpr int kRowBytes = kInt4 && kTokens > 4 ? 64 : 128;  // of a weight's row, a stage
   static constexpr int kStageK = kRowBytes * (kInt4 ? 2 : 1);
   static constexpr int kActBytes = kStageK * sizeof(Act);            // of a token, a stage
   static constexpr int kUnits = kRowBytes / (4 * kRun);
@@ -75,7 +78,8 @@ struct SkinnyShape {
 
   // Where the chunks of a row lie in shared memory: those that lanes of one phase of a load read fall on different banks.
   static __device__ __forceinline__ int weight_place(int row, int chunk) {
-    return row * kRowBytes + (chunk ^ (row % (32 / kRun) * (kRun / 4))) * 16;
+    constexpr int kTogether = 128 / kRowBytes;  // rows that cover all banks as they are
+    return row * kRowBytes + (chunk ^ (row / kTogether % (32 / kRun / kTogether) * (kRun / 4))) * 16;
   }
   static __device__ __forceinline__ int act_place(int token, int chunk) {
     int odd = token & 1;
@@ -86,11 +90,10 @@ struct SkinnyShape {
 
 template <typename S>
 __device__ __forceinline__ void fetch_stage(const Skinny& p, char* to, int64_t n0, int64_t m0, int64_t stage) {
-  constexpr int kThreads = kSkinnyWarps * 32;
   const int64_t weight_bytes = S::kInt4 ? p.g.k / 2 : p.g.k;
   const char* weight = static_cast<const char*>(p.g.b);
 #pragma unroll
-  for (int i = threadIdx.x; i < S::kRows * (S::kRowBytes / 16); i += kThreads) {
+  for (int i = threadIdx.x; i < S::kRows * (S::kRowBytes / 16); i += S::kThreads) {
     int row = i / (S::kRowBytes / 16), chunk = i % (S::kRowBytes / 16);
     int64_t byte = stage * S::kRowBytes + chunk * 16;
     bool there = n0 + row < p.g.n && byte < weight_bytes;  // rows are padded to whole chunks
@@ -99,7 +102,7 @@ __device__ __forceinline__ void fetch_stage(const Skinny& p, char* to, int64_t n
   constexpr int kTokenChunks = S::kActBytes / 16;
   const char* x = static_cast<const char*>(p.g.a);
 #pragma unroll
-  for (int i = threadIdx.x; i < S::kPlanes * S::kTokens * 8 * kTokenChunks; i += kThreads) {
+  for (int i = threadIdx.x; i < S::kPlanes * S::kTokens * 8 * kTokenChunks; i += S::kThreads) {
     int line = i / kTokenChunks, chunk = i % kTokenChunks;
     int plane = line / (S::kTokens * 8), token = line % (S::kTokens * 8);
     int64_t byte = stage * S::kActBytes + chunk * 16;
@@ -110,7 +113,7 @@ __device__ __forceinline__ void fetch_stage(const Skinny& p, char* to, int64_t n
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kSkinnyWarps * 32) skinny(Skinny p, int64_t blocks_n) {
+__global__ void __launch_bounds__(S::kThreads) skinny(Skinny p, int64_t blocks_n) {
   using Act = typename S::Act;
   using Accumulator = typename Mma<Act>::Accumulator;
   extern __shared__ __align__(128) char shared[];
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kSkinnyWarps * 32) skinny(Skinny p, int64_t bl
 #pragma unroll
     for (int unit = 0; unit < S::kUnits; ++unit) {
       Accumulator part[S::kTiles][S::kTokens][4] = {};
-      auto& sums = S::kGrouped ? part : acc;
+      auto& sums = S::kByUnit ? part : acc;
       uint32_t words[S::kTiles][2][S::kRun / 4];
       int zero[S::kTiles][2];
 #pragma unroll
@@ -207,11 +210,12 @@ __global__ void __launch_bounds__(kSkinnyWarps * 32) skinny(Skinny p, int64_t bl
           }
         }
       }
-      if constexpr (S::kGrouped) {
+      if constexpr (S::kByUnit) {
 #pragma unroll
         for (int j = 0; j < S::kTiles * 2; ++j) {
           int tile = j / 2, h = j % 2;
-          float scale = __shfl_sync(~0u, held.scale[unit / 4][tile][h], (lane & ~3) | unit % 4);
+          float scale = 1;
+          if (S::kGrouped) scale = __shfl_sync(~0u, held.scale[unit / 4][tile][h], (lane & ~3) | unit % 4);
 #pragma unroll
           for (int token = 0; token < S::kTokens; ++token) {
             acc[tile][token][h * 2] += scale * part[tile][token][h * 2];
@@ -256,13 +260,14 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   const int64_t blocks_n = ceil_div(p.g.n, S::kRows), blocks_m = ceil_div(p.g.m, S::kTokens * 8);
   const int64_t stages = ceil_div(p.g.k, S::kStageK);
   // at least two stages a split: a shorter one costs more to sum than it saves
-  int64_t splits = std::min(kSkinnyBlocks / (blocks_n * blocks_m), std::min<int64_t>(stages / 2, kMostSplits));
+  int64_t most = kSkinnyBlocks / (S::kTokens < 4 ? 1 : 2);
+  int64_t splits = std::min(most / (blocks_n * blocks_m), std::min<int64_t>(stages / 2, kMostSplits));
   p.stages_a_split = ceil_div(stages, std::max<int64_t>(splits, 1));
   p.splits = int(ceil_div(stages, p.stages_a_split));
   constexpr int kBytes = S::kStages * S::kStageBytes;
   if (cudaError_t e = cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) return e;
   dim3 grid(unsigned(blocks_n * blocks_m), 1, unsigned(p.splits));
-  skinny<S><<<grid, kSkinnyWarps * 32, kBytes, stream>>>(p, blocks_n);
+  skinny<S><<<grid, S::kThreads, kBytes, stream>>>(p, blocks_n);
   if (cudaError_t e = cudaGetLastError()) return e;
   if (p.splits > 1) {
     unsigned blocks = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));
@@ -278,8 +283,7 @@ cudaError_t skinny_by_tokens(const Skinny& p, cudaStream_t stream) {
   if (p.g.m <= 16 || kPlanes > 1) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 2, 1>>(p, stream);
   if constexpr (kPlanes == 1) {
     if (p.g.m <= 32) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 4, 1>>(p, stream);
-    // two tiles of channels share each load of activations; with a group's sums beside the row's they would not fit
-    return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, kGrouped ? 1 : 2>>(p, stream);
+    return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, 1>>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,11 +1,11 @@
 // WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by the skinny kernel on the integers, many by a 16-bit
-// product on the weight expanded chunk by chunk, each chunk small enough to stay in L2 between the two.
+// product on the weight expanded chunk by chunk: a chunk is large enough to fill the GPU, and bounds the workspace.
 #include "weight_only.h"
 
 namespace qpass {
 namespace {
 
-constexpr int64_t kChunkBytes = 32 << 20;  // of expanded weight
+constexpr int64_t kChunkBytes = 512 << 20;  // of expanded weight
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 

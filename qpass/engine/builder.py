@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class Finished:
 
     engine: Path
     sidecar: Path
-    profiles: Mapping[str, Profile]
+    guessed: str | None
+    """The shapes that nothing was said of."""
     facts: Mapping[str, Any]
     """The sidecar's content."""
     warnings: list[str] = field(default_factory=list)
@@ -115,7 +117,7 @@ def build_files(
                 _keep(tuned, learned.path.read_bytes())
     except OSError as error:
         raise explain(error, engine, 0) from error
-    return Finished(engine, beside, profiles, facts, warnings)
+    return Finished(engine, beside, guesses(profiles, inputs), facts, warnings)
 
 
 def _capability(backend: Backend, target: str | None) -> str | None:
@@ -180,8 +182,9 @@ class _Process:
             assert process.stdout is not None
             assert process.stderr is not None
             try:
-                process.stdin.write(self._job.to_json())
-                process.stdin.close()
+                with suppress(BrokenPipeError):  # it is dead already; its exit code will tell
+                    process.stdin.write(self._job.to_json())
+                    process.stdin.close()
                 for line in process.stdout:
                     self._take(line)
                 noise = process.stderr.read()
@@ -229,9 +232,13 @@ class _Process:
 _ERROR, _WARNING = 1, 2
 
 
-def describe(profiles: Mapping[str, Profile]) -> list[str]:
-    """A line for every input with dynamic dims: its shapes, and which of them were guessed."""
-    return [
-        f"{name}: {p}" + (f" ({', '.join(p.guessed)} guessed; set with --min, --opt, --max)" if p.guessed else "")
-        for name, p in profiles.items()
-    ]
+def guesses(profiles: Mapping[str, Profile], inputs: Mapping[str, runtime.Input]) -> str | None:
+    """What was guessed of the shapes, a dim of one name once; None where nothing was."""
+    seen: dict[str, str] = {}
+    for name, p in profiles.items():
+        dims = inputs[name].shape or ()
+        for axis, dim in enumerate(dims):
+            label = dim if isinstance(dim, str) else f"axis {axis} of {name}"
+            if not isinstance(dim, int) and (dim or f"axis {axis}") in p.guessed:
+                seen.setdefault(label, f"{label} {p.min[axis]} … {p.opt[axis]} … {p.max[axis]}")
+    return f"guessed (min … opt … max): {', '.join(seen.values())}; say --min, --opt, --max" if seen else None

@@ -72,7 +72,7 @@ def build(
     Example: `qpass build model.qpass.onnx --min input_ids:1x1 --opt input_ids:1x128 --max input_ids:8x512`
     """
     shapes = {"min_shapes": parse(least, "min"), "opt_shapes": parse(usual, "opt"), "max_shapes": parse(most, "max")}
-    show, err = not (quiet or as_json), Console(stderr=True, highlight=False)
+    show, err = not (quiet or as_json), Console(stderr=True, highlight=False, soft_wrap=True)
     if preset or spec or group_size or calibration or rules:
         chosen = chosen_spec(preset, spec, group_size)
         own = [r for f in rules or () for r in pipeline.load_rules(f)]
@@ -100,8 +100,8 @@ def build(
         typer.echo(json.dumps(facts, indent=1))
     elif not quiet:
         out = Console(highlight=False, soft_wrap=True)
-        for line in builder.describe(finished.profiles):
-            err.print(line, markup=False)
+        if finished.guessed:
+            err.print(finished.guessed, markup=False)
         what = facts["backend"]
         promised = len(facts["plugin_layers"])
         proof = f"all {promised} plugin nodes are plugin layers" if promised else "no plugin nodes"

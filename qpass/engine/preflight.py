@@ -51,9 +51,13 @@ def _failures(node: Node, ops: dict[str, OpInfo]) -> list[str]:
     missing = [f for f in compiled.fields if f not in node.attrs]
     if missing:
         return [f"{node.op} wants the attribute {', '.join(missing)}"]
-    version = str(node.attrs.get("plugin_version", ""))
-    if version != compiled.version:
-        return [f"{node.op} is of version {version or 'none'}, the library has {compiled.version}"]
+    for field, kind in compiled.fields.items():
+        if not isinstance(node.attrs[field], int if kind == "int" else int | float):
+            return [f"the attribute {field} of {node.op} is {node.attrs[field]!r}, wants {kind}"]
+    for key, has in (("version", compiled.version), ("namespace", compiled.namespace)):
+        wants = str(node.attrs.get(f"plugin_{key}", "")) or "none"
+        if wants != has:
+            return [f"{node.op} is of {key} {wants}, the library has {has}"]
     op = REGISTRY.get(node.op)
     if op is None:
         return []  # an op that only the library knows

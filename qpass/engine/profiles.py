@@ -29,13 +29,13 @@ class Profile:
 
 
 def parse(text: str | None, flag: str) -> dict[str, Shape]:
-    """`name:1x8,other:1x16`, as trtexec has it; a name may be quoted and may hold colons.
+    """`name:1x8,other:1x16`, as trtexec has it; a name may be quoted and may hold colons, but no commas.
 
     Raises:
         QpassError: it is not of this form.
     """
     shapes: dict[str, Shape] = {}
-    for part in re.split(r",(?=[^,]*:[\dx]*(?:,|$))", text) if text else ():
+    for part in text.split(",") if text else ():
         name, _, dims = part.rpartition(":")
         if not name or not re.fullmatch(r"\d+(x\d+)*", dims):
             raise QpassError(f"--{flag} {text}: '{part}' is not of the form name:1x128")

@@ -19,6 +19,7 @@ from qpass.engine import prove
 from qpass.engine.backends import BACKENDS
 from qpass.engine.job import Built, Job, event
 from qpass.errors import QpassError
+from qpass.ops import PLUGIN
 
 _PR_SET_PDEATHSIG = 1
 
@@ -48,8 +49,8 @@ def build(job: Job) -> Built:
     backend = BACKENDS[job.backend]
     trt = backend.load()
     logger = _logger(trt, job.verbose)
-    if job.plugins is not None and trt.get_plugin_registry().load_library(job.plugins) is None:
-        raise QpassError(f"TensorRT could not load the plugins {job.plugins}")
+    if job.plugins is not None:
+        _load_plugins(trt, job.plugins, set(job.nodes.values()))
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
@@ -74,6 +75,16 @@ def build(job: Job) -> Built:
     plugins = list(job.nodes) if job.plugins is not None else []
     seconds = time.monotonic() - began
     return Built(trt.__version__, prove.summary(layers), plugins, checked, _tensors(trt, network), seconds, wrote)
+
+
+def _load_plugins(trt: Any, library: str, ops: set[str]) -> None:
+    registry = trt.get_plugin_registry()
+    if registry.load_library(library) is None:
+        raise QpassError(f"TensorRT could not load the plugins {library}")
+    wanted = PLUGIN["plugin_version"], PLUGIN["plugin_namespace"]
+    there = {c.name for c in registry.all_creators if (c.plugin_version, c.plugin_namespace) == wanted}
+    if gone := sorted(ops - there):
+        raise QpassError(f"TensorRT does not find the plugin {', '.join(gone)} in {library}")
 
 
 def _logger(trt: Any, verbose: bool) -> Any:

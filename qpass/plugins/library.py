@@ -29,6 +29,7 @@ class OpInfo:
 
     name: str
     version: str
+    namespace: str
     fields: Mapping[str, str]
     inputs: Sequence[Mapping[str, Any]]
     outputs: Sequence[Mapping[str, Any]]
@@ -125,6 +126,7 @@ class Library:
             o["name"]: OpInfo(
                 o["name"],
                 d["version"],
+                d["namespace"],
                 {f["name"]: f["type"] for f in o["fields"]},
                 o["inputs"],
                 o["outputs"],

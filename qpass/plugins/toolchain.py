@@ -13,8 +13,9 @@ from pathlib import Path
 from qpass.errors import QpassError
 
 INSTALL = "pip install 'qpass[plugins]'"
-ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
-"""Compute capabilities that kernels are written for. 80 runs on every 8.x, 120 on every 12.x, others on their own."""
+ARCHITECTURES = ("80", "86", "89", "90", "90a", "100a", "120")
+"""Compute capabilities that kernels are written for. 80 runs on every 8.x, 120 on every 12.x, others on their own.
+90 is Hopper by the kernels of the other architectures: slower than 90a, and how those can be tested on it."""
 WITHOUT_GPU = ("80", "90a")
 """What is compiled where no GPU says what is wanted."""
 
@@ -85,10 +86,10 @@ def gpu_architectures() -> tuple[str, ...]:
 def compiled_for(major: int, minor: int) -> str:
     """The best of `ARCHITECTURES` for a compute capability; "" where none runs there."""
     exact = f"{major}{minor}"
-    if exact in ARCHITECTURES:
-        return exact
     if f"{exact}a" in ARCHITECTURES:
         return f"{exact}a"
+    if exact in ARCHITECTURES:
+        return exact
     family = [a for a in ARCHITECTURES if a.isdigit() and int(a) // 10 == major and int(a) % 10 <= minor]
     return family[-1] if family else ""
 

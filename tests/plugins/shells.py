@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,33 +25,27 @@ def cuda_include() -> Path | None:
     return next((h.parent for f in folders for h in f.glob("cu*/include/cuda_runtime_api.h")), None)
 
 
-def compile_shells(folder: Path, architectures: str = "80 90a", interface: str = "shells") -> Library:
-    """The library in `folder`, compiled if it is not there yet."""
+def compile_shells(folder: Path, version: str = "1") -> Library:
+    """The library in `folder`, compiled if it is not there yet.
+
+    Args:
+        version: of the plugins; another than qpass's makes a library that TensorRT does not take for a model's nodes.
+    """
     target = folder / LIBRARY
     with cache.locked(folder / "lock"):
         if not target.exists():
             include = cuda_include()
             assert include is not None, "nvidia-cuda-runtime is not installed"
             (folder / "kernels.cpp").write_text(_empty_kernels())
-            sources = [*sorted((source_folder() / "plugins").glob("*.cpp")), folder / "kernels.cpp"]
-            command = [
-                "g++",
-                "-std=c++17",
-                "-O0",
-                "-shared",
-                "-fPIC",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-            ]
-            command += [
-                f"-I{source_folder() / 'minimal'}",
-                f"-I{source_folder() / 'kernels'}",
-                "-isystem",
-                str(include),
-            ]
-            command += [f'-DQPASS_ARCHITECTURES="{architectures}"', f'-DQPASS_INTERFACE="{interface}"']
+            copy = folder / "cuda_plugins"
+            shutil.copytree(source_folder(), copy, dirs_exist_ok=True)
+            header = copy / "plugins" / "op.h"
+            header.write_text(header.read_text().replace('kVersion = "1"', f'kVersion = "{version}"'))
+            sources = [*sorted((copy / "plugins").glob("*.cpp")), folder / "kernels.cpp"]
+            command = ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility=hidden"]
+            command += ["-Wall", "-Wextra", "-Werror", "-isystem", str(include)]
+            command += [f"-I{copy / 'minimal'}", f"-I{copy / 'kernels'}"]
+            command += ['-DQPASS_ARCHITECTURES="80 90a"', '-DQPASS_INTERFACE="shells"']
             fresh = folder / "fresh.so"
             done = subprocess.run(
                 [*command, *map(str, sources), "-o", str(fresh)], capture_output=True, text=True, check=False

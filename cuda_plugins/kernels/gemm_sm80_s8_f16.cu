@@ -1,0 +1,3 @@
+#include "gemm_sm80.cuh"
+
+template cudaError_t qpass::gemm_sm80<int8_t, qpass::half>(const Gemm&, cudaStream_t);

@@ -1,0 +1,51 @@
+"""What tests of engines share: TensorRT-RTX, the plugin library's shells, and models to build."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import onnx
+import pytest
+
+from qpass.plugins import Library
+from qpass.testing import model
+from tests.plugins.conftest import shells
+
+__all__ = ["shells"]
+
+TEXT = """
+<ir_version: 10, opset_import: ["" : 17]>
+block (float[batch, length, 64] x) => (float[batch, length, 64] y)
+<float[64] gamma, float[64, 128] w1, float[128, 64] w2, float[64] b2>
+{
+    [norm] h = LayerNormalization<axis = -1>(x, gamma)
+    [fc1] m1 = MatMul(h, w1)
+    [act] r = Relu(m1)
+    [fc2] m2 = MatMul(r, w2)
+    [bias] a = Add(m2, b2)
+    [residual] y = Add(a, x)
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def block(tmp_path: Path) -> Path:
+    """A model of a norm, an MLP and a residual."""
+    path = tmp_path / "block.onnx"
+    onnx.save(model(TEXT), path)
+    return path
+
+
+@pytest.fixture
+def library(shells: Library, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The plugins as QPASS_PLUGINS, and TensorRT-RTX to build with."""
+    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("TensorRT-RTX is not installed: pip install 'qpass[rtx]'")
+    monkeypatch.setenv("QPASS_PLUGINS", str(shells.path))
+    return shells
