@@ -88,38 +88,72 @@ struct SkinnyShape {
   }
 };
 
+// The copies of one thread: in every stage the same 16-byte chunk of every kStep-th row of the weight and of the activations.
+// These rows lie at fixed distances in shared memory too, since the places of chunks repeat after fewer rows.
 template <typename S>
-__device__ __forceinline__ void fetch_stage(const Skinny& p, char* to, int64_t n0, int64_t m0, int64_t stage) {
-  const int64_t weight_bytes = S::kInt4 ? p.g.k / 2 : p.g.k;
-  const char* weight = static_cast<const char*>(p.g.b);
-#pragma unroll
-  for (int i = threadIdx.x; i < S::kRows * (S::kRowBytes / 16); i += S::kThreads) {
-    int row = i / (S::kRowBytes / 16), chunk = i % (S::kRowBytes / 16);
-    int64_t byte = stage * S::kRowBytes + chunk * 16;
-    bool there = n0 + row < p.g.n && byte < weight_bytes;  // rows are padded to whole chunks
-    copy_async(to + S::weight_place(row, chunk), there ? weight + (n0 + row) * p.g.ldb + byte : weight, there ? 16 : 0);
+class Fetcher {
+ public:
+  __device__ Fetcher(const Skinny& p, char* shared, int64_t n0, int64_t m0, int64_t first)
+      : weight_stride_(kWeightStep * p.g.ldb),
+        token_stride_(kTokenStep * p.g.lda * int64_t(sizeof(typename S::Act))),
+        plane_stride_(p.plane * int64_t(sizeof(typename S::Act))) {
+    const int row = threadIdx.x / kWeightChunks, chunk = threadIdx.x % kWeightChunks;
+    weight_ = static_cast<const char*>(p.g.b) + (n0 + row) * p.g.ldb + first * S::kRowBytes + chunk * 16;
+    weight_bytes_ = int((S::kInt4 ? p.g.k / 2 : p.g.k) - first * S::kRowBytes) - chunk * 16;
+    rows_ = int(min(p.g.n - n0, int64_t(S::kRows))) - row;
+    weight_to_ = shared + S::weight_place(row, chunk);
+    const int token = threadIdx.x / kTokenChunks, piece = threadIdx.x % kTokenChunks;
+    tokens_ = token < S::kTokens * 8 ? int(min(p.g.m - m0, int64_t(S::kTokens * 8))) - token : kNone;
+    act_ = static_cast<const char*>(p.g.a) + (m0 + token) * p.g.lda * int64_t(sizeof(typename S::Act)) +
+           first * S::kActBytes + piece * 16;
+    act_bytes_ = int((p.g.k - first * S::kStageK) * int64_t(sizeof(typename S::Act))) - piece * 16;
+    act_to_ = shared + S::kWeights + S::act_place(token, piece);
   }
-  constexpr int kTokenChunks = S::kActBytes / 16;
-  const char* x = static_cast<const char*>(p.g.a);
+
+  // Copies the next stage to a slot.
+  __device__ __forceinline__ void fetch(int slot) {
+    const int offset = slot * S::kStageBytes;
 #pragma unroll
-  for (int i = threadIdx.x; i < S::kPlanes * S::kTokens * 8 * kTokenChunks; i += S::kThreads) {
-    int line = i / kTokenChunks, chunk = i % kTokenChunks;
-    int plane = line / (S::kTokens * 8), token = line % (S::kTokens * 8);
-    int64_t byte = stage * S::kActBytes + chunk * 16;
-    bool there = m0 + token < p.g.m && byte < p.g.k * int64_t(sizeof(typename S::Act));
-    int64_t from = (plane * p.plane + (m0 + token) * p.g.lda) * int64_t(sizeof(typename S::Act)) + byte;
-    copy_async(to + S::kWeights + S::act_place(line, chunk), there ? x + from : x, there ? 16 : 0);
+    for (int i = 0; i < kWeightCopies; ++i) {
+      bool there = i * kWeightStep < rows_ && weight_bytes_ > 0;
+      copy_async(weight_to_ + offset + i * kWeightStep * S::kRowBytes, weight_ + i * weight_stride_, there ? 16 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < S::kPlanes * kTokenCopies; ++i) {
+      const int plane = i / kTokenCopies, copy = i % kTokenCopies;
+      if (kTokenStep > S::kTokens * 8 && tokens_ == kNone) continue;  // more threads than chunks
+      bool there = copy * kTokenStep < tokens_ && act_bytes_ > 0;
+      int line = plane * S::kTokens * 8 + copy * kTokenStep;
+      copy_async(act_to_ + offset + line * S::kActBytes, act_ + plane * plane_stride_ + copy * token_stride_, there ? 16 : 0);
+    }
+    weight_ += S::kRowBytes, weight_bytes_ -= S::kRowBytes;
+    act_ += S::kActBytes, act_bytes_ -= S::kActBytes;
   }
-}
+
+ private:
+  static constexpr int kWeightChunks = S::kRowBytes / 16, kTokenChunks = S::kActBytes / 16;
+  static constexpr int kWeightStep = S::kThreads / kWeightChunks, kTokenStep = S::kThreads / kTokenChunks;
+  static constexpr int kWeightCopies = S::kRows / kWeightStep;
+  static constexpr int kTokenCopies = S::kTokens * 8 > kTokenStep ? S::kTokens * 8 / kTokenStep : 1;
+  static constexpr int kNone = -(1 << 30);  // of tokens_: the thread copies none
+  static_assert(kWeightStep % 8 == 0 && kTokenStep % 2 == 0);
+  static_assert(kWeightCopies * kWeightStep == S::kRows);
+
+  const int64_t weight_stride_, token_stride_, plane_stride_;
+  const char *weight_, *act_;
+  char *weight_to_, *act_to_;
+  int weight_bytes_, act_bytes_;  // left of the row from here
+  int rows_, tokens_;             // left of the matrix from this thread's first
+};
 
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads) skinny(Skinny p, int64_t blocks_n) {
+__global__ void __launch_bounds__(S::kThreads, S::kThreads > 128 ? 2 : 3) skinny(Skinny p, int64_t blocks_n) {
   using Act = typename S::Act;
   using Accumulator = typename Mma<Act>::Accumulator;
   extern __shared__ __align__(128) char shared[];
   const int64_t n0 = blockIdx.x % blocks_n * S::kRows, m0 = blockIdx.x / blocks_n * (S::kTokens * 8);
   const int64_t all = ceil_div(p.g.k, S::kStageK), first = blockIdx.z * p.stages_a_split;
-  const int64_t count = min(p.stages_a_split, all - first);
+  const int count = int(min(p.stages_a_split, all - first));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
   auto channel = [&](int tile, int h) { return n0 + (warp * S::kTiles + tile) * 16 + h * 8 + row; };
 
@@ -129,18 +163,30 @@ __global__ void __launch_bounds__(S::kThreads) skinny(Skinny p, int64_t blocks_n
     float scale[kHeld][S::kTiles][2];
     int zero[kHeld][S::kTiles][2];
   };
-  auto fetch_scales = [&](int64_t stage) {
+  int64_t scale_at[kHeld][S::kTiles][2];
+  int scales_left[kHeld][S::kTiles][2];  // stages whose unit is within K and whose channel within N
+  if constexpr (S::kGrouped) {
+#pragma unroll
+    for (int i = 0; i < kHeld * S::kTiles * 2; ++i) {
+      int u = i / (S::kTiles * 2), tile = i / 2 % S::kTiles, h = i % 2, unit = quarter + u * 4;
+      int64_t k = first * S::kStageK + unit * S::kUnitK;
+      scale_at[u][tile][h] = channel(tile, h) * p.scales + (k >> p.group_shift);
+      bool there = unit < S::kUnits && channel(tile, h) < p.g.n && k < p.g.k;
+      scales_left[u][tile][h] = there ? int((p.g.k - k + S::kStageK - 1) / S::kStageK) : 0;
+    }
+  }
+  const int scales_a_stage = S::kStageK >> p.group_shift;
+  auto fetch_scales = [&] {
     Held held = {};
     if constexpr (S::kGrouped) {
 #pragma unroll
       for (int i = 0; i < kHeld * S::kTiles * 2; ++i) {
-        int u = i / (S::kTiles * 2), tile = i / 2 % S::kTiles, h = i % 2, unit = quarter + u * 4;
-        int64_t n = channel(tile, h), k = stage * S::kStageK + unit * S::kUnitK;
-        if (unit < S::kUnits && n < p.g.n && k < p.g.k) {
-          int64_t at = n * p.scales + (k >> p.group_shift);
-          held.scale[u][tile][h] = p.scale[at];
-          if (p.zero) held.zero[u][tile][h] = p.zero[at];
+        int u = i / (S::kTiles * 2), tile = i / 2 % S::kTiles, h = i % 2;
+        if (scales_left[u][tile][h]-- > 0) {
+          held.scale[u][tile][h] = p.scale[scale_at[u][tile][h]];
+          if (p.zero) held.zero[u][tile][h] = p.zero[scale_at[u][tile][h]];
         }
+        scale_at[u][tile][h] += scales_a_stage;
       }
     }
     return held;
@@ -153,19 +199,22 @@ __global__ void __launch_bounds__(S::kThreads) skinny(Skinny p, int64_t blocks_n
     }
   }
 
-  auto fetch = [&](int64_t i) {
-    if (i < count) fetch_stage<S>(p, shared + i % S::kStages * S::kStageBytes, n0, m0, first + i);
+  Fetcher<S> fetcher(p, shared, n0, m0, first);
+  int slot = 0;  // that is filled next
+  auto fetch = [&](int i) {
+    if (i < count) fetcher.fetch(slot);
+    slot = slot + 1 == S::kStages ? 0 : slot + 1;
     commit_copies();
   };
   Accumulator acc[S::kTiles][S::kTokens][4] = {};
   for (int i = 0; i < S::kStages - 1; ++i) fetch(i);
-  Held held = fetch_scales(first);
-  for (int64_t i = 0; i < count; ++i) {
+  Held held = fetch_scales();
+  for (int i = 0; i < count; ++i) {
     wait_copies<S::kStages - 2>();
     __syncthreads();  // the stage is complete, and everyone is done with the one that is filled next
+    const char* weights = shared + (slot + 1 == S::kStages ? 0 : slot + 1) * S::kStageBytes;  // the oldest
     fetch(i + S::kStages - 1);
-    Held next = fetch_scales(first + i + 1);
-    const char* weights = shared + i % S::kStages * S::kStageBytes;
+    Held next = fetch_scales();
     const char* acts = weights + S::kWeights;
 #pragma unroll
     for (int unit = 0; unit < S::kUnits; ++unit) {
@@ -199,14 +248,12 @@ __global__ void __launch_bounds__(S::kThreads) skinny(Skinny p, int64_t blocks_n
 #pragma unroll
         for (int j = 0; j < S::kPlanes * S::kTokens; ++j) {
           int at = (unit * 4 + quarter) * S::kChunks + chunk;
-          uint4 loaded = *reinterpret_cast<const uint4*>(acts + S::act_place(j * 8 + row, at));
-          uint32_t b[4];
-          matching_activations<S::kInt4>(loaded, b);
+          uint4 b = *reinterpret_cast<const uint4*>(acts + S::act_place(j * 8 + row, at));
 #pragma unroll
           for (int tile = 0; tile < S::kTiles; ++tile) {
             auto& sum = sums[tile][j % S::kTokens];
-            Mma<Act>::run(sum, a[tile][0], b[0], b[1]);
-            Mma<Act>::run(sum, a[tile][1], b[2], b[3]);
+            Mma<Act>::run(sum, a[tile][0], b.x, b.y);
+            Mma<Act>::run(sum, a[tile][1], b.z, b.w);
           }
         }
       }

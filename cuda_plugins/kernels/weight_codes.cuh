@@ -28,14 +28,18 @@ __device__ __forceinline__ uint32_t twice(int value) {
   else return as_word(__bfloat162bfloat162(__float2bfloat16_rn(float(value))));
 }
 
-// Values 0 and 4, 1 and 5, 2 and 6, 3 and 7 of eight nibbles.
+// Values 0 and 1, 2 and 3, 4 and 5, 6 and 7 of eight nibbles.
 template <typename Act>
 __device__ __forceinline__ void int4_codes(uint32_t word, uint32_t (&codes)[4]) {
   // 1024 in float16, 128 in bfloat16; the 8 flips a nibble's sign bit, which makes it the value plus 8
   constexpr uint32_t kPower = std::is_same_v<Act, half> ? 0x64006400u : 0x43004300u;
   const uint32_t offset = twice<Act>(std::is_same_v<Act, half> ? 1032 : 136);
+  const uint32_t odd = word >> 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) codes[i] = minus<Act>((word >> 4 * i & 0x000f000fu) ^ (kPower | 0x00080008u), offset);
+  for (int i = 0; i < 4; ++i) {
+    uint32_t pair = __byte_perm(word, odd, 0x4400 + 0x1111 * i);  // byte i of both, each at the foot of a half
+    codes[i] = minus<Act>((pair & 0x000f000fu) ^ (kPower | 0x00080008u), offset);
+  }
 }
 
 // Values 0 and 1, 2 and 3 of four bytes.
@@ -71,17 +75,6 @@ __device__ __forceinline__ void weight_codes(const uint32_t* words, uint32_t (&c
 #pragma unroll
       for (int i = 0; i < 4; ++i) codes[i] = minus<Act>(codes[i], twice<Act>(zero));
     }
-  }
-}
-
-// 16 bytes of a token's activations in the order of weight_codes.
-template <bool kInt4>
-__device__ __forceinline__ void matching_activations(uint4 x, uint32_t (&b)[4]) {
-  if constexpr (kInt4) {
-    b[0] = __byte_perm(x.x, x.z, 0x5410), b[1] = __byte_perm(x.x, x.z, 0x7632);
-    b[2] = __byte_perm(x.y, x.w, 0x5410), b[3] = __byte_perm(x.y, x.w, 0x7632);
-  } else {
-    b[0] = x.x, b[1] = x.y, b[2] = x.z, b[3] = x.w;
   }
 }
 

@@ -109,7 +109,13 @@ def build_files(
                 workspace=workspace,
                 verbose=log is not None,
             )
-            built, warnings = _Process(chosen, job, progress, log).run()
+            guessed = guesses(profiles, inputs)
+            try:
+                built, warnings = _Process(chosen, job, progress, log).run()
+            except QpassError as error:
+                if guessed is None or "shape constraints" not in str(error):
+                    raise
+                raise QpassError(f"{error}. The shapes were {guessed}") from error
             facts = sidecar.facts(path, ledger_of(path), engine, fresh.path, chosen, found, job, built)
             os.write(facts_file.fd, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
             folder.commit([(facts_file, beside), (fresh, engine)], iter(()))
@@ -117,7 +123,7 @@ def build_files(
                 _keep(tuned, learned.path.read_bytes())
     except OSError as error:
         raise explain(error, engine, 0) from error
-    return Finished(engine, beside, guesses(profiles, inputs), facts, warnings)
+    return Finished(engine, beside, guessed, facts, warnings)
 
 
 def _capability(backend: Backend, target: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """An op of one's own, and the rule that emits it: Gemma 2's soft-capping of logits, three nodes, as one plugin.
 
-    qpass rewrite model.onnx --rules softcap.py
+qpass rewrite model.onnx --rules softcap.py
 """
 
 from __future__ import annotations

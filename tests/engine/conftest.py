@@ -29,11 +29,6 @@ block (float[batch, length, 64] x) => (float[batch, length, 64] y)
 """
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def block(tmp_path: Path) -> Path:
     """A model of a norm, an MLP and a residual."""
@@ -43,9 +38,10 @@ def block(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def library(shells: Library, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """The plugins as QPASS_PLUGINS, and TensorRT-RTX to build with."""
+def library(shells: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The plugins as QPASS_PLUGINS, TensorRT-RTX to build with, and a cache of the test's own."""
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip("TensorRT-RTX is not installed: pip install 'qpass[rtx]'")
     monkeypatch.setenv("QPASS_PLUGINS", str(shells.path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return shells
