@@ -88,37 +88,51 @@ def run(library: Library, case: Case) -> list[Array]:
         Wrong: something was written beside the outputs.
         QpassError: the kernel could not run.
     """
-    inputs, kept = [], []
-    for x in case.inputs:
-        if x is not None:
-            buffer = gpu.Buffer(x.nbytes)
-            buffer.upload(x)
-            kept.append(buffer)
-            inputs.append(DeviceTensor(buffer.address, x.dtype, x.shape))
-    outputs, buffers = [], []
-    for dtype, shape in case.op.infer(case.kinds, case.attrs):
-        assert shape is not None
-        dims = tuple(int(d) for d in shape if d is not None)
-        buffer = _guarded(int(np.prod(dims, dtype=np.int64)) * dtype.itemsize)
-        buffers.append(buffer)
-        outputs.append(DeviceTensor(buffer.address, dtype, dims))
-    node = library.node(case.op.name, case.attrs)
-    workspace = _guarded(node.workspace(inputs, outputs))
-    node.run(inputs, outputs, workspace.address)
+    there = OnGpu(library, case)
+    there.enqueue(0)
     gpu.synchronize()
-    for name, buffer in [*zip((o.name for o in case.outputs), buffers, strict=True), ("workspace", workspace)]:
-        fence = buffer.download(np.dtype(np.uint8), (GUARD,), buffer.size - GUARD)
-        if np.any(fence != _FENCE):
-            raise Wrong(f"writes behind its {name}")
-    return [b.download(o.dtype, o.shape) for b, o in zip(buffers, outputs, strict=True)]
+    return there.outputs()
 
 
-def _guarded(size: int) -> gpu.Buffer:
-    """Poisoned memory with a fence behind it."""
-    buffer = gpu.Buffer(size + GUARD)
-    buffer.fill(_POISON, 0, size)
-    buffer.fill(_FENCE, size, GUARD)
-    return buffer
+class OnGpu:
+    """A case in GPU memory: its inputs, poisoned outputs and workspace, each output with a fence behind it."""
+
+    def __init__(self, library: Library, case: Case) -> None:
+        self._names = [*(o.name for o in case.outputs), "workspace"]
+        self._given, self._inputs, self._buffers, self._outputs = [], [], [], []
+        for x in case.inputs:
+            if x is not None:
+                buffer = gpu.Buffer(x.nbytes)
+                buffer.upload(x)
+                self._given.append(buffer)
+                self._inputs.append(DeviceTensor(buffer.address, x.dtype, x.shape))
+        for dtype, shape in case.op.infer(case.kinds, case.attrs):
+            dims = tuple(int(d or 0) for d in shape or ())
+            buffer = gpu.Buffer(int(np.prod(dims, dtype=np.int64)) * dtype.itemsize + GUARD)
+            self._buffers.append(buffer)
+            self._outputs.append(DeviceTensor(buffer.address, dtype, dims))
+        self._node = library.node(case.op.name, case.attrs)
+        workspace = gpu.Buffer(self._node.workspace(self._inputs, self._outputs) + GUARD)
+        self._buffers.append(workspace)
+        self.poison()
+
+    def poison(self) -> None:
+        """Fill outputs and workspace with what no kernel writes, and put up the fences."""
+        for buffer in self._buffers:
+            buffer.fill(_POISON, 0, buffer.size - GUARD)
+            buffer.fill(_FENCE, buffer.size - GUARD, GUARD)
+
+    def enqueue(self, stream: int) -> None:
+        self._node.run(self._inputs, self._outputs, self._buffers[-1].address, stream)
+
+    def outputs(self) -> list[Array]:
+        """What was computed. Raises Wrong where a fence is broken."""
+        for name, buffer in zip(self._names, self._buffers, strict=True):
+            fence = buffer.download(np.dtype(np.uint8), (GUARD,), buffer.size - GUARD)
+            if np.any(fence != _FENCE):
+                raise Wrong(f"writes behind its {name}")
+        pairs = zip(self._buffers, self._outputs, strict=False)  # behind the outputs comes the workspace
+        return [b.download(o.dtype, o.shape) for b, o in pairs]
 
 
 def compare(case: Case, actual: Sequence[Array], tally: Tally) -> None:
