@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 from qpass import cli, gpu, plugins
 from qpass.errors import QpassError
+from qpass.ops import REGISTRY
 from qpass.plugins import Library
 from qpass.testing import model
 from tests.engine.conftest import library
@@ -58,7 +60,7 @@ def recipe_in_readme() -> str:
 
 
 @pytest.fixture
-def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with what the README takes for granted: model.onnx, samples/, my_rules.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -72,7 +74,10 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in (ROOT / "samples" / "softcap").glob("softcap.*"):
         shutil.copy(file, tmp_path)
     np.savez("x.npz", x=random.standard_normal((1, 64, 128)).astype(np.float32))
-    return tmp_path
+    built_in = dict(REGISTRY)
+    yield tmp_path
+    for name in REGISTRY.keys() - built_in.keys():  # the sample's
+        del REGISTRY[name]
 
 
 def python_blocks() -> list[str]:
