@@ -11,10 +11,10 @@ __device__ __forceinline__ float activate(float x, int activation) {
     case kGelu: return x * (0.5f + 0.5f * erff(x * 0.70710678f));
     case kGeluTanh: return x * (0.5f + 0.5f * tanhf(0.79788456f * (x * (1.f + 0.044715f * (x * x)))));
     case kQuickGelu: return x / (1.f + expf(-(x * 1.702f)));
-    case kRelu: return fmaxf(x, 0.f);
+    case kRelu: return x < 0 ? 0.f : x;
     case kSilu: return x / (1.f + expf(-x));
     case kRelu2: {
-      float positive = fmaxf(x, 0.f);
+      float positive = x < 0 ? 0.f : x;  // NaN stays NaN
       return positive * positive;
     }
     default: return 1.f / (1.f + expf(-x));
@@ -50,6 +50,7 @@ struct Activated {
 }  // namespace qpass
 
 int qpass_activation_quantize(const qpass_activation_quantize_args* args, cudaStream_t stream) {
+  if (args->activation < qpass::kGelu || args->activation > qpass::kSigmoid) return cudaErrorInvalidValue;
   return qpass::with_float_type(args->type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     qpass::Activated<T> source{

@@ -115,7 +115,8 @@ size_t qpass_smooth_quant_gemm_workspace(const qpass_smooth_quant_gemm_args* arg
 
 int qpass_smooth_quant_gemm(const qpass_smooth_quant_gemm_args* args, cudaStream_t stream) {
   using namespace qpass;
-  if (!args->m) return cudaSuccess;
+  if (!args->m || !args->n) return cudaSuccess;
+  if (!args->k) return cudaErrorInvalidValue;
   Gemm g = product_of(*args);
   if (g.lda != args->k) {
     char* q = static_cast<char*>(args->workspace) + aligned(gemm_workspace(g));
@@ -123,6 +124,7 @@ int qpass_smooth_quant_gemm(const qpass_smooth_quant_gemm_args* args, cudaStream
     if (cudaError_t e = pad_rows(args->q, q, args->m, args->k, g.lda, stream)) return e;
     if (cudaError_t e = pad_rows(args->weight, weight, args->n, args->k, g.ldb, stream)) return e;
     g.a = q, g.b = weight;
+    g.k = g.lda;  // zeros by zeros
   }
   return gemm(g, stream);
 }

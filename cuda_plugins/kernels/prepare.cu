@@ -6,22 +6,44 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// The largest value of all threads of a block.
+__device__ __forceinline__ float largest_of_block(float value) {
+  __shared__ float partial[kThreads / 32];
+  for (int step = 16; step; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  __syncthreads();
+  for (int i = 0; i < kThreads / 32; ++i) value = fmaxf(value, partial[i]);
+  return value;
+}
+
+// One block a row.
 template <typename T>
-__global__ void prepare(const T* x, const float* scale, void* to, int64_t m, int64_t k, int64_t padded) {
-  const int64_t count = m * padded;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
-    int64_t row = i / padded, column = i % padded;
-    float value = column < k ? to_float(x[row * k + column]) : 0.f;
-    if (scale && column < k) value *= scale[column];
+__global__ void __launch_bounds__(kThreads) prepare(const T* x, const float* scale, void* to, int64_t k, int64_t padded,
+    int64_t plane, float* row_scale) {
+  const T* row = x + blockIdx.x * k;
+  const int64_t start = blockIdx.x * padded;
+  float factor = 1;
+  if (row_scale) {
+    float largest = 0;
+    for (int64_t i = threadIdx.x; i < k; i += kThreads) largest = fmaxf(largest, fabsf(to_float(row[i]) * scale[i]));
+    largest = largest_of_block(largest);
+    // the power of two that brings it to 2^14 … 2^15: float16 neither overflows nor loses what is small beside it
+    int exponent = largest > 0 && isfinite(largest) ? max(ilogbf(largest), -100) - 14 : 0;
+    factor = exp2f(float(-exponent));
+    if (threadIdx.x == 0) row_scale[blockIdx.x] = exp2f(float(exponent));
+  }
+  for (int64_t i = threadIdx.x; i < padded; i += kThreads) {
+    float value = i < k ? to_float(row[i]) : 0.f;
+    if (scale && i < k) value *= scale[i];
     if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
+      for (int p = 0; p < kPlanes; ++p) {
         bfloat16 part = from_float<bfloat16>(value);
-        static_cast<bfloat16*>(to)[plane * count + i] = part;
-        value -= to_float(part);
+        static_cast<bfloat16*>(to)[p * plane + start + i] = part;
+        value = isfinite(to_float(part)) ? value - to_float(part) : 0.f;  // infinity less infinity is no number
       }
     } else {
-      static_cast<T*>(to)[i] = from_float<T>(value);
+      static_cast<T*>(to)[start + i] = from_float<T>(value * factor);
     }
   }
 }
@@ -35,13 +57,12 @@ __global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args
   const int64_t groups = args.group_size ? args.k / args.group_size : 1;
   const float* scale = args.scale + n * groups;
   const int8_t* zero = args.zero ? args.zero + n * groups : nullptr;
+  // shares of the largest scale are below 1, and integers of at most 255 in magnitude: 256 times that is what float16 has room
+  // for, and small shares keep their bits
+  constexpr float kRoom = std::is_same_v<T, half> ? 256 : 1;
   float largest = 0;
   for (int64_t i = threadIdx.x; i < groups; i += kThreads) largest = fmaxf(largest, fabsf(scale[i]));
-  __shared__ float partial[kThreads / 32];
-  for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = largest;
-  __syncthreads();
-  for (int i = 0; i < kThreads / 32; ++i) largest = fmaxf(largest, partial[i]);
+  largest = largest_of_block(largest) / kRoom;
   if (!args.group_size) largest = scale[0];  // with its sign: the integers stay as they are
   if (threadIdx.x == 0) row_scale[blockIdx.x] = largest;
 
@@ -69,12 +90,12 @@ __global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args
 
 }  // namespace
 
-cudaError_t prepare_activations(
-    qpass_type type, const void* x, const float* scale, void* to, int64_t m, int64_t k, int64_t padded, cudaStream_t stream) {
-  unsigned blocks = unsigned(std::min<int64_t>(ceil_div(m * padded, kThreads), 132 * 32));
-  return with_float_type(type, [&](auto tag) {
+cudaError_t prepare_activations(const qpass_weight_only_matmul_args& args, void* to, int64_t padded, float* row_scale,
+    cudaStream_t stream) {
+  return with_float_type(args.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    prepare<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(x), scale, to, m, k, padded);
+    prepare<T><<<unsigned(args.m), kThreads, 0, stream>>>(
+        static_cast<const T*>(args.x), args.pre_quant_scale, to, args.k, padded, args.m * padded, row_scale);
     return cudaGetLastError();
   });
 }

@@ -12,8 +12,13 @@ namespace qpass {
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
+// NaN where either is, unlike fmaxf: what went wrong before shows in the scale.
 struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  __device__ float operator()(float a, float b) const {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+  }
 };
 
 // Reduces over the threads of a row; every thread gets the result.
@@ -105,7 +110,7 @@ __global__ void __launch_bounds__(kThreads < 128 ? 128 : kThreads)
     loaded(x, column);
     finished(x, column, true);
 #pragma unroll
-    for (int i = 0; i < V; ++i) amax = fmaxf(amax, fabsf(x[i]));
+    for (int i = 0; i < V; ++i) amax = Max()(amax, fabsf(x[i]));
   });
 
   float scale, zero = 0;
@@ -143,7 +148,9 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
 template <typename Source>
 cudaError_t quantize_rows_of(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
   constexpr int V = kWidest<typename Source::T>;
-  if (rows == 0 || k == 0) return cudaSuccess;
+  constexpr int64_t kLongest = INT32_MAX - (1 << 16);  // columns are counted in 32 bits
+  if (rows == 0) return cudaSuccess;
+  if (k == 0 || k > kLongest) return cudaErrorInvalidValue;
   if (k % V) {
     if (k <= 32 * 4) return launch_rows<1, 32, 4>(source, rows, k, result, stream);
     if (k <= 256 * 8) return launch_rows<1, 256, 8>(source, rows, k, result, stream);

@@ -26,6 +26,8 @@ struct Plan {
     };
     int64_t planes = args.type == QPASS_FLOAT ? kPlanes : 1;
     x = take(prepares ? args.m * padded * 2 * planes : 0);
+    divides = args.pre_quant_scale && args.type == QPASS_HALF;
+    row_scale = take(divides ? args.m * sizeof(float) : 0);
     weight = take(pads_weight ? args.n * row_bytes : 0);
     partial = take(few ? partial_bytes(args.m, args.n) : 0);
     if (!few) {
@@ -36,11 +38,11 @@ struct Plan {
     size = at;
   }
 
-  bool few, pads_weight, prepares;
+  bool few, pads_weight, prepares, divides;
   int64_t padded;  // values of a row as the kernel sees it
   int64_t row_bytes;
   int64_t chunk = 0;  // rows of weight that are expanded at a time
-  size_t x, weight, partial, expanded = 0, scale = 0, size;
+  size_t x, row_scale, weight, partial, expanded = 0, scale = 0, size;
 };
 
 Gemm product_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
@@ -51,6 +53,7 @@ Gemm product_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
   g.m = args.m, g.n = args.n, g.k = plan.padded;
   g.a = plan.prepares ? workspace + plan.x : args.x;
   g.lda = plan.padded;
+  if (plan.divides) g.row_scale = reinterpret_cast<float*>(workspace + plan.row_scale), g.per_row = true;
   g.bias = args.bias;
   g.d = args.y, g.ldd = args.n;
   return g;
@@ -103,6 +106,7 @@ cudaError_t many_tokens(const qpass_weight_only_matmul_args& args, const Plan& p
 
 size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* args) {
   using namespace qpass;
+  if (!args->n || !args->k) return 0;
   qpass_weight_only_matmul_args few = *args;  // a smaller m may take the other way
   few.m = std::min<int64_t>(args->m, kSkinnyTokens);
   return std::max(Plan(*args).size, Plan(few).size);
@@ -110,12 +114,14 @@ size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* a
 
 int qpass_weight_only_matmul(const qpass_weight_only_matmul_args* args, cudaStream_t stream) {
   using namespace qpass;
-  if (!args->m) return cudaSuccess;
+  if (!args->m || !args->n) return cudaSuccess;
+  bool grouped = args->group_size == 32 || args->group_size == 64 || args->group_size == 128;
+  if (!args->k || (args->group_size && !grouped)) return cudaErrorInvalidValue;
   Plan plan(*args);
   if (plan.prepares) {
-    void* x = static_cast<char*>(args->workspace) + plan.x;
-    cudaError_t e = prepare_activations(args->type, args->x, args->pre_quant_scale, x, args->m, args->k, plan.padded, stream);
-    if (e) return e;
+    char* workspace = static_cast<char*>(args->workspace);
+    float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
+    if (cudaError_t e = prepare_activations(*args, workspace + plan.x, plan.padded, row_scale, stream)) return e;
   }
   return plan.few ? few_tokens(*args, plan, stream) : many_tokens(*args, plan, stream);
 }

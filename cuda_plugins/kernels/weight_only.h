@@ -7,10 +7,11 @@ namespace qpass {
 
 constexpr int kPlanes = 3;  // bfloat16 values that add up to a float32: 3 · 8 bits of mantissa
 
-// to = x · scale (scale may be null), rows of k values to rows of `padded`, zeros behind. half and bfloat16 keep their type;
-// float becomes kPlanes planes of bfloat16, m * padded elements apart.
-cudaError_t prepare_activations(
-    qpass_type type, const void* x, const float* scale, void* to, int64_t m, int64_t k, int64_t padded, cudaStream_t stream);
+// to = x · pre_quant_scale (where there is one), rows of k values to rows of `padded`, zeros behind. half and bfloat16 keep
+// their type; float becomes kPlanes planes of bfloat16, m * padded elements apart. With row_scale (for half) each row is divided
+// by a power of two that goes there.
+cudaError_t prepare_activations(const qpass_weight_only_matmul_args& args, void* to, int64_t padded, float* row_scale,
+    cudaStream_t stream);
 
 // Rows of a weight as 16-bit floats, `padded` elements apart, each to be multiplied by row_scale: integers less their zero
 // points where there is one scale a row, and shares of the row's largest scale where there are groups.

@@ -1,5 +1,5 @@
 // The part of TensorRT's plugin interface that qpass implements, for machines without TensorRT's own headers (pip's packages bring
-// none). TensorRT froze the V3 interface in 10.0: versions 10, 11 and TensorRT-RTX call objects by these virtual tables and
+// none). TensorRT froze these plugin classes in 10.0: versions 10, 11 and TensorRT-RTX call objects by these virtual tables and
 // structs. Order and types are the contract here; what qpass does not use is declared only where it takes a place in a table.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace nvinfer1 {
 
 enum class DataType : int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBF16 = 7, kINT64 = 8 };
 enum class TensorFormat : int32_t { kLINEAR = 0 };
-enum class DimensionOperation : int32_t { kSUM = 0, kPROD = 1, kSUB = 4, kEQUAL = 5 };
+enum class DimensionOperation : int32_t { kSUM = 0, kPROD = 1, kSUB = 4, kEQUAL = 5, kFLOOR_DIV = 7 };
 enum class PluginFieldType : int32_t { kFLOAT32 = 1, kINT32 = 5, kUNKNOWN = 8, kINT64 = 10 };
 enum class PluginCapabilityType : int32_t { kCORE = 0, kBUILD = 1, kRUNTIME = 2 };
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };
@@ -32,16 +32,7 @@ class IVersionedInterface {
   virtual ~IVersionedInterface() noexcept = default;
 };
 
-class ILogger : public IVersionedInterface {
- public:
-  enum class Severity : int32_t { kERROR = 1 };
-  virtual void log(Severity severity, char const* text) noexcept = 0;
-};
-
-class ILoggerFinder : public IVersionedInterface {
- public:
-  virtual ILogger* findLogger() = 0;
-};
+class ILoggerFinder;  // only handed on; logger.cpp knows its layouts
 
 struct Dims {
   static constexpr int32_t MAX_DIMS = 8;

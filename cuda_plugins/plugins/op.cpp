@@ -11,7 +11,9 @@ struct Numbers {
   using Dim = int64_t;
   Dim constant(int64_t value) const { return value; }
   Dim times(Dim dim, int64_t by) const { return dim * by; }
+  Dim divided(Dim dim, int64_t by) const { return dim / by; }
   Dim broadcast(Dim a, Dim b) const { return a == 1 ? b : a; }
+  bool broadcastable(Dim a, Dim b) const { return a == b || a == 1 || b == 1; }
   bool equal(Dim a, Dim b) const { return a == b; }
 };
 
@@ -74,6 +76,13 @@ Node::Node(const Op& op, std::vector<double> values) : op(op), values(std::move(
   outputs = present(op.outputs, *this);
 }
 
+size_t Node::t_input() const {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (inputs[i]->kind == Kind::kT) return i;
+  }
+  return 0;
+}
+
 double Node::value(const char* field) const {
   for (size_t i = 0; i < op.fields.size(); ++i) {
     if (!std::strcmp(op.fields[i].name, field)) return values[i];
@@ -106,7 +115,7 @@ std::string Node::check(const Tensor* in, int n_in, const Tensor* out, int n_out
     return who + std::to_string(n_in) + " inputs and " + std::to_string(n_out) + " outputs, wants " +
            std::to_string(inputs.size()) + " and " + std::to_string(outputs.size()) + " by its attributes";
   }
-  qpass_type t = n_in ? in[0].type : QPASS_FLOAT;
+  qpass_type t = n_in ? in[t_input()].type : QPASS_FLOAT;
   Shapes<Numbers> shapes(*this, {});
   for (int i = 0; i < n_in; ++i) {
     const Slot& slot = *inputs[i];
@@ -120,7 +129,8 @@ std::string Node::check(const Tensor* in, int n_in, const Tensor* out, int n_out
   }
   for (int i = 0; i < n_out; ++i) {
     const Slot& slot = *outputs[i];
-    if (out[i].type != type(slot, t) || dims_of(out[i]) != shapes.solve(slot)) {
+    std::vector<int64_t> dims;
+    if (out[i].type != type(slot, t) || !shapes.solve(slot, &dims) || dims_of(out[i]) != dims) {
       return who + "its output " + slot.name + " is " + to_text(out[i]);
     }
   }

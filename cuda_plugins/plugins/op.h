@@ -122,6 +122,7 @@ class Node {
   std::vector<double> values;
   std::vector<const Slot*> inputs, outputs;  // those that are there
 
+  size_t t_input() const;  // the first input of kind T, whose type T is; 0 where there is none
   double value(const char* field) const;
   const char* shape(const Slot& slot) const;
   qpass_type type(const Slot& slot, qpass_type t) const;

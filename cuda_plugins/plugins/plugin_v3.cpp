@@ -4,9 +4,10 @@
 // (who it is), build (types, shapes, workspace) and runtime (enqueue). One class answers for all of them.
 #include <NvInferRuntime.h>
 
-#include <memory>
+#include <algorithm>
 #include <optional>
 
+#include "logger.h"
 #include "op.h"
 #include "shapes.h"
 
@@ -14,13 +15,6 @@ namespace qpass {
 namespace {
 
 using namespace nvinfer1;
-
-ILoggerFinder* logger_finder = nullptr;
-
-void report(const std::string& text) {
-  ILogger* logger = logger_finder ? logger_finder->findLogger() : nullptr;
-  if (logger) logger->log(ILogger::Severity::kERROR, ("qpass: " + text).c_str());
-}
 
 std::optional<qpass_type> from_tensorrt(DataType type) {
   switch (type) {
@@ -55,6 +49,8 @@ struct Symbols {
   using Dim = const IDimensionExpr*;
   Dim constant(int64_t value) const { return builder->constant(value); }
   Dim times(Dim dim, int64_t by) const { return make(DimensionOperation::kPROD, dim, constant(by)); }
+  Dim divided(Dim dim, int64_t by) const { return make(DimensionOperation::kFLOOR_DIV, dim, constant(by)); }
+  bool broadcastable(Dim, Dim) const { return true; }
   Dim broadcast(Dim a, Dim b) const {  // a == 1 ? b : a
     Dim is_one = make(DimensionOperation::kEQUAL, a, constant(1));
     Dim is_not = make(DimensionOperation::kSUB, constant(1), is_one);
@@ -66,6 +62,8 @@ struct Symbols {
 
   IExprBuilder* builder;
 };
+
+constexpr size_t kMostTensors = 16;  // of a node, on each side
 
 class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
@@ -109,7 +107,7 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
   int32_t getOutputDataTypes(
       DataType* types, int32_t outputs, DataType const* in, int32_t inputs) const noexcept override {
     if (!arity_fits(inputs, outputs)) return 1;
-    qpass_type t = from_tensorrt(in[0]).value_or(QPASS_FLOAT);
+    qpass_type t = inputs ? from_tensorrt(in[node_.t_input()]).value_or(QPASS_FLOAT) : QPASS_FLOAT;
     for (int i = 0; i < outputs; ++i) types[i] = to_tensorrt(node_.type(*node_.outputs[i], t));
     return 0;
   }
@@ -127,7 +125,11 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
       }
     }
     for (int i = 0; i < outputs; ++i) {
-      auto dims = shapes.solve(*node_.outputs[i]);
+      std::vector<const IDimensionExpr*> dims;
+      if (!shapes.solve(*node_.outputs[i], &dims)) {
+        report(std::string(node_.op.name) + ": no input has the dims of its output " + node_.outputs[i]->name);
+        return 1;
+      }
       out[i].nbDims = int32_t(dims.size());
       std::copy(dims.begin(), dims.end(), out[i].d);
     }
@@ -138,9 +140,11 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
       int32_t position, DynamicPluginTensorDesc const* all, int32_t inputs, int32_t outputs) noexcept override {
     if (!arity_fits(inputs, outputs) || all[position].desc.format != TensorFormat::kLINEAR) return false;
     const Slot& slot = position < inputs ? *node_.inputs[position] : *node_.outputs[position - inputs];
-    std::optional<qpass_type> type = from_tensorrt(all[position].desc.type), t = from_tensorrt(all[0].desc.type);
-    if (!type || !t) return false;
-    return *type == node_.type(slot, *t) && (slot.kind != Kind::kT || *type != QPASS_INT8);
+    std::optional<qpass_type> type = from_tensorrt(all[position].desc.type);
+    if (!type || slot.kind != Kind::kT) return type && *type == node_.type(slot, *type);
+    // TensorRT asks position by position: what comes later is not settled yet
+    const int first = int(node_.t_input());
+    return *type != QPASS_INT8 && (position <= first || type == from_tensorrt(all[first].desc.type));
   }
 
   size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const* out,
@@ -164,7 +168,7 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
 
   int32_t enqueue(PluginTensorDesc const* in_desc, PluginTensorDesc const* out_desc, void const* const* in,
       void* const* out, void* workspace, cudaStream_t stream) noexcept override {
-    Tensor from[kMost], to[kMost];
+    Tensor from[kMostTensors], to[kMostTensors];
     for (size_t i = 0; i < node_.inputs.size(); ++i) from[i] = tensor_of(in_desc[i], in_desc[i].dims, in[i]);
     for (size_t i = 0; i < node_.outputs.size(); ++i) to[i] = tensor_of(out_desc[i], out_desc[i].dims, out[i]);
     std::string error = node_.run(from, to, workspace, stream);
@@ -176,8 +180,6 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
   PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &collection_; }
 
  private:
-  static constexpr int kMost = 16;  // more tensors than any op has
-
   bool arity_fits(int inputs, int outputs) const noexcept {
     if (inputs == int(node_.inputs.size()) && outputs == int(node_.outputs.size())) return true;
     report(std::string(node_.op.name) + ": the node has " + std::to_string(inputs) + " inputs and " +
@@ -216,6 +218,10 @@ class Creator : public IPluginCreatorV3One {
       }
       values.push_back(*value);
     }
+    if (std::max(op_.inputs.size(), op_.outputs.size()) > kMostTensors) {
+      report(std::string(op_.name) + " has more inputs or outputs than " + std::to_string(kMostTensors));
+      return nullptr;
+    }
     return new Plugin(Node(op_, values));
   }
 
@@ -246,7 +252,7 @@ class Creator : public IPluginCreatorV3One {
 #define QPASS_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The two functions that TensorRT looks for in a plugin library.
-QPASS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qpass::logger_finder = finder; }
+QPASS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qpass::set_logger_finder(finder); }
 
 QPASS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static const auto creators = [] {

@@ -10,7 +10,8 @@
 
 namespace qpass {
 
-// Algebra: `Dim`, constant(int64_t), times(Dim, int64_t), broadcast(Dim, Dim), equal(Dim, Dim) (true where it cannot be known).
+// Algebra: `Dim`, constant(int64_t), times(Dim, int64_t), divided(Dim, int64_t), broadcast(Dim, Dim), and equal(Dim, Dim) and
+// broadcastable(Dim, Dim), which are true where it cannot be known.
 template <typename Algebra>
 class Shapes {
  public:
@@ -31,16 +32,21 @@ class Shapes {
     return unify(words(text), dims);
   }
 
-  std::vector<Dim> solve(const Slot& slot) {
-    std::vector<Dim> dims;
+  // The dims of an output; false where its declaration names a dim that no input has.
+  bool solve(const Slot& slot, std::vector<Dim>* dims) {
+    dims->clear();
     for (const std::string& word : words(node_.shape(slot))) {
       if (word == "...") {
-        dims.insert(dims.end(), lead_.begin(), lead_.end());
+        dims->insert(dims->end(), lead_.begin(), lead_.end());
+      } else if (is_number(word)) {
+        dims->push_back(algebra_.constant(std::atoll(word.c_str())));
       } else {
-        dims.push_back(is_number(word) ? algebra_.constant(std::atoll(word.c_str())) : names_.at(word));
+        auto known = names_.find(word.substr(0, word.find('/')));
+        if (known == names_.end()) return false;
+        dims->push_back(word.find('/') == std::string::npos ? known->second : algebra_.divided(known->second, divisor(word)));
       }
     }
-    return dims;
+    return true;
   }
 
  private:
@@ -64,7 +70,7 @@ class Shapes {
     size_t lead = dims.size() - words.size();
     std::vector<Dim> leading(dims.begin(), dims.begin() + lead);
     if (open && broadcasts) {
-      broadcast(leading);
+      if (!broadcast(leading)) return false;
     } else if (open && has_lead_) {
       if (leading.size() != lead_.size()) return false;
       for (size_t i = 0; i < lead; ++i) {
@@ -83,23 +89,29 @@ class Shapes {
     if (is_number(word)) return algebra_.equal(dim, algebra_.constant(std::atoll(word.c_str())));
     size_t slash = word.find('/');
     std::string name = word.substr(0, slash);
-    if (slash != std::string::npos) {
-      std::string by = word.substr(slash + 1);
-      dim = algebra_.times(dim, is_number(by) ? std::atoll(by.c_str()) : int64_t(node_.value(by.c_str())));
-    }
+    if (slash != std::string::npos) dim = algebra_.times(dim, divisor(word));
     auto known = names_.find(name);
     if (known != names_.end()) return algebra_.equal(dim, known->second);
     names_.emplace(name, dim);
     return true;
   }
 
-  void broadcast(const std::vector<Dim>& other) {
+  int64_t divisor(const std::string& word) const {  // of "K/2" or "K/group_size"
+    std::string by = word.substr(word.find('/') + 1);
+    return is_number(by) ? std::atoll(by.c_str()) : int64_t(node_.value(by.c_str()));
+  }
+
+  bool broadcast(const std::vector<Dim>& other) {
     const std::vector<Dim>& longer = other.size() > lead_.size() ? other : lead_;
     const std::vector<Dim>& shorter = other.size() > lead_.size() ? lead_ : other;
     std::vector<Dim> result = longer;
     size_t skip = longer.size() - shorter.size();
-    for (size_t i = 0; i < shorter.size(); ++i) result[skip + i] = algebra_.broadcast(longer[skip + i], shorter[i]);
+    for (size_t i = 0; i < shorter.size(); ++i) {
+      if (!algebra_.broadcastable(longer[skip + i], shorter[i])) return false;
+      result[skip + i] = algebra_.broadcast(longer[skip + i], shorter[i]);
+    }
     lead_ = result;
+    return true;
   }
 
   const Node& node_;

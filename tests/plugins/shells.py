@@ -25,10 +25,11 @@ def cuda_include() -> Path | None:
     return next((h.parent for f in folders for h in f.glob("cu*/include/cuda_runtime_api.h")), None)
 
 
-def compile_shells(folder: Path, version: str = "1") -> Library:
+def compile_shells(folder: Path, version: str = "1", extra: str = "") -> Library:
     """The library in `folder`, compiled if it is not there yet.
 
     Args:
+        extra: C++ that registers ops of its own.
         version: of the plugins; another than qpass's makes a library that TensorRT does not take for a model's nodes.
     """
     target = folder / LIBRARY
@@ -37,14 +38,15 @@ def compile_shells(folder: Path, version: str = "1") -> Library:
             include = cuda_include()
             assert include is not None, "nvidia-cuda-runtime is not installed"
             (folder / "kernels.cpp").write_text(_empty_kernels())
+            (folder / "extra.cpp").write_text(extra)
             copy = folder / "cuda_plugins"
             shutil.copytree(source_folder(), copy, dirs_exist_ok=True)
             header = copy / "plugins" / "op.h"
             header.write_text(header.read_text().replace('kVersion = "1"', f'kVersion = "{version}"'))
-            sources = [*sorted((copy / "plugins").glob("*.cpp")), folder / "kernels.cpp"]
+            sources = [*sorted((copy / "plugins").glob("*.cpp")), folder / "kernels.cpp", folder / "extra.cpp"]
             command = ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility=hidden"]
             command += ["-Wall", "-Wextra", "-Werror", "-isystem", str(include)]
-            command += [f"-I{copy / 'minimal'}", f"-I{copy / 'kernels'}"]
+            command += [f"-I{copy / part}" for part in ("minimal", "kernels", "plugins")]
             command += ['-DQPASS_ARCHITECTURES="80 90a"', '-DQPASS_INTERFACE="shells"']
             fresh = folder / "fresh.so"
             done = subprocess.run(

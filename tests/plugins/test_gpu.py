@@ -8,7 +8,7 @@ import pytest
 from qpass import gpu, plugins
 from qpass.errors import QpassError
 from qpass.ops import REGISTRY
-from qpass.ops.examples import Array
+from qpass.ops.examples import Array, example, signatures
 from qpass.plugins import DeviceTensor, Library
 from qpass.plugins.cases import every_case
 from qpass.plugins.selftest import OnGpu, Tally, Wrong, compare, run, selftest
@@ -43,6 +43,19 @@ def test_a_wrong_kernel_is_found(compiled: Library) -> None:
             flat[-1] = np.nan
         with pytest.raises(Wrong):
             compare(case, outputs, Tally("", ""))
+
+
+@pytest.mark.parametrize("name", ["QuantizePerToken", "RmsnormQuantization", "ActivationQuantization"])
+def test_what_is_no_number_shows_in_the_scale(name: str, compiled: Library) -> None:
+    """An overflow before the op is not turned into plausible integers."""
+    op = REGISTRY[name]
+    for attrs in (a for a in signatures(op) if a.get("dyn_act_scaling", 1)):
+        case = example(op, attrs, np.dtype(np.float16), lead=(3,), k=256)
+        x = case.inputs[0]
+        assert x is not None
+        x[1, 200] = np.nan
+        scale = run(compiled, case)[1]
+        assert np.isnan(scale).reshape(-1).tolist() == [False, True, False]
 
 
 def test_more_than_2_31_elements(compiled: Library) -> None:

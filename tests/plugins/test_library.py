@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from qpass.ops.base import Attr, Tensor
 from qpass.ops.examples import example, signatures
 from qpass.ops.shapes import Case as ShapeCase
 from qpass.plugins import DeviceTensor, Library
+from tests.plugins.shells import compile_shells, cuda_include
 
 BUILT_IN = [name for name, op in REGISTRY.items() if type(op).__module__.startswith("qpass.")]
 
@@ -132,6 +134,102 @@ def test_broadcasting_residual(shells: Library) -> None:
     call((1, 3), (2, 3), (2, 3))
     call((2, 3), (3,), (2, 3))
     call((4, 1), (2, 1, 3), (2, 4, 3))
+
+
+def test_a_residual_that_cannot_broadcast(shells: Library) -> None:
+    op = REGISTRY["RmsnormQuantization"]
+    node = shells.node(op.name, op.attributes_for({"x", "residual", "gamma"}, {"q", "scale"}, {}))
+    f16, i8, f32 = np.dtype(np.float16), np.dtype(np.int8), np.dtype(np.float32)
+    inputs = [DeviceTensor(0, f16, (3, 64)), DeviceTensor(0, f16, (2, 64)), DeviceTensor(0, f16, (64,))]
+    with pytest.raises(QpassError, match=r"residual is float16\[2, 64\], which does not fit"):
+        node.run(inputs, [DeviceTensor(0, i8, (3, 64)), DeviceTensor(0, f32, (3, 1))])
+
+
+OWN = """
+#include "op.h"
+using namespace qpass;
+struct Own : Op {
+  using Op::Op;
+  int run(const Call&, cudaStream_t) const override { return 801; }
+};
+const Own mask("Mask", {}, {{"mask", Kind::kInt8, "... K"}, {"x", Kind::kT, "... K"}}, {{"y", Kind::kT, "... K"}});
+const Own halve("Halve", {}, {{"x", Kind::kInt8, "N K"}}, {{"y", Kind::kInt8, "N K/2"}});
+const Own lost("Lost", {}, {{"x", Kind::kInt8, "N K"}}, {{"y", Kind::kInt8, "N M"}});
+const Register registered[] = {Register(mask), Register(halve), Register(lost)};
+"""
+
+
+def test_ops_of_ones_own(tmp_path: Path) -> None:
+    """T is the type of the first input that is declared T, outputs may have parts of dims; nonsense is refused."""
+    if shutil.which("g++") is None or cuda_include() is None:
+        pytest.skip("no g++, or no CUDA headers: pip install nvidia-cuda-runtime")
+    library = compile_shells(tmp_path, extra=OWN)
+    i8, f16 = np.dtype(np.int8), np.dtype(np.float16)
+    calls = {
+        "Mask": ([(i8, (2, 4)), (f16, (2, 4))], (f16, (2, 4)), "there is no kernel"),
+        "Halve": ([(i8, (2, 4))], (i8, (2, 2)), "there is no kernel"),
+        "Lost": ([(i8, (2, 4))], (i8, (2, 4)), "its output y"),
+    }
+    for name, (inputs, output, said) in calls.items():
+        with pytest.raises(QpassError, match=said):
+            library.node(name, {}).run([DeviceTensor(0, *i) for i in inputs], [DeviceTensor(0, *output)])
+
+
+HOST = """
+#include <cstdint>
+#include <cstdio>
+#include <dlfcn.h>
+#ifdef TEN  // ILogger and ILoggerFinder before TensorRT 11: no base, and their one function first
+struct Base {};
+#else
+struct Base {
+  virtual int32_t language() const noexcept { return 0; }
+  virtual void* information() const noexcept { return nullptr; }
+  virtual ~Base() noexcept = default;
+};
+#endif
+struct Logger : Base {
+  virtual void log(int32_t severity, const char* text) noexcept { std::printf("%d %s\\n", severity, text); }
+};
+struct Finder : Base {
+  virtual Logger* findLogger() { static Logger logger; return &logger; }
+};
+extern "C" int32_t getInferLibVersion() noexcept { return VERSION; }
+struct Fields { int32_t count; const void* fields; };
+struct Creator {  // of IPluginCreatorV3One: behind IVersionedInterface's four comes createPlugin
+  virtual int32_t language() const noexcept = 0;
+  virtual void* information() const noexcept = 0;
+  virtual ~Creator() noexcept = default;
+  virtual void* create(const char* name, const Fields* fields, int32_t phase) noexcept = 0;
+};
+extern "C" int host(const char* path) {
+  static Finder finder;
+  void* library = dlopen(path, RTLD_NOW);
+  if (!library) return 1;
+  reinterpret_cast<void (*)(void*)>(dlsym(library, "setLoggerFinder"))(&finder);
+  int32_t count = 0;
+  auto creators = reinterpret_cast<Creator* const* (*)(int32_t&)>(dlsym(library, "getCreators"))(count);
+  Fields none{0, nullptr};
+  void* plugin = creators[0]->create("x", &none, 0);
+  std::fflush(stdout);
+  return plugin ? 2 : 0;
+}
+"""
+
+
+@pytest.mark.parametrize(("version", "flags"), [(101600, ["-DTEN"]), (110100, []), (10701, [])])
+def test_errors_reach_the_logger_of_every_tensorrt(
+    version: int, flags: list[str], shells: Library, tmp_path: Path
+) -> None:
+    """TensorRT 10's logger has another layout than 11's and RTX's: the wrong one would end the process."""
+    (tmp_path / "host.cpp").write_text(HOST)
+    host = tmp_path / "libhost.so"
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", f"-DVERSION={version}", *flags, "-o", str(host)]
+    subprocess.run([*command, str(tmp_path / "host.cpp"), "-ldl"], check=True)
+    code = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).host(sys.argv[2].encode()))"
+    done = subprocess.run([sys.executable, "-c", code, host, shells.path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 qpass: QuantizeTensor: its attribute has_smoother is missing\n"
 
 
 def test_what_a_library_lacks(shells: Library, tmp_path: Path) -> None:

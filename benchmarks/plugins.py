@@ -1,0 +1,51 @@
+"""The README's table of kernels, from what `qpass plugins bench -o FILE` wrote on a GPU.
+
+python -m benchmarks.plugins benchmarks/results/plugins_h100.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+NORM = "RmsnormQuantization"
+SHOWN = (
+    ("SmoothQuantGemm", "per-token", (1, 64, 1024, 4096), (8192, 8192)),
+    ("WeightOnlyQuantMatmul", "int8", (1, 16, 64, 4096), (8192, 8192)),
+    ("WeightOnlyGroupwiseQuantMatmul", "int4 g128", (1, 16, 64, 4096), (8192, 8192)),
+    (NORM, "per-token", (1, 4096), (0, 4096)),
+    (NORM, "per-token, residual", (4096,), (0, 4096)),
+    ("QuantizePerToken", "", (4096,), (0, 4096)),
+)
+"""Op, variant, numbers of tokens, N and K."""
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows of `SHOWN` as Markdown."""
+    rows = {(r["op"], r["variant"], r["m"], r["n"], r["k"]): r for r in results["rows"]}
+    lines = [
+        "| kernel | M | N×K | µs | GB/s | TFLOP/s | of the floor | × cuBLAS |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for op, variant, tokens, (n, k) in SHOWN:
+        for m in tokens:
+            r = rows[op, variant, m, n, k]
+            name = f"{op}, {variant}" if variant else op
+            flops = f"{r['tflop_per_s']:.0f}" if n else ""
+            rates = f"{r['us']:.1f} | {r['gb_per_s']:.0f} | {flops}"
+            peer = f"{r['times_cublas']:.2f}" if r["times_cublas"] else ""
+            size = f"{n}×{k}" if n else str(k)
+            lines.append(f"| {name} | {m} | {size} | {rates} | {r['share_of_floor']:.0%} | {peer} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    print(table(json.loads(parser.parse_args().results.read_text())))
+
+
+if __name__ == "__main__":
+    main()
