@@ -19,7 +19,7 @@ from qpass.errors import QpassError
 
 Array = NDArray[Any]
 
-_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on using CUDA
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: memory that Python frees meanwhile does not spoil the capture
 
 
 @cache
@@ -117,7 +117,7 @@ class Graph:
         self.stream = driver().Stream()
         handle = ctypes.c_void_p(self.stream.handle)
         graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuStreamBeginCapture_v2", handle, _THREAD_LOCAL)
+        self._call("cuStreamBeginCapture_v2", handle, _RELAXED)
         try:
             work(self.stream)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
+from benchmarks.plugins import table
 from qpass import cli, gpu, plugins
 from qpass.errors import QpassError
 from qpass.ops import REGISTRY
@@ -117,6 +119,11 @@ def test_readme_commands(
         assert not leave.value.code, f"{command}: {out.err}"
         if target < len(words):
             (there / words[target + 1]).write_text(out.out)
+
+
+def test_readme_table_is_the_measured_one() -> None:
+    results = ROOT / "benchmarks" / "results" / "plugins_h100.json"
+    assert table(json.loads(results.read_text())) in README
 
 
 def test_readme_recipe(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:

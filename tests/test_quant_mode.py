@@ -57,8 +57,7 @@ def test_flags_have_the_values_of_tensorrt_llm() -> None:
 
 def test_the_valid_modes_are_the_linears_times_the_caches() -> None:
     expected = {
-        QuantMode.from_text(linear) | QuantMode.from_text(cache)
-        for linear, cache in itertools.product(LINEARS, CACHES)
+        QuantMode.from_text(linear) | QuantMode.from_text(cache) for linear, cache in itertools.product(LINEARS, CACHES)
     }
     assert len(expected) == 30
     assert set(VALID) == expected

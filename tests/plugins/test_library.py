@@ -165,7 +165,7 @@ def test_ops_of_ones_own(tmp_path: Path) -> None:
         pytest.skip("no g++, or no CUDA headers: pip install nvidia-cuda-runtime")
     library = compile_shells(tmp_path, extra=OWN)
     i8, f16 = np.dtype(np.int8), np.dtype(np.float16)
-    calls = {
+    calls: dict[str, tuple[list[tuple[np.dtype[Any], tuple[int, ...]]], tuple[np.dtype[Any], tuple[int, ...]], str]] = {
         "Mask": ([(i8, (2, 4)), (f16, (2, 4))], (f16, (2, 4)), "there is no kernel"),
         "Halve": ([(i8, (2, 4))], (i8, (2, 2)), "there is no kernel"),
         "Lost": ([(i8, (2, 4))], (i8, (2, 4)), "its output y"),

@@ -167,9 +167,12 @@ class Halves(Pattern):
 
 
 class TestOutputs:
-    text = HEAD + """g (float[B, 8] x) => (float[B, 2] y, int64[B, 2] i) <int64[1] k = {2}> {
+    text = (
+        HEAD
+        + """g (float[B, 8] x) => (float[B, 2] y, int64[B, 2] i) <int64[1] k = {2}> {
         v, i = TopK(x, k)
         y = Relu(v) }"""
+    )
 
     def test_a_further_output_is_captured_and_must_be_replaced(self) -> None:
         seen: list[Any] = []

@@ -359,7 +359,6 @@ class TestLoopsOverExperts:
         import tempfile
         from pathlib import Path
 
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "m.onnx"
             onnx.save(self.unrolled("Gather"), path)

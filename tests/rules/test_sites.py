@@ -132,7 +132,6 @@ class TestStatuses:
         assert site(done, "linear").status == "declined"
         assert ops(result) == [op]
 
-
     @pytest.mark.parametrize("reader", ["silu", "norm"])
     def test_two_products_with_equal_inputs_are_two_sites(self, reader: str) -> None:
         """Their values are equal, as those of a mean that is computed twice; still neither is the other's twin."""
