@@ -50,9 +50,12 @@ def bytes_of(flag: str, text: str | None) -> int | None:
     number = text.rstrip("KMGBkmgb")
     unit = text[len(number) :].upper()
     try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise QpassError(f"--{flag} {text}: wants a size such as 256MB") from None
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise QpassError(f"--{flag} {text}: wants a size such as 256MB")
+    return size
 
 
 @contextmanager

@@ -14,7 +14,7 @@ namespace nvinfer1 {
 
 enum class DataType : int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBF16 = 7, kINT64 = 8 };
 enum class TensorFormat : int32_t { kLINEAR = 0 };
-enum class DimensionOperation : int32_t { kSUM = 0, kPROD = 1, kSUB = 4, kEQUAL = 5, kFLOOR_DIV = 7 };
+enum class DimensionOperation : int32_t { kPROD = 1, kFLOOR_DIV = 7 };
 enum class PluginFieldType : int32_t { kFLOAT32 = 1, kINT32 = 5, kUNKNOWN = 8, kINT64 = 10 };
 enum class PluginCapabilityType : int32_t { kCORE = 0, kBUILD = 1, kRUNTIME = 2 };
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };
@@ -66,8 +66,20 @@ struct PluginFieldCollection {
 
 // TensorRT makes objects of the next two; each holds a pointer to an implementation that does the work.
 class IDimensionExpr {
+ public:
+  bool isConstant() const noexcept { return implementation_->isConstant(); }
+  int64_t getConstantValue() const noexcept { return implementation_->getConstantValue(); }
+
  protected:
   virtual ~IDimensionExpr() noexcept = default;
+
+ private:
+  struct Implementation {
+    virtual ~Implementation() noexcept = default;
+    virtual bool isConstant() const = 0;
+    virtual int64_t getConstantValue() const = 0;
+  };
+  Implementation* implementation_;
 };
 
 class IExprBuilder {

@@ -51,11 +51,11 @@ struct Symbols {
   Dim times(Dim dim, int64_t by) const { return make(DimensionOperation::kPROD, dim, constant(by)); }
   Dim divided(Dim dim, int64_t by) const { return make(DimensionOperation::kFLOOR_DIV, dim, constant(by)); }
   bool broadcastable(Dim, Dim) const { return true; }
-  Dim broadcast(Dim a, Dim b) const {  // a == 1 ? b : a
-    Dim is_one = make(DimensionOperation::kEQUAL, a, constant(1));
-    Dim is_not = make(DimensionOperation::kSUB, constant(1), is_one);
-    return make(DimensionOperation::kSUM, make(DimensionOperation::kPROD, is_one, b),
-        make(DimensionOperation::kPROD, is_not, a));
+  // A dim that is not known now is taken for the same as the other: an expression that says "or 1" would hide the shape from
+  // TensorRT, which refuses what it cannot follow. onShapeChange sees numbers, and refuses what is not so.
+  Dim broadcast(Dim a, Dim b) const {
+    if (a->isConstant()) return a->getConstantValue() == 1 ? b : a;
+    return b->isConstant() && b->getConstantValue() != 1 ? b : a;
   }
   bool equal(Dim, Dim) const { return true; }
   Dim make(DimensionOperation op, Dim a, Dim b) const { return builder->operation(op, *a, *b); }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from qpass.engine.preflight import plugin_nodes, preflight
 from qpass.engine.profiles import Profile, Shape, profiles_of
 from qpass.errors import QpassError
 from qpass.graph import Model
-from qpass.graph.commit import Folder, explain
+from qpass.graph.commit import Folder, check_place, explain
 from qpass.pipeline import ledger_of
 
 Progress = Callable[[int, int], None]
@@ -53,6 +55,7 @@ def build_files(
     max_shapes: Mapping[str, Shape] | None = None,
     timing_cache: str | Path | None = None,
     workspace: int | None = None,
+    keep: Iterable[str | Path] = (),
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Finished:
@@ -68,6 +71,7 @@ def build_files(
             has none whatever the backend supports.
         min_shapes, opt_shapes, max_shapes: input → shape; what is left out is guessed, see `qpass.engine.profiles`.
         timing_cache: a file to read and to add to, by default one in the cache per backend, version and GPU.
+        keep: files that the output must not overwrite, besides the model's own and the library.
         workspace: bound in bytes on the memory that layers may use.
         progress: called with steps done and in all.
         log: called with every line of TensorRT's.
@@ -79,17 +83,27 @@ def build_files(
     path = Path(model)
     engine = Path(output) if output is not None else path.with_suffix(".engine")
     chosen = backends.choose(backend)
-    capability = _capability(chosen, target_arch)
-    _check_place(engine, path)
+    capability = capability_of(chosen, target_arch)
+    if timing_cache is not None and not chosen.keeps_timing:
+        raise QpassError(f"--timing-cache: {chosen.name} times nothing when it builds; leave it out")
+    if library is not None and not use_plugins:
+        raise QpassError("--plugins and --no-plugins: give one of them")
     loaded = Model.load(path)
+    inputs_of_build = [*loaded.weights.files(), ledger_of(path), *map(Path, keep)]
+    own_cache = Path(timing_cache) if timing_cache is not None else None
+    check_places(engine, inputs_of_build, own_cache)
     nodes = {n.name: n.op for n in plugin_nodes(loaded)}
     found = None
     if nodes and use_plugins:
         found = plugins.find(library, capability or _this_gpu())
-        preflight(loaded, path, found, capability or _this_gpu())
+        check_places(engine, [found.path], own_cache)
+        targets = [c for c in (capability, _this_gpu()) if c][:1] or list(chosen.capabilities())
+        preflight(loaded, path, found, chosen, targets)
+    elif nodes:
+        preflight(loaded, path, None, chosen, [])
     inputs = {n: i for n, i in runtime.inputs_of(loaded.proto).items() if not i.optional}
     profiles = profiles_of(inputs, min_shapes or {}, opt_shapes or {}, max_shapes or {})
-    tuned = Path(timing_cache) if timing_cache is not None else _timing_cache(chosen, capability)
+    tuned = (own_cache or _timing_cache(chosen, capability)) if chosen.keeps_timing else None
     beside = sidecar.of(engine)
     try:
         with Folder(engine.parent) as folder:
@@ -104,7 +118,7 @@ def build_files(
                 profiles=profiles,
                 capability=capability,
                 inline=bool(loaded.proto.functions) and found is None,
-                timing_cache=str(tuned),
+                timing_cache=str(tuned) if tuned is not None else None,
                 timing_out=str(learned.path.resolve()),
                 workspace=workspace,
                 verbose=log is not None,
@@ -119,17 +133,19 @@ def build_files(
             facts = sidecar.facts(path, ledger_of(path), engine, fresh.path, chosen, found, job, built)
             os.write(facts_file.fd, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
             folder.commit([(facts_file, beside), (fresh, engine)], iter(()))
-            if built.wrote_timing:
-                _keep(tuned, learned.path.read_bytes())
+            if built.wrote_timing and tuned is not None:
+                with suppress(OSError):  # the engine is there; what was learned is a gain, not a promise
+                    _keep(tuned, learned.path.read_bytes())
     except OSError as error:
         raise explain(error, engine, 0) from error
     return Finished(engine, beside, guessed, facts, warnings)
 
 
-def _capability(backend: Backend, target: str | None) -> str | None:
+def capability_of(backend: Backend, target: str | None) -> str | None:
+    """The compute capability that a user means by 89, 8.9 or sm_89; None for this machine's."""
     if target is None or target == "current":
         return None
-    wanted = target.removeprefix("sm_").rstrip("a").replace(".", "")
+    wanted = re.sub(r"^(sm|compute)_?", "", target.lower()).removesuffix("a").replace(".", "")
     known = backend.capabilities()
     if not known:
         raise QpassError(f"--target-arch {target}: {backend.name} builds for the GPU of this machine alone")
@@ -144,14 +160,16 @@ def _this_gpu() -> str | None:
     return there[0] if there else None
 
 
-def _check_place(engine: Path, model: Path) -> None:
-    if not engine.parent.is_dir():
-        raise QpassError(f"cannot write {engine}: there is no folder {engine.parent}; make it first")
-    if engine.is_dir():
-        raise QpassError(f"cannot write {engine}: it is a folder; give a file name")
-    for target in (engine, sidecar.of(engine)):
-        if target.exists() and model.exists() and os.path.samefile(target, model):
-            raise QpassError(f"{target} would overwrite the model; choose another output with -o")
+def check_places(engine: Path, inputs: Iterable[Path], timing_cache: Path | None) -> None:
+    """Raise QpassError where a build would overwrite what it reads, or what is not its own."""
+    beside = sidecar.of(engine)
+    sources = list(inputs)
+    check_place(engine, sources)
+    check_place(beside, sources)
+    if beside.exists() and not sidecar.is_one(beside):
+        raise QpassError(f"{beside} is no sidecar of qpass's and would be overwritten; choose another engine with -o")
+    if timing_cache is not None:
+        check_place(timing_cache, [*sources, engine, beside])
 
 
 def _timing_cache(backend: Backend, capability: str | None) -> Path:
@@ -183,17 +201,21 @@ class _Process:
         env = dict(os.environ) | self._backend.environment()
         command = [sys.executable, "-m", "qpass.engine.worker"]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as noise_file,  # a pipe would be full at some time
+            subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=noise_file, text=True) as process,
+        ):
             assert process.stdin is not None
             assert process.stdout is not None
-            assert process.stderr is not None
             try:
                 with suppress(BrokenPipeError):  # it is dead already; its exit code will tell
                     process.stdin.write(self._job.to_json())
                     process.stdin.close()
                 for line in process.stdout:
                     self._take(line)
-                noise = process.stderr.read()
+                process.wait()
+                noise_file.seek(0)
+                noise = noise_file.read()
             except BaseException:
                 process.kill()
                 raise
@@ -209,7 +231,7 @@ class _Process:
             return  # something that TensorRT prints by itself
         if kind == "log":
             level, text = told["level"], " ".join(told["text"].split())
-            if level <= _ERROR:
+            if level <= _ERROR and not (_NO_DRIVER in text and _this_gpu() is None):
                 self._said.append(text)
             elif level == _WARNING:
                 self._warnings.append(text)
@@ -229,13 +251,16 @@ class _Process:
         if self._failed is not None:
             return f"{name}: {self._failed}{f'. TensorRT said: {words}' if words else ''}"
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        last = words or " ".join(noise.strip().splitlines()[-1:]) or "nothing"
+        lines = noise.strip().splitlines()
+        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        last = words or " ".join((raised or lines)[-1:]) or "nothing"
         hint = " (out of memory?)" if code == -9 else ""
         who = f"{self._backend.name} {self._backend.version()}"
         return f"{name}: {who} {ended}{hint} while building; it said last: {last}"
 
 
 _ERROR, _WARNING = 1, 2
+_NO_DRIVER = "cudaError 35"  # what TensorRT-RTX says of a machine without a GPU, on the way to every other error
 
 
 def guesses(profiles: Mapping[str, Profile], inputs: Mapping[str, runtime.Input]) -> str | None:

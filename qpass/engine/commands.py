@@ -7,18 +7,19 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import ml_dtypes
 import numpy as np
 import typer
 from rich.console import Console
 from rich.filesize import decimal as size
 
 import qpass.pipeline as pipeline
-from qpass.engine import builder
+from qpass.engine import backends, builder, sidecar
 from qpass.engine.backends import BACKENDS
 from qpass.engine.profiles import parse
 from qpass.engine.run import Engine
 from qpass.errors import QpassError
-from qpass.graph.commit import Folder, explain
+from qpass.graph.commit import Folder, check_place, explain
 from qpass.options import (
     Calibration,
     GroupSize,
@@ -33,6 +34,7 @@ from qpass.options import (
     bytes_of,
     chosen_spec,
 )
+from qpass.plugins import find
 
 Shapes = "Shapes of inputs, such as input_ids:1x8,attention_mask:1x8."
 
@@ -73,8 +75,15 @@ def build(
     """
     shapes = {"min_shapes": parse(least, "min"), "opt_shapes": parse(usual, "opt"), "max_shapes": parse(most, "max")}
     show, err = not (quiet or as_json), Console(stderr=True, highlight=False, soft_wrap=True)
+    memory, given = bytes_of("workspace", workspace), [f for f in (model, spec, calibration, *(rules or ())) if f]
     if preset or spec or group_size or calibration or rules:
+        # what can be said to be wrong is said before hours of rewriting
         chosen = chosen_spec(preset, spec, group_size)
+        builder.capability_of(backends.choose(backend), target_arch)
+        rewritten = pipeline.default_output(model)
+        builder.check_places(output or rewritten.with_suffix(".engine"), [*given, rewritten], timing_cache)
+        if not no_plugins:
+            find(plugins)
         own = [r for f in rules or () for r in pipeline.load_rules(f)]
         with bar("writing", show and not no_progress, data=True) as progress:
             done = pipeline.rewrite(model, spec=chosen, calibration=calibration, rules=own, progress=progress)
@@ -91,17 +100,19 @@ def build(
             target_arch=target_arch,
             **shapes,
             timing_cache=timing_cache,
-            workspace=bytes_of("workspace", workspace),
+            workspace=memory,
+            keep=given,
             progress=progress,
             log=(lambda text: print(text, file=sys.stderr)) if verbose else None,
         )
     facts = finished.facts
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        typer.echo(json.dumps({**facts, "guessed": finished.guessed, "warnings": finished.warnings}, indent=1))
     elif not quiet:
         out = Console(highlight=False, soft_wrap=True)
-        if finished.guessed:
-            err.print(finished.guessed, markup=False)
+        for line in (finished.guessed, *dict.fromkeys(finished.warnings)):
+            if line:
+                err.print(line, markup=False)
         what = facts["backend"]
         promised = len(facts["plugin_layers"])
         proof = f"all {promised} plugin nodes are plugin layers" if promised else "no plugin nodes"
@@ -116,26 +127,31 @@ def run(
     engine: Annotated[Path, typer.Argument(help="The engine, with its .json beside it.", show_default=False)],
     inputs: Annotated[Path, typer.Option("--inputs", "-i", help="An .npz file keyed by input name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the outputs go, an .npz file.")],
+    plugins: Annotated[
+        Path | None, typer.Option("--plugins", "-l", help="The plugin library. Default: the one it was built with.")
+    ] = None,
     cuda_graph: Annotated[bool, typer.Option(help="Replay a CUDA graph of the engine.")] = False,
 ) -> None:
     """Run an engine on the GPU.
 
     Example: `qpass run model.qpass.engine --inputs x.npz -o y.npz`
     """
-    loaded = Engine(engine, cuda_graph)
+    loaded = Engine(engine, cuda_graph, plugins)
+    check_place(output, [inputs, engine, sidecar.of(engine), *([plugins] if plugins else [])])
     try:
         with np.load(inputs) as file:
             feeds = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise QpassError(f"{inputs}: not an .npz file that can be read: {error}") from error
     outputs = loaded.run(feeds)
     if cuda_graph:
         outputs = loaded.run(feeds)  # the first run is what is captured
+    wide = {n: y.astype(np.float32) if y.dtype == ml_dtypes.bfloat16 else y for n, y in outputs.items()}
     try:
         with Folder(output.parent) as folder:
             fresh = folder.temporary(output.name)
             with open(fresh.path, "r+b") as file:
-                np.savez(file, **outputs)  # type: ignore[arg-type] # np.savez's names are any
+                np.savez(file, **wide)  # type: ignore[arg-type] # np.savez's names are any
             folder.commit([(fresh, output)], iter(()))
     except OSError as error:
         raise explain(error, output, 0) from error

@@ -1,16 +1,18 @@
-"""What can be known before a build: whether every plugin node of a model is one that the compiled library can run."""
+"""What can be known before a build: whether every plugin node of a model is one that library and backend can take."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qpass.engine.backends import Backend
 from qpass.errors import QpassError
-from qpass.graph import Model, Node
+from qpass.graph import Const, Model, Node
 from qpass.ops import DOMAIN, REGISTRY
-from qpass.plugins import Library, runs_on
+from qpass.plugins import Library, compiled_for, runs_on
 from qpass.plugins.library import OpInfo
 
 
@@ -19,32 +21,62 @@ def plugin_nodes(model: Model) -> list[Node]:
     return [n for n in model.nodes() if n.domain == DOMAIN]
 
 
-def preflight(model: Model, path: Path, library: Library, capability: str | None) -> None:
-    """Check every plugin node against a library.
+def preflight(model: Model, path: Path, library: Library | None, backend: Backend, targets: Sequence[str]) -> None:
+    """Check every plugin node against a library and a backend.
 
     Args:
-        capability: of the GPU that the engine is for, such as "89"; None where it is this machine's, and unknown.
+        library: None for a build without plugins.
+        targets: compute capabilities that the engine is for; it may run on one of them.
 
     Raises:
-        QpassError: lists all that the library cannot do.
+        QpassError: lists all that cannot be built, with the mends.
     """
     nodes = plugin_nodes(model)
-    failures = [f"{n.name}: {why}" for n in nodes for why in _failures(n, library.ops)]
-    if nodes and capability is not None and not runs_on(library.architectures, capability):
-        made = ", ".join(library.architectures)
-        failures.insert(0, f"{library.path.name} is compiled for {made}, which does not run on {capability}")
+    failures = list(_gathered_integers(model))
+    mends = ["exclude these weights from quantization"] if failures else []
+    if library is not None:
+        unfit = [f"{n.name}: {why}" for n in nodes for why in _failures(n, library.ops)]
+        if unfit:
+            mends.append("compile the plugins of this version with `qpass plugins build`, or rewrite the model again")
+        if targets and not any(runs_on(library.architectures, t) for t in targets):
+            made, on = ", ".join(library.architectures), ", ".join(targets)
+            unfit.insert(0, f"{library.path.name} is compiled for {made}, which does not run on {on}")
+            mends.insert(0, _arch_mend(targets))
+        failures += unfit
+        if backend.refuses_subgraphs and (inner := _in_subgraphs(model, nodes)):
+            failures += [f"{n.name}: {backend.name} builds no plugins within If or Loop" for n in inner]
+            mends.append("exclude these layers, or build with --no-plugins")
     if failures:
         shown = "; ".join(failures[:20]) + (f"; and {len(failures) - 20} more" if len(failures) > 20 else "")
-        raise QpassError(f"{path.name} cannot be built with {library.path}: {shown}. {_mend(failures, capability)}")
+        where = f" with {library.path}" if library is not None else ""
+        raise QpassError(f"{path.name} cannot be built{where}: {shown}. The mend: {'; '.join(mends)}")
 
 
-def _mend(failures: list[str], capability: str | None) -> str:
-    if "does not run on" in failures[0]:
-        return f"Compile for it with `qpass plugins build --arch {capability}`, or choose another --target-arch"
-    return "Compile the plugins of this version with `qpass plugins build`, or rewrite the model again"
+def _arch_mend(targets: Sequence[str]) -> str:
+    wanted = {compiled_for(int(t[:-1]), int(t[-1])) for t in targets} - {""}
+    if not wanted:
+        return f"there are no kernels for {', '.join(targets)}; choose another --target-arch"
+    return f"compile for it with `qpass plugins build {' '.join(f'--arch {a}' for a in sorted(wanted))}`"
 
 
-def _failures(node: Node, ops: dict[str, OpInfo]) -> list[str]:
+def _in_subgraphs(model: Model, nodes: Sequence[Node]) -> list[Node]:
+    outer = set(map(id, model.graph.nodes))
+    return [n for n in nodes if id(n) not in outer]
+
+
+def _gathered_integers(model: Model) -> Iterator[str]:
+    """Integer weights that no plugin reads directly: TensorRT takes int8 constants nowhere else but before a
+    DequantizeLinear."""
+    for node in model.nodes():
+        if node.domain or node.op == "DequantizeLinear":
+            continue
+        for value in node.inputs:
+            constant = value if isinstance(value, Const) else None
+            if constant is not None and constant.dtype == np.dtype(np.int8) and len(constant.shape) > 1:
+                yield f"{constant.name}: TensorRT takes an int8 weight only where a plugin reads it, not a {node.op}"
+
+
+def _failures(node: Node, ops: Mapping[str, OpInfo]) -> list[str]:
     if node.op not in ops:
         return [f"the library has no op {node.op}"]
     compiled = ops[node.op]

@@ -39,7 +39,10 @@ def parse(text: str | None, flag: str) -> dict[str, Shape]:
         name, _, dims = part.rpartition(":")
         if not name or not re.fullmatch(r"\d+(x\d+)*", dims):
             raise QpassError(f"--{flag} {text}: '{part}' is not of the form name:1x128")
-        shapes[name.strip("'\"")] = tuple(int(d) for d in dims.split("x"))
+        name = name.strip("'\"")
+        if name in shapes:
+            raise QpassError(f"--{flag} {text}: gives '{name}' twice")
+        shapes[name] = tuple(int(d) for d in dims.split("x"))
     return shapes
 
 
@@ -57,6 +60,7 @@ def profiles_of(
     Raises:
         QpassError: an input that is not there, or shapes that contradict the model or each other.
     """
+    least, usual, most = ({n: tuple(map(int, s)) for n, s in given.items()} for given in (least, usual, most))
     for flag, shapes in (("min", least), ("opt", usual), ("max", most)):
         for name, shape in shapes.items():
             _check(flag, name, shape, inputs)
@@ -87,7 +91,7 @@ def _check(flag: str, name: str, shape: Shape, inputs: Mapping[str, Input]) -> N
     wrong = dims is not None and (
         len(dims) != len(shape) or any(isinstance(d, int) and d != s for d, s in zip(dims, shape, strict=True))
     )
-    if wrong:
+    if wrong or not all(0 < s < 2**31 for s in shape):
         raise QpassError(f"--{flag} {name}:{'x'.join(map(str, shape))} does not fit the input {inputs[name]}")
 
 

@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qpass import gpu
+from qpass import gpu, plugins
 from qpass.engine import backends, sidecar
 from qpass.errors import QpassError
+from qpass.plugins import runs_on
 
 Array = NDArray[Any]
 
@@ -35,17 +36,19 @@ class Engine:
 
     Args:
         cuda_graph: capture what the engine does at a shape, once, and replay it.
+        library: the plugins; by default those that it was built with, or where these are gone `qpass.plugins.find()`.
 
     Raises:
         QpassError: a file is missing or is not the sidecar's.
     """
 
-    def __init__(self, path: str | Path, cuda_graph: bool = False) -> None:
+    def __init__(self, path: str | Path, cuda_graph: bool = False, library: str | Path | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise QpassError(f"{self.path}: no such engine; build one with `qpass build`")
         self.facts = sidecar.read(self.path)
         self._cuda_graph = cuda_graph
+        self.library = library
         self._session: _Session | None = None
 
     @property
@@ -75,6 +78,8 @@ class Engine:
         checked = {}
         for name, (dtype, shape) in wanted.items():
             x = np.asarray(feeds[name])
+            if dtype == ml_dtypes.bfloat16:  # .npz files have no bfloat16: two bytes without a name, or float32
+                x = x.view(dtype) if x.dtype == np.dtype("V2") else x.astype(dtype) if x.dtype == np.float32 else x
             if x.dtype != dtype:
                 raise QpassError(f"the input '{name}' is {x.dtype}, wants {dtype}")
             profile = self.facts["profiles"].get(name, {"min": shape, "max": shape})
@@ -119,6 +124,19 @@ class _Buffers:
         return view
 
 
+def _library(built_with: Mapping[str, Any], named: str | Path | None) -> Path:
+    """The plugin library to load: the one named, else that of the build, else this machine's."""
+    there = Path(built_with["path"])
+    if named is None and there.is_file() and sidecar.digest(there) == built_with["sha256"]:
+        return there
+    here = gpu.capability()
+    found = plugins.find(named, here)
+    if not runs_on(found.architectures, here):
+        made = ", ".join(found.architectures)
+        raise QpassError(f"{found.path} is compiled for {made}, not for this GPU's {here}: `qpass plugins build`")
+    return found.path
+
+
 class _Session:
     """A loaded engine with its context."""
 
@@ -140,11 +158,10 @@ class _Session:
                     said.append(" ".join(text.split()))
 
         self._said, self._logger = said, Logger()
-        library = facts["plugins"]
-        if library is not None:
-            if not Path(library["path"]).is_file():
-                raise QpassError(f"{library['path']}: the engine's plugins are not there; `qpass plugins build`")
-            trt.get_plugin_registry().load_library(library["path"])
+        if facts["plugins"] is not None:
+            library = _library(facts["plugins"], engine.library)
+            if trt.get_plugin_registry().load_library(str(library)) is None:
+                raise QpassError(f"TensorRT could not load the plugins {library}: {'; '.join(said[-3:])}")
         self._runtime = trt.Runtime(self._logger)
         self._loaded = self._runtime.deserialize_cuda_engine(engine.path.read_bytes())
         if self._loaded is None:

@@ -74,6 +74,15 @@ def commands(model: Path, engine: Path, backend: Backend, library: Library | Non
     return {"load": shlex.join(load), "build": shlex.join(make)}
 
 
+def is_one(path: Path) -> bool:
+    """Whether a file is a sidecar."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and isinstance(found.get("engine"), dict) and "backend" in found
+
+
 def read(engine: Path) -> dict[str, Any]:
     """The sidecar of an engine.
 
@@ -87,7 +96,7 @@ def read(engine: Path) -> dict[str, Any]:
         raise QpassError(f"{path}: no such file; it comes with the engine from `qpass build`") from None
     except (OSError, ValueError) as error:
         raise QpassError(f"{path}: not the sidecar of an engine: {error}") from error
-    if found.get("version") != VERSION:
+    if not is_one(path) or found.get("version") != VERSION:
         raise QpassError(f"{path}: not a sidecar of version {VERSION}; build the engine again")
     if digest(engine) != found["engine"]["sha256"]:
         raise QpassError(f"{path} is not of this {engine.name}; build the engine again")

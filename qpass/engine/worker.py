@@ -188,12 +188,16 @@ def _monitor(trt: Any) -> Any:
 
 def _timing_cache(config: Any, job: Job) -> Any:
     """The cache of earlier builds, in the config; None where the backend keeps none."""
-    known = Path(job.timing_cache) if job.timing_cache else None
-    try:
-        cache = config.create_timing_cache(known.read_bytes() if known is not None and known.is_file() else b"")
-    except (AttributeError, TypeError):
+    if job.timing_cache is None:
         return None
-    return cache if cache is not None and config.set_timing_cache(cache, False) else None
+    known = Path(job.timing_cache)
+    content = known.read_bytes() if known.is_file() else b""
+    cache = config.create_timing_cache(content)
+    if cache is not None and config.set_timing_cache(cache, False):
+        return cache
+    if content:  # it will not be overwritten: who knows what it is
+        raise QpassError(f"{known} is no timing cache of this TensorRT and GPU; remove it, or name another")
+    return None
 
 
 def _check(

@@ -12,7 +12,7 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -137,6 +137,19 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if caught and callable(before):
         before(*caught[0])
+
+
+def check_place(target: Path, inputs: Iterable[Path]) -> None:
+    """Raise QpassError where a file cannot be written, or where one of `inputs` is that would be lost."""
+    if not target.parent.is_dir():
+        raise QpassError(f"cannot write {target}: there is no folder {target.parent}; make it first")
+    if target.is_dir():
+        raise QpassError(f"cannot write {target}: it is a folder; give a file name")
+    if target.exists() and not target.is_file():
+        raise QpassError(f"cannot write {target}: it is no regular file; choose another output with -o")
+    for source in inputs:
+        if target.exists() and source.exists() and os.path.samefile(target, source):
+            raise QpassError(f"{target} would overwrite the input {source}; choose another output with -o")
 
 
 def explain(error: OSError, path: Path, needed: int) -> QpassError:

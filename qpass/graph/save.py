@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qpass.errors import QpassError
-from qpass.graph.commit import Folder, Temporary, explain
+from qpass.graph.commit import Folder, Temporary, check_place, explain
 from qpass.graph.emit import Emitted, emit
 from qpass.graph.load import point
 from qpass.graph.promise import Result
@@ -73,13 +72,7 @@ def _check_place(path: Path, sidecars: Mapping[Path, bytes], inputs: list[Path])
     for target in (path, *sidecars):
         if target.parent != path.parent:
             raise ValueError(f"{target} must be beside {path} to appear together with it")
-        if not target.parent.is_dir():
-            raise QpassError(f"cannot write {target}: there is no folder {target.parent}; make it first")
-        if target.is_dir():
-            raise QpassError(f"cannot write {target}: it is a folder; give a file name")
-        for source in inputs:
-            if target.exists() and os.path.samefile(target, source):
-                raise QpassError(f"{target} would overwrite the input {source}; choose another output with -o")
+        check_place(target, inputs)
 
 
 def _data_name(path: Path, digest: str) -> str:

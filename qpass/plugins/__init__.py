@@ -11,9 +11,19 @@ from pathlib import Path
 from qpass.errors import QpassError
 from qpass.plugins.compile import build, built, source_hash
 from qpass.plugins.library import DeviceTensor, Library, OpInfo
-from qpass.plugins.toolchain import ARCHITECTURES, gpu_capabilities, runs_on
+from qpass.plugins.toolchain import ARCHITECTURES, compiled_for, gpu_capabilities, runs_on
 
-__all__ = ["ARCHITECTURES", "DeviceTensor", "Library", "OpInfo", "build", "find", "gpu_capabilities", "runs_on"]
+__all__ = [
+    "ARCHITECTURES",
+    "DeviceTensor",
+    "Library",
+    "OpInfo",
+    "build",
+    "compiled_for",
+    "find",
+    "gpu_capabilities",
+    "runs_on",
+]
 
 
 def find(path: str | Path | None = None, capability: str | None = None) -> Library:
@@ -31,7 +41,7 @@ def find(path: str | Path | None = None, capability: str | None = None) -> Libra
     if named:
         if not Path(named).is_file():
             raise QpassError(f"{named}: no such plugin library; make one with `qpass plugins build`")
-        return Library(Path(named))
+        return Library(Path(named).resolve())
     sources = source_hash()
     mine = [(file, facts) for file, facts in built() if facts.get("sources") == sources]
     if not mine:

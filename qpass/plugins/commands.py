@@ -14,6 +14,7 @@ from rich.table import Table
 
 from qpass import plugins
 from qpass.errors import QpassError
+from qpass.graph.commit import check_place
 from qpass.ops import REGISTRY
 from qpass.options import NOT_MET, Json, Quiet, bar
 from qpass.plugins.library import Library
@@ -184,8 +185,9 @@ def _known(ops: list[str] | None) -> list[str]:
 def _copy(library: Library, target: Path) -> Library:
     import shutil
 
+    check_place(target, [library.path])
     try:
         shutil.copyfile(library.path, target)
     except OSError as error:
         raise QpassError(f"{target}: cannot be written: {error.strerror}") from error
-    return Library(target)
+    return Library(target.resolve())

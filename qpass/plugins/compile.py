@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qpass import cache
@@ -49,7 +50,8 @@ def build(
     Raises:
         QpassError: a tool is missing, an architecture or file is not known, or the compiler failed (with its words).
     """
-    wanted = tuple(dict.fromkeys(architectures)) or toolchain.gpu_architectures() or toolchain.WITHOUT_GPU
+    spelled = (re.sub(r"^(sm|compute)_?", "", a.lower()).replace(".", "") for a in architectures)
+    wanted = tuple(dict.fromkeys(spelled)) or toolchain.gpu_architectures() or toolchain.WITHOUT_GPU
     for arch in wanted:
         if arch not in ARCHITECTURES:
             raise QpassError(f"--arch {arch}: qpass compiles for {', '.join(ARCHITECTURES)}")
@@ -183,6 +185,6 @@ def built() -> list[tuple[Path, dict[str, object]]]:
     found = []
     for facts in folder().glob("*/build.json"):
         library = facts.with_name(LIBRARY)
-        if library.is_file():
+        with suppress(OSError, ValueError):  # a build that was never finished, or whose facts are lost
             found.append((library.stat().st_mtime, library, json.loads(facts.read_text())))
     return [(library, facts) for _, library, facts in sorted(found, key=lambda f: f[0], reverse=True)]

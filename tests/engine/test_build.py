@@ -19,12 +19,15 @@ import qpass
 from qpass import engine as engines
 from qpass.engine import builder
 from qpass.engine.backends import BACKENDS
+from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
 from qpass.errors import QpassError
 from qpass.ops import REGISTRY
 from qpass.plugins import Library
 from qpass.testing import model
 from tests.conftest import Run
 from tests.plugins.shells import compile_shells
+from tests.rules.test_experts import product
+from tests.rules.test_subgraphs import branch, choice, linear, tensor
 
 
 def rewritten(block: Path, preset: str = "w8a8") -> Path:
@@ -178,13 +181,17 @@ def test_an_op_that_the_library_lacks(tmp_path: Path, library: Library) -> None:
         engines.build_files(tmp_path / "m.onnx")
 
 
-def test_timing_cache(block: Path, library: Library, tmp_path: Path) -> None:
-    """A cache is read and added to where the backend keeps one, and never left half written."""
-    path = rewritten(block)
-    kept = tmp_path / "timing.bin"
+def test_timing_cache(block: Path, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a backend times, a cache is read and added to; TensorRT-RTX, which has one but times nothing, plays it."""
+    path, kept = rewritten(block), tmp_path / "timing.bin"
+    with pytest.raises(QpassError, match="--timing-cache: tensorrt_rtx times nothing"):
+        engines.build_files(path, timing_cache=kept)
+    monkeypatch.setattr(TensorRTRTX, "keeps_timing", True)
     engines.build_files(path, timing_cache=kept)
-    engines.build_files(path, timing_cache=kept)
-    assert not list(tmp_path.glob("timing.[0-9]*"))
+    assert kept.stat().st_size
+    with pytest.raises(QpassError, match="would overwrite the input"):
+        engines.build_files(path, timing_cache=path)
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(("timing.b.", "."))]
 
 
 def test_rewrite_and_build_in_one_go(block: Path, library: Library, run: Run) -> None:
@@ -210,7 +217,7 @@ def test_mistakes(block: Path, library: Library, run: Run, tmp_path: Path, monke
         ((path, "--min", "x:1"), "--min x:1 does not fit the input 'x'"),
         ((path, "-o", tmp_path / "no" / "x.engine"), "there is no folder"),
         ((path, "-o", tmp_path / "folder"), "it is a folder"),
-        ((path, "-o", path), "would overwrite the model"),
+        ((path, "-o", path), "would overwrite the input"),
         ((path, "--workspace", "much"), "--workspace much: wants a size"),
         ((block, "--preset", "w9"), "w9"),
     ]
@@ -226,6 +233,65 @@ def test_mistakes(block: Path, library: Library, run: Run, tmp_path: Path, monke
     assert "no TensorRT is installed: pip install 'qpass[rtx]'" in run("build", path).err
     assert "pip install 'qpass[tensorrt]'" in run("build", path, "--backend", "tensorrt").err
     assert not list(tmp_path.glob("*.engine*"))
+
+
+def test_nothing_that_was_read_is_overwritten(block: Path, library: Library, run: Run, tmp_path: Path) -> None:
+    path = rewritten(block)
+    spec = tmp_path / "recipe.yaml"
+    spec.write_text("preset: w8a8\n")
+    (tmp_path / "notes.json").write_text("{}")
+    os.mkfifo(tmp_path / "fifo")
+    mine = tmp_path / "mine.so"
+    mine.write_bytes(library.path.read_bytes())
+    before = {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    for args in (
+        (path, "-o", path),
+        (path, "-o", path.with_name("block.qpass.ledger.json")),
+        (path, "-o", mine, "--plugins", mine),
+        (path, "-o", tmp_path / "fifo"),
+        (path, "-o", tmp_path / "notes"),
+        (block, "--spec", spec, "-o", block),
+        (block, "--spec", spec, "-o", spec),
+        (block, "--preset", "w8a16", "-o", path),
+    ):
+        refused = run("build", *args)
+        assert refused.code == 2, args
+        assert "overw" in refused.err or "no regular file" in refused.err, (args, refused.err)
+    assert {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
+
+
+def test_mistakes_are_said_before_anything_is_rewritten(block: Path, library: Library, run: Run) -> None:
+    for args in (("--backend", "nope"), ("--target-arch", "99"), ("--plugins", "/nope.so"), ("--workspace", "2XB")):
+        assert run("build", block, "--preset", "w8a16", *args).code == 2
+        assert not block.with_name("block.qpass.onnx").exists()
+
+
+def test_plugins_in_a_subgraph(tmp_path: Path, library: Library) -> None:
+    """TensorRT-RTX builds none there, and says so in words that help nobody."""
+    then = branch("then", "a", linear("x", "w", "a"), tensor("w", 16, 16))
+    otherwise = branch("else", "b", [helper.make_node("Relu", ["x"], ["b"], "relu")])
+    onnx.save(choice(then, otherwise), tmp_path / "m.onnx")
+    with pytest.raises(QpassError, match=r"builds no plugins within If or Loop.*or build with --no-plugins"):
+        engines.build_files(rewritten(tmp_path / "m.onnx", "w8a16"))
+
+
+@pytest.mark.parametrize("use_plugins", [True, False])
+def test_experts_cannot_be_built(tmp_path: Path, library: Library, use_plugins: bool) -> None:
+    """TensorRT gathers no int8 constant; the preflight names the stack, with plugins and without."""
+    onnx.save(product("two chosen for each token"), tmp_path / "m.onnx")
+    with pytest.raises(QpassError, match=r"an int8 weight only where a plugin reads it, not a Gather.*exclude these"):
+        engines.build_files(rewritten(tmp_path / "m.onnx", "w8a16"), use_plugins=use_plugins)
+
+
+def test_a_library_that_runs_nowhere(block: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Library, "architectures", ("90a",))
+    with pytest.raises(QpassError, match=r"compiled for 90a, which does not run on 75, 80.*--arch 120 --arch 80"):
+        engines.build_files(rewritten(block))
+
+
+def test_what_the_child_prints_blocks_nothing(block: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONVERBOSE", "1")  # hundreds of kilobytes on its standard error
+    assert engines.build_files(rewritten(block)).engine.is_file()
 
 
 def test_a_model_that_tensorrt_refuses(tmp_path: Path, library: Library) -> None:
@@ -271,7 +337,7 @@ def test_killed_at_any_moment(block: Path, library: Library) -> None:
 
 def test_two_builds_side_by_side(block: Path, library: Library, tmp_path: Path) -> None:
     path = rewritten(block)
-    code = "import sys, qpass.engine; qpass.engine.build_files(*sys.argv[1:], timing_cache=sys.argv[2] + '.cache')"
+    code = "import sys, qpass.engine; qpass.engine.build_files(*sys.argv[1:])"
     targets = [tmp_path / f"{i}.engine" for i in range(2)]
     both = [subprocess.Popen([sys.executable, "-c", code, str(path), str(t)]) for t in targets]
     assert [p.wait(timeout=120) for p in both] == [0, 0]

@@ -178,7 +178,7 @@ def test_commands(compiled: list[Path], run: Run, tmp_path: Path) -> None:
         (("build", "--arch", "75"), "--arch 75: qpass compiles for 80, 86"),
         (("build", "--with", tmp_path / "none.cu"), "wants a .cpp or .cu file that is there"),
         (("build", "--tensorrt-include", tmp_path), "has no NvInferRuntime.h"),
-        (("build", "-o", tmp_path / "no" / "where.so"), "cannot be written"),
+        (("build", "-o", tmp_path / "no" / "where.so"), "there is no folder"),
         (("selftest", "--op", "Nothing"), "--op Nothing: there are QuantizeTensor"),
         (("bench", "--dtype", "int8"), "--dtype int8: wants one of"),
     ):

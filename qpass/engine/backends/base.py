@@ -24,6 +24,10 @@ class Backend(ABC):
     trtexec: ClassVar[str]
     """Its command-line tool."""
     needs_gpu: ClassVar[bool]
+    keeps_timing: ClassVar[bool]
+    """Whether it times kernels when it builds, and learns from one build for the next."""
+    refuses_subgraphs: ClassVar[bool] = False
+    """Whether it cannot build plugins within If and Loop."""
 
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module) is not None

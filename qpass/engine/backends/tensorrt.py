@@ -16,6 +16,7 @@ class TensorRT(Backend):
     install = "pip install 'qpass[tensorrt]'"
     trtexec = "trtexec"
     needs_gpu = True
+    keeps_timing = True
 
     def version(self) -> str:
         for package in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):

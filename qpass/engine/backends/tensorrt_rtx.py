@@ -19,6 +19,8 @@ class TensorRTRTX(Backend):
     install = "pip install 'qpass[rtx]'"
     trtexec = "tensorrt_rtx"
     needs_gpu = False
+    keeps_timing = False  # kernels are chosen when the engine is run
+    refuses_subgraphs = True
 
     def version(self) -> str:
         for package in ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"):
@@ -43,7 +45,11 @@ class TensorRTRTX(Backend):
         if libraries is None:
             return None
         links = cache.folder() / f"tensorrt-rtx-{self.version()}"
-        links.mkdir(parents=True, exist_ok=True)
+        with cache.locked(links / "lock"):
+            return self._linked(libraries, links)
+
+    @staticmethod
+    def _linked(libraries: Path, links: Path) -> Path:
         for file in libraries.glob("*.so.*"):
             for name in (file.name, file.name[: file.name.index(".so") + 3]):
                 link = links / name
