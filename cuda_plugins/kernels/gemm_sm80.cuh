@@ -9,23 +9,10 @@
 
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
+#include "cutlass_type.cuh"
 #include "gemm_kernels.h"
-#include "types.cuh"
 
 namespace qpass {
-
-template <typename T>
-struct CutlassType {
-  using type = T;
-};
-template <>
-struct CutlassType<half> {
-  using type = cutlass::half_t;
-};
-template <>
-struct CutlassType<bfloat16> {
-  using type = cutlass::bfloat16_t;
-};
 
 template <typename In, typename Out>
 struct GemmSm80 {

@@ -10,23 +10,10 @@
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include "cutlass_type.cuh"
 #include "gemm_kernels.h"
-#include "types.cuh"
 
 namespace qpass {
-
-template <typename T>
-struct CutlassType {
-  using type = T;
-};
-template <>
-struct CutlassType<half> {
-  using type = cutlass::half_t;
-};
-template <>
-struct CutlassType<bfloat16> {
-  using type = cutlass::bfloat16_t;
-};
 
 template <typename In, typename Out, bool kWide>
 struct GemmSm90 {

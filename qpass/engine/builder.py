@@ -110,6 +110,7 @@ def build_files(
             names = (engine.name, beside.name, f"{engine.name}.timing")
             fresh, facts_file, learned = map(folder.temporary, names)
             job = Job(
+                parent=os.getpid(),
                 backend=chosen.name,
                 model=str(path.resolve()),
                 engine=str(fresh.path.resolve()),

@@ -110,9 +110,10 @@ def build(
         typer.echo(json.dumps({**facts, "guessed": finished.guessed, "warnings": finished.warnings}, indent=1))
     elif not quiet:
         out = Console(highlight=False, soft_wrap=True)
-        for line in (finished.guessed, *dict.fromkeys(finished.warnings)):
-            if line:
-                err.print(line, markup=False)
+        if finished.guessed:
+            err.print(finished.guessed, markup=False)
+        if finished.warnings and not verbose:
+            err.print(f"TensorRT warns of {len(finished.warnings)} things; --verbose prints them", markup=False)
         what = facts["backend"]
         promised = len(facts["plugin_layers"])
         proof = f"all {promised} plugin nodes are plugin layers" if promised else "no plugin nodes"

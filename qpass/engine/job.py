@@ -22,6 +22,8 @@ class Job:
         timing_cache: read if it is there; what the build learned goes to `timing_out`.
     """
 
+    parent: int
+    """The process that waits for it."""
     backend: str
     model: str
     engine: str

@@ -25,11 +25,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        return 1
     job = Job.from_json(sys.stdin.read())
+    if os.getppid() != job.parent:  # it died before we asked to die with it
+        return 1
     try:
         built = build(job)
     except QpassError as error:

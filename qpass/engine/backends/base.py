@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     module: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    """pip's names of it."""
     install: ClassVar[str]
     """The command that installs it."""
     trtexec: ClassVar[str]
@@ -32,9 +35,12 @@ class Backend(ABC):
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module) is not None
 
-    @abstractmethod
     def version(self) -> str:
         """Of the package; nothing is loaded."""
+        for package in self.packages:
+            with suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(package)
+        return "unknown"
 
     @abstractmethod
     def environment(self) -> dict[str, str]:

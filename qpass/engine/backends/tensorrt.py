@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from qpass.engine.backends.base import Backend
@@ -13,16 +11,11 @@ from qpass.errors import QpassError
 class TensorRT(Backend):
     name = "tensorrt"
     module = "tensorrt"
+    packages = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     install = "pip install 'qpass[tensorrt]'"
     trtexec = "trtexec"
     needs_gpu = True
     keeps_timing = True
-
-    def version(self) -> str:
-        for package in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"):
-            with suppress(PackageNotFoundError):
-                return version(package)
-        return "unknown"
 
     def environment(self) -> dict[str, str]:
         return {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,12 @@ from qpass.engine.backends.base import Backend
 class TensorRTRTX(Backend):
     name = "tensorrt_rtx"
     module = "tensorrt_rtx_bindings"
+    packages = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
     install = "pip install 'qpass[rtx]'"
     trtexec = "tensorrt_rtx"
     needs_gpu = False
     keeps_timing = False  # kernels are chosen when the engine is run
     refuses_subgraphs = True
-
-    def version(self) -> str:
-        for package in ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"):
-            with suppress(PackageNotFoundError):
-                return version(package)
-        return "unknown"
 
     def environment(self) -> dict[str, str]:
         links = self._links()
