@@ -19,7 +19,7 @@ from qpass import cache, plugins, runtime
 from qpass.engine import backends, sidecar
 from qpass.engine.backends import Backend
 from qpass.engine.job import Built, Job
-from qpass.engine.preflight import plugin_nodes, preflight
+from qpass.engine.preflight import check_ledger, plugin_nodes, preflight
 from qpass.engine.profiles import Profile, Shape, profiles_of
 from qpass.errors import QpassError
 from qpass.graph import Model
@@ -92,6 +92,7 @@ def build_files(
     inputs_of_build = [*loaded.weights.files(), ledger_of(path), *map(Path, keep)]
     own_cache = Path(timing_cache) if timing_cache is not None else None
     check_places(engine, inputs_of_build, own_cache)
+    check_ledger(ledger_of(path), plugin_nodes(loaded))
     nodes = {n.name: n.op for n in plugin_nodes(loaded)}
     found = None
     if nodes and use_plugins:

@@ -14,6 +14,7 @@ from qpass.graph import Const, Model, Node
 from qpass.ops import DOMAIN, REGISTRY
 from qpass.plugins import Library, compiled_for, runs_on
 from qpass.plugins.library import OpInfo
+from qpass.rewriter import Ledger
 
 
 def plugin_nodes(model: Model) -> list[Node]:
@@ -50,6 +51,20 @@ def preflight(model: Model, path: Path, library: Library | None, backend: Backen
         shown = "; ".join(failures[:20]) + (f"; and {len(failures) - 20} more" if len(failures) > 20 else "")
         where = f" with {library.path}" if library is not None else ""
         raise QpassError(f"{path.name} cannot be built{where}: {shown}. The mend: {'; '.join(mends)}")
+
+
+def check_ledger(path: Path, nodes: Sequence[Node]) -> None:
+    """Raise QpassError where a ledger promises plugin nodes that its model does not have; no ledger, no promise."""
+    if not path.is_file():
+        return
+    try:
+        sites = Ledger.from_json(path.read_text()).sites
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QpassError(f"{path}: not a ledger: {error}; rewrite the model again") from error
+    promised = [n for s in sites if s.status == "rewritten" for n in s.new_nodes if n.rpartition(".")[2] in REGISTRY]
+    there = {n.name.rpartition("/")[2] for n in nodes}  # of a node in a subgraph a ledger has the path, too
+    if gone := [n for n in promised if n.rpartition("/")[2] not in there]:
+        raise QpassError(f"{path} is not of this model, which has no {gone[0]}; rewrite the model again")
 
 
 def _arch_mend(targets: Sequence[str]) -> str:

@@ -160,6 +160,22 @@ def test_preflight_lists_everything(block: Path, library: Library, run: Run) -> 
     assert "LayernormQuantization wants the attribute epsilon" in told
 
 
+def test_a_ledger_of_another_model(block: Path, library: Library) -> None:
+    """What a ledger promises must be there; without one the model's own nodes are the promise."""
+    path = rewritten(block, "w8a8")
+    ledger = path.with_name("block.qpass.ledger.json")
+    promises = ledger.read_text()
+    rewritten(block, "w8a16")
+    ledger.write_text(promises)
+    with pytest.raises(QpassError, match=r"block\.qpass\.ledger\.json is not of this model, which has no norm\."):
+        engines.build_files(path)
+    ledger.write_text("{}")
+    with pytest.raises(QpassError, match="not a ledger"):
+        engines.build_files(path)
+    ledger.unlink()
+    assert engines.build_files(path).facts["ledger"] is None
+
+
 def test_an_op_that_the_library_lacks(tmp_path: Path, library: Library) -> None:
     node = helper.make_node(
         "Unheard", ["x"], ["y"], "mine", domain="qpass", plugin_version="1", plugin_namespace="qpass"
