@@ -8,6 +8,9 @@
 namespace qpass {
 namespace {
 
+constexpr const char* kInterface = QPASS_TENSORRT < 10 ? "IPluginV2DynamicExt" : "IPluginV3";
+constexpr const char* kTypes = QPASS_TENSORRT < 10 ? "[\"float32\", \"float16\"]" : "[\"float32\", \"float16\", \"bfloat16\"]";
+
 std::string quoted(const std::string& text) { return "\"" + text + "\""; }
 
 std::string json(const Shape& shape) {
@@ -44,9 +47,9 @@ std::string list(const std::vector<T>& items) {
 
 std::string description() {
   std::string text = "{\"version\": " + quoted(kVersion) + ", \"namespace\": " + quoted(kNamespace) +
-                     ", \"architectures\": " + quoted(QPASS_ARCHITECTURES) + ", \"interface\": " + quoted(QPASS_INTERFACE) +
+                     ", \"architectures\": " + quoted(QPASS_ARCHITECTURES) + ", \"interface\": " + quoted(kInterface) +
                      ", \"cuda\": " + std::to_string(CUDART_VERSION) +
-                     ", \"types\": [\"float32\", \"float16\", \"bfloat16\"], \"ops\": [";
+                     ", \"types\": " + kTypes + ", \"ops\": [";
   for (const Op* op : ops()) {
     text += (op == ops()[0] ? "" : ", ") + std::string("{\"name\": ") + quoted(op->name) + ", \"fields\": " +
             list(op->fields) + ", \"inputs\": " + list(op->inputs) + ", \"outputs\": " + list(op->outputs) + "}";

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int32_t kError = 1;  // ILogger::Severity
 
-// ILogger and ILoggerFinder as TensorRT 10 has them …
+// ILogger and ILoggerFinder as TensorRT 8 and 10 have them …
 namespace v10 {
 struct Logger {
   virtual void log(int32_t severity, const char* text) noexcept = 0;
@@ -39,7 +39,8 @@ struct Finder : Versioned {
 void* finder = nullptr;
 int32_t version = 0;  // of the library that the finder is from; 0: not known
 
-// Which library an object's class is from, and what it says its version is: 101600 for TensorRT 10.16, 10701 for RTX 1.7.
+// Which library an object's class is from, and what it says its version is: 8601 for TensorRT 8.6.1,
+// 101600 for 10.16, 10701 for RTX 1.7.
 int32_t version_behind(void* object) {
   Dl_info info;
   if (!object || !dladdr(*static_cast<void**>(object), &info) || !info.dli_fname) return 0;
@@ -67,8 +68,8 @@ void set_logger_finder(void* given) {
 
 void report(const std::string& text) {
   const std::string line = "qpass: " + text;
-  const bool is_10 = version >= 100000 && version < 110000;
-  if (version && (is_10 ? log<v10::Finder>(line) : log<v11::Finder>(line))) return;
+  const bool is_old = version < 10000 || (version >= 100000 && version < 110000);
+  if (version && (is_old ? log<v10::Finder>(line) : log<v11::Finder>(line))) return;
   std::fprintf(stderr, "%s\n", line.c_str());
 }
 

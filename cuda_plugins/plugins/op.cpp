@@ -90,6 +90,12 @@ double Node::value(const char* field) const {
   return 0;
 }
 
+void Node::set(const char* field, double value) {
+  for (size_t i = 0; i < op.fields.size(); ++i) {
+    if (!std::strcmp(op.fields[i].name, field)) values[i] = value;
+  }
+}
+
 const char* Node::shape(const Slot& slot) const {
   if (!slot.shape.attribute) return slot.shape.choices[0].second;
   int wanted = int(value(slot.shape.attribute));

@@ -124,6 +124,7 @@ class Node {
 
   size_t t_input() const;  // the first input of kind T, whose type T is; 0 where there is none
   double value(const char* field) const;
+  void set(const char* field, double value);
   const char* shape(const Slot& slot) const;
   qpass_type type(const Slot& slot, qpass_type t) const;
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from qpass.errors import QpassError
 from qpass.plugins.compile import build, built, source_hash
 from qpass.plugins.library import DeviceTensor, Library, OpInfo
-from qpass.plugins.toolchain import ARCHITECTURES, compiled_for, gpu_capabilities, runs_on
+from qpass.plugins.toolchain import ARCHITECTURES, INTERFACES, compiled_for, gpu_capabilities, runs_on
 
 __all__ = [
     "ARCHITECTURES",
+    "INTERFACES",
     "DeviceTensor",
     "Library",
     "OpInfo",
@@ -26,13 +27,14 @@ __all__ = [
 ]
 
 
-def find(path: str | Path | None = None, capability: str | None = None) -> Library:
+def find(path: str | Path | None = None, capability: str | None = None, interface: str | None = None) -> Library:
     """The compiled plugin library.
 
     Args:
         path: a library's file; by default what QPASS_PLUGINS names, else the newest in the cache that was made of this
             version's sources.
         capability: prefer one from the cache that runs on this compute capability, such as "89".
+        interface: prefer one whose plugins have this interface of TensorRT's.
 
     Raises:
         QpassError: there is none; says how to make it.
@@ -46,6 +48,8 @@ def find(path: str | Path | None = None, capability: str | None = None) -> Libra
     mine = [(file, facts) for file, facts in built() if facts.get("sources") == sources]
     if not mine:
         raise QpassError("the plugins are not compiled; compile them with `qpass plugins build`")
+    if interface is not None:
+        mine = [m for m in mine if m[1].get("interface") == interface] or mine
     if capability is not None:
         fitting = [m for m in mine if runs_on(tuple(map(str, _listed(m[1]["architectures"]))), capability)]
         mine = fitting or mine

@@ -34,6 +34,10 @@ def build(
         typer.Option(help=f"Compute capability: {', '.join(plugins.ARCHITECTURES)}. Default: this machine's GPUs."),
     ] = None,
     own: Annotated[list[Path] | None, typer.Option("--with", help="A .cpp or .cu file with an op of your own.")] = None,
+    tensorrt: Annotated[
+        str | None,
+        typer.Option(help="Whose plugins: 8.6, or 10 for 10, 11 and RTX. Default: what is installed."),
+    ] = None,
     tensorrt_include: Annotated[Path | None, typer.Option(help="Folder of TensorRT's own headers.")] = None,
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Compilers at a time. Default: one a core.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy the library here.")] = None,
@@ -46,12 +50,18 @@ def build(
     """
     with bar("compiling", not quiet) as progress:
         library = plugins.build(
-            arch or (), extra=own or (), tensorrt_include=tensorrt_include, jobs=jobs, force=force, progress=progress
+            arch or (),
+            extra=own or (),
+            tensorrt=tensorrt,
+            tensorrt_include=tensorrt_include,
+            jobs=jobs,
+            force=force,
+            progress=progress,
         )
     if output is not None:
         library = _copy(library, output)
     if not quiet:
-        typer.echo(f"{library.path} for {', '.join(library.architectures)}")
+        typer.echo(f"{library.path} for {', '.join(library.architectures)}, {library.interface}")
 
 
 @app.command()

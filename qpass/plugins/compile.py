@@ -21,7 +21,7 @@ from qpass import cache
 from qpass.errors import QpassError
 from qpass.plugins import toolchain
 from qpass.plugins.library import LIBRARY, Library
-from qpass.plugins.toolchain import ARCHITECTURES, Toolchain
+from qpass.plugins.toolchain import ARCHITECTURES, INTERFACES, Toolchain
 
 Progress = Callable[[int, int], None]
 SOURCES = (".h", ".cuh", ".cu", ".cpp", ".txt")
@@ -31,6 +31,7 @@ def build(
     architectures: Sequence[str] = (),
     *,
     extra: Sequence[str | Path] = (),
+    tensorrt: str | None = None,
     tensorrt_include: str | Path | None = None,
     jobs: int | None = None,
     force: bool = False,
@@ -42,7 +43,8 @@ def build(
         architectures: any of `toolchain.ARCHITECTURES`; by default those of this machine's GPUs, or where there is
             none 80 and 90a.
         extra: .cpp and .cu files with ops of your own, each of which registers a `qpass::Op`.
-        tensorrt_include: folder of TensorRT's own headers, in place of the minimal one.
+        tensorrt: whose plugins: 8 (8.6), or 10 for TensorRT 10, 11 and RTX; by default that of this environment.
+        tensorrt_include: folder of TensorRT's own headers, in place of the minimal ones.
         jobs: compilers at a time, by default one a core.
         force: compile everything again.
         progress: called with steps done and in all.
@@ -62,13 +64,22 @@ def build(
             raise QpassError(f"--with {file}: wants a .cpp or .cu file that is there")
     if tensorrt_include is not None and not (Path(tensorrt_include) / "NvInferRuntime.h").is_file():
         raise QpassError(f"--tensorrt-include {tensorrt_include}: has no NvInferRuntime.h")
+    major = (tensorrt or _major_of(tensorrt_include) or toolchain.installed_tensorrt()).partition(".")[0]
+    major = "10" if major in ("11", "rtx") else major
+    if major not in INTERFACES or _major_of(tensorrt_include) not in (None, major):
+        raise QpassError(
+            f"--tensorrt {tensorrt or major}: wants 8.6 or 10 (which is 11 and rtx, too), as its headers are"
+        )
     tools = toolchain.find()
-    flags = _flags(tools, wanted, tensorrt_include)
+    flags = _flags(tools, wanted)
+    whose = [f"-DQPASS_TENSORRT={major}"]
+    whose.append(f"-DQPASS_TENSORRT_INCLUDE={Path(tensorrt_include).resolve() if tensorrt_include is not None else ''}")
     own_flag = f"-DQPASS_EXTRA_SOURCES={';'.join(map(str, own))}"
     sources = source_hash()
-    home = folder() / _hash(sources, tools.version, *flags, own_flag, *(f.read_text() for f in own))[:16]
+    home = folder() / _hash(sources, tools.version, *flags, *whose, own_flag, *(f.read_text() for f in own))[:16]
     if (home / LIBRARY).is_file() and not force:
         return Library(home / LIBRARY)
+    # whose plugins they are is nothing to kernels: their objects serve both
     objects = folder() / f"objects-{_hash(str(tools.nvcc), tools.version, *flags)[:16]}"
     with cache.locked(objects.with_suffix(".lock")):
         if (home / LIBRARY).is_file() and not force:  # made by whom we waited for
@@ -76,8 +87,9 @@ def build(
         if force:
             shutil.rmtree(objects, ignore_errors=True)
         _synchronize(source_folder(), objects / "cuda_plugins")
-        _compile(tools, objects, [*flags, own_flag], jobs, progress)
+        _compile(tools, objects, [*flags, *whose, own_flag], jobs, progress)
         facts: dict[str, object] = {"sources": sources, "architectures": wanted, "nvcc": tools.version}
+        facts["interface"] = INTERFACES[major]
         _publish(objects / "build" / LIBRARY, home, facts)
     return Library(home / LIBRARY)
 
@@ -113,12 +125,16 @@ def _hash(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def _flags(tools: Toolchain, wanted: Sequence[str], tensorrt: str | Path | None) -> list[str]:
-    return [
-        f"-DQPASS_ARCHITECTURES={';'.join(wanted)}",
-        f"-DQPASS_CUTLASS={tools.cutlass}",
-        f"-DQPASS_TENSORRT_INCLUDE={Path(tensorrt).resolve() if tensorrt is not None else ''}",
-    ]
+def _flags(tools: Toolchain, wanted: Sequence[str]) -> list[str]:
+    return [f"-DQPASS_ARCHITECTURES={';'.join(wanted)}", f"-DQPASS_CUTLASS={tools.cutlass}"]
+
+
+def _major_of(include: str | Path | None) -> str | None:
+    """The key of `INTERFACES` for headers of TensorRT's."""
+    if include is None:
+        return None
+    texts = (f.read_text(errors="replace") for f in Path(include).glob("NvInferRuntime*.h"))
+    return "10" if any("class IPluginV3 " in t or "IPluginV3OneCore" in t for t in texts) else "8"
 
 
 def _synchronize(source: Path, target: Path) -> None:

@@ -118,6 +118,11 @@ class Library:
         """Compute capabilities that it was compiled for, such as ("80", "90a")."""
         return tuple(str(self.description["architectures"]).split())
 
+    @property
+    def interface(self) -> str:
+        """Of TensorRT's, that its plugins have; a value of `toolchain.INTERFACES`."""
+        return str(self.description["interface"])
+
     @cached_property
     def ops(self) -> dict[str, OpInfo]:
         """Every op by its name."""

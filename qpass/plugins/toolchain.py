@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,9 @@ ARCHITECTURES = ("80", "86", "89", "90", "90a", "100a", "120")
 90 is Hopper by the kernels of the other architectures: slower than 90a, and how those can be tested on it."""
 WITHOUT_GPU = ("80", "90a")
 """What is compiled where no GPU says what is wanted."""
+
+INTERFACES = {"8": "IPluginV2DynamicExt", "10": "IPluginV3"}
+"""The plugin interface of TensorRT 8.6, and of 10, 11 and RTX."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,14 @@ def find() -> Toolchain:
         raise QpassError("the plugins cannot be compiled, since there is no C++ compiler: apt-get install g++")
     static = nvcc.parents[1] / "lib" / "libcudart_static.a"  # pip's; CUDA's own installer has lib64, which nvcc knows
     return Toolchain(nvcc, _version(nvcc), static.parent if static.exists() else None, cmake, ninja, cutlass)
+
+
+def installed_tensorrt() -> str:
+    """The key of `INTERFACES` for the TensorRT of this environment; the newer where there is none."""
+    for package in ("tensorrt", "tensorrt-bindings"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return "8" if importlib.metadata.version(package).startswith("8.") else "10"
+    return "10"
 
 
 def gpu_capabilities() -> tuple[str, ...]:

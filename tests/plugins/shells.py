@@ -25,11 +25,12 @@ def cuda_include() -> Path | None:
     return next((h.parent for f in folders for h in f.glob("cu*/include/cuda_runtime_api.h")), None)
 
 
-def compile_shells(folder: Path, version: str = "1", extra: str = "") -> Library:
+def compile_shells(folder: Path, version: str = "1", extra: str = "", tensorrt: str = "10") -> Library:
     """The library in `folder`, compiled if it is not there yet.
 
     Args:
         extra: C++ that registers ops of its own.
+        tensorrt: whose plugins, 8 or 10.
         version: of the plugins; another than qpass's makes a library that TensorRT does not take for a model's nodes.
     """
     target = folder / LIBRARY
@@ -46,8 +47,8 @@ def compile_shells(folder: Path, version: str = "1", extra: str = "") -> Library
             sources = [*sorted((copy / "plugins").glob("*.cpp")), folder / "kernels.cpp", folder / "extra.cpp"]
             command = ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility=hidden"]
             command += ["-Wall", "-Wextra", "-Werror", "-isystem", str(include)]
-            command += [f"-I{copy / part}" for part in ("minimal", "kernels", "plugins")]
-            command += ['-DQPASS_ARCHITECTURES="80 90a"', '-DQPASS_INTERFACE="shells"']
+            command += [f"-I{copy / part}" for part in (f"minimal/{tensorrt}", "kernels", "plugins")]
+            command += ['-DQPASS_ARCHITECTURES="80 90a"', f"-DQPASS_TENSORRT={tensorrt}"]
             fresh = folder / "fresh.so"
             done = subprocess.run(
                 [*command, *map(str, sources), "-o", str(fresh)], capture_output=True, text=True, check=False

@@ -8,14 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#define QPASS_MINIMAL_TENSORRT_HEADER 1
-
 namespace nvinfer1 {
 
-enum class DataType : int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBF16 = 7, kINT64 = 8 };
-enum class TensorFormat : int32_t { kLINEAR = 0 };
-enum class DimensionOperation : int32_t { kPROD = 1, kFLOOR_DIV = 7 };
-enum class PluginFieldType : int32_t { kFLOAT32 = 1, kINT32 = 5, kUNKNOWN = 8, kINT64 = 10 };
 enum class PluginCapabilityType : int32_t { kCORE = 0, kBUILD = 1, kRUNTIME = 2 };
 enum class TensorRTPhase : int32_t { kBUILD = 0, kRUNTIME = 1 };
 enum class APILanguage : int32_t { kCPP = 0 };
@@ -32,78 +26,17 @@ class IVersionedInterface {
   virtual ~IVersionedInterface() noexcept = default;
 };
 
-class ILoggerFinder;  // only handed on; logger.cpp knows its layouts
+using DimValue = int64_t;
 
-struct Dims {
-  static constexpr int32_t MAX_DIMS = 8;
-  int32_t nbDims;
-  int64_t d[MAX_DIMS];
-};
+}  // namespace nvinfer1
 
-struct PluginTensorDesc {
-  Dims dims;
-  DataType type;
-  TensorFormat format;
-  float scale;
-};
+#include "../shared.h"
+
+namespace nvinfer1 {
 
 struct DynamicPluginTensorDesc {
   PluginTensorDesc desc;
   Dims min, max, opt;
-};
-
-struct PluginField {
-  char const* name;
-  void const* data;
-  PluginFieldType type;
-  int32_t length;
-};
-
-struct PluginFieldCollection {
-  int32_t nbFields;
-  PluginField const* fields;
-};
-
-// TensorRT makes objects of the next two; each holds a pointer to an implementation that does the work.
-class IDimensionExpr {
- public:
-  bool isConstant() const noexcept { return implementation_->isConstant(); }
-  int64_t getConstantValue() const noexcept { return implementation_->getConstantValue(); }
-
- protected:
-  virtual ~IDimensionExpr() noexcept = default;
-
- private:
-  struct Implementation {
-    virtual ~Implementation() noexcept = default;
-    virtual bool isConstant() const = 0;
-    virtual int64_t getConstantValue() const = 0;
-  };
-  Implementation* implementation_;
-};
-
-class IExprBuilder {
- public:
-  IDimensionExpr const* constant(int64_t value) noexcept { return implementation_->constant(value); }
-  IDimensionExpr const* operation(DimensionOperation op, IDimensionExpr const& a, IDimensionExpr const& b) noexcept {
-    return implementation_->operation(op, a, b);
-  }
-
- protected:
-  virtual ~IExprBuilder() noexcept = default;
-
- private:
-  struct Implementation {
-    virtual ~Implementation() noexcept = default;
-    virtual IDimensionExpr const* constant(int64_t value) = 0;
-    virtual IDimensionExpr const* operation(DimensionOperation op, IDimensionExpr const& a, IDimensionExpr const& b) = 0;
-  };
-  Implementation* implementation_;
-};
-
-struct DimsExprs {
-  int32_t nbDims;
-  IDimensionExpr const* d[Dims::MAX_DIMS];
 };
 
 class IPluginResourceContext;

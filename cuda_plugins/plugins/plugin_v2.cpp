@@ -1,0 +1,204 @@
+// Any op as an IPluginV2DynamicExt, the plugin interface of TensorRT 8.6.
+//
+// That TensorRT types a network weakly: it chooses float32 or float16 for a tensor by what is faster, whatever the model says.
+// Asked to choose for plugins too, it times everything around them in all combinations, for minutes, and what it takes is chance;
+// so a field of the node says which of the two its floats are. It has no int8 constants; packed weights come as int32 constants of
+// the same bytes, and another field says which inputs these are.
+#include "shell.h"
+
+#if QPASS_TENSORRT < 10
+
+#include <cstring>
+
+namespace qpass {
+namespace {
+
+using namespace nvinfer1;
+
+constexpr const char* kViews = "int32_views";    // bit i: input i is an int32 view, its last dim a quarter of what it is
+constexpr const char* kFloatType = "float_type";  // of T and output_type: a qpass_type, or 0 for any
+
+struct Build {  // what a node is told beyond its attributes
+  uint32_t views;
+  int32_t float_type;
+};
+
+class Plugin : public IPluginV2DynamicExt {
+ public:
+  Plugin(const Node& node, const Build& build) : node_(node), build_(build) {}
+
+  char const* getPluginType() const noexcept override { return node_.op.name; }
+  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginNamespace() const noexcept override { return kNamespace; }
+  void setPluginNamespace(char const*) noexcept override {}  // it is ours, whoever asks
+  int32_t getNbOutputs() const noexcept override { return int32_t(node_.outputs.size()); }
+  int32_t initialize() noexcept override { return 0; }
+  void terminate() noexcept override {}
+  void destroy() noexcept override { delete this; }
+  IPluginV2DynamicExt* clone() const noexcept override { return new Plugin(node_, build_); }
+
+  DataType getOutputDataType(int32_t index, DataType const* in, int32_t inputs) const noexcept override {
+    qpass_type t = inputs ? from_tensorrt(in[node_.t_input()]).value_or(QPASS_FLOAT) : QPASS_FLOAT;
+    return to_tensorrt(node_.type(*node_.outputs[index], t));
+  }
+
+  DimsExprs getOutputDimensions(int32_t index, DimsExprs const* in, int32_t inputs, IExprBuilder& builder) noexcept override {
+    DimsExprs none;
+    none.nbDims = -1;
+    if (!arity_fits(node_, inputs, getNbOutputs())) return none;
+    std::vector<std::vector<Symbols::Dim>> dims;
+    for (int i = 0; i < inputs; ++i) {
+      dims.emplace_back(in[i].d, in[i].d + in[i].nbDims);
+      if (is_view(i) && in[i].nbDims) dims[i].back() = Symbols{&builder}.times(dims[i].back(), 4);
+    }
+    std::vector<DimsExprs> solved;
+    return solve_outputs(node_, dims, builder, &solved) ? solved[index] : none;
+  }
+
+  bool supportsFormatCombination(
+      int32_t position, PluginTensorDesc const* all, int32_t inputs, int32_t outputs) noexcept override {
+    if (!arity_fits(node_, inputs, outputs) || all[position].format != TensorFormat::kLINEAR) return false;
+    if (position < inputs && is_view(position)) return all[position].type == DataType::kINT32;
+    const Slot& slot = position < inputs ? *node_.inputs[position] : *node_.outputs[position - inputs];
+    std::optional<qpass_type> type = from_tensorrt(all[position].type);
+    if (!type || (slot.kind != Kind::kT && slot.kind != Kind::kOutputType)) return type && *type == node_.type(slot, *type);
+    const int like = first_of(slot.kind);  // what comes later is not settled yet
+    const bool allowed = build_.float_type ? *type == build_.float_type : *type != QPASS_INT8;
+    return allowed && (position <= like || type == from_tensorrt(all[like].type));
+  }
+
+  void configurePlugin(
+      DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const* out, int32_t outputs) noexcept override {
+    for (int i = 0; i < outputs; ++i) adopt(*node_.outputs[i], out[i].desc.type);
+  }
+
+  size_t getWorkspaceSize(
+      PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const* out, int32_t outputs) const noexcept override {
+    Tensor from[kMostTensors], to[kMostTensors];
+    for (int i = 0; i < inputs; ++i) from[i] = input(i, in[i], somewhere());
+    for (int i = 0; i < outputs; ++i) to[i] = tensor_of(out[i], out[i].dims, somewhere());
+    return node_.op.workspace(Call(node_, from, to, nullptr));
+  }
+
+  int32_t enqueue(PluginTensorDesc const* in_desc, PluginTensorDesc const* out_desc, void const* const* in, void* const* out,
+      void* workspace, cudaStream_t stream) noexcept override {
+    Tensor from[kMostTensors], to[kMostTensors];
+    for (size_t i = 0; i < node_.inputs.size(); ++i) from[i] = input(i, in_desc[i], in[i]);
+    for (size_t i = 0; i < node_.outputs.size(); ++i) {
+      to[i] = tensor_of(out_desc[i], out_desc[i].dims, out[i]);
+      adopt(*node_.outputs[i], out_desc[i].type);
+    }
+    std::string error = is_new(from) ? node_.check(from, int(node_.inputs.size()), to, int(node_.outputs.size())) : "";
+    if (error.empty()) error = node_.run(from, to, workspace, stream);
+    if (!error.empty()) report(error);
+    return !error.empty();
+  }
+
+  size_t getSerializationSize() const noexcept override { return node_.values.size() * sizeof(double) + sizeof(build_); }
+  void serialize(void* buffer) const noexcept override {
+    size_t size = node_.values.size() * sizeof(double);
+    std::memcpy(buffer, node_.values.data(), size);
+    std::memcpy(static_cast<char*>(buffer) + size, &build_, sizeof(build_));
+  }
+
+ private:
+  bool is_view(size_t input) const { return build_.views >> input & 1; }
+
+  // The first tensor of a kind, inputs before outputs: the others of this kind have its type.
+  int first_of(Kind kind) const {
+    int position = 0;
+    for (const std::vector<const Slot*>* side : {&node_.inputs, &node_.outputs}) {
+      for (const Slot* slot : *side) {
+        if (slot->kind == kind) return position;
+        ++position;
+      }
+    }
+    return position;
+  }
+
+  Tensor input(size_t i, const PluginTensorDesc& desc, const void* data) const {
+    Tensor t = tensor_of(desc, desc.dims, data);
+    if (is_view(i)) {
+      t.type = QPASS_INT8;
+      if (t.rank) t.dims[t.rank - 1] *= 4;
+    }
+    return t;
+  }
+
+  void adopt(const Slot& slot, DataType type) {
+    std::optional<qpass_type> chosen = from_tensorrt(type);
+    if (slot.kind == Kind::kOutputType && chosen && *chosen != QPASS_INT8) node_.set("output_type", *chosen);
+  }
+
+  // Whether the inputs' shapes are others than in the last call: this interface does not tell.
+  bool is_new(const Tensor* from) {
+    bool changed = last_.empty();
+    last_.resize(node_.inputs.size());
+    for (size_t i = 0; i < last_.size(); ++i) {
+      changed |= last_[i].rank != from[i].rank || std::memcmp(last_[i].dims, from[i].dims, sizeof(last_[i].dims));
+      last_[i] = from[i];
+    }
+    return changed;
+  }
+
+  Node node_;
+  const Build build_;
+  std::vector<Tensor> last_;
+};
+
+class Creator : public IPluginCreator {
+ public:
+  explicit Creator(const Op& op) : op_(op) {
+    for (const Field& f : op.fields) fields_.push_back({f.name, nullptr, type_of(f), 1});
+    for (const char* name : {kViews, kFloatType}) fields_.push_back({name, nullptr, PluginFieldType::kINT32, 1});
+    collection_ = {int32_t(fields_.size()), fields_.data()};
+  }
+
+  char const* getPluginName() const noexcept override { return op_.name; }
+  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginNamespace() const noexcept override { return kNamespace; }
+  void setPluginNamespace(char const*) noexcept override {}
+  PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
+
+  Plugin* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
+    std::optional<Node> node = node_of(op_, *given);
+    const Build build = {uint32_t(value_of(*given, kViews).value_or(0)), int32_t(value_of(*given, kFloatType).value_or(0))};
+    return node ? new Plugin(*node, build) : nullptr;
+  }
+
+  Plugin* deserializePlugin(char const*, void const* data, size_t size) noexcept override {
+    const size_t values = op_.fields.size() * sizeof(double);
+    Build build;
+    if (size != values + sizeof(build)) {
+      report(std::string(op_.name) + ": the engine is of other plugins than these; build it again");
+      return nullptr;
+    }
+    std::vector<double> read(op_.fields.size());
+    std::memcpy(read.data(), data, values);
+    std::memcpy(&build, static_cast<const char*>(data) + values, sizeof(build));
+    return new Plugin(Node(op_, read), build);
+  }
+
+ private:
+  const Op& op_;
+  std::vector<PluginField> fields_;
+  PluginFieldCollection collection_;
+};
+
+}  // namespace
+}  // namespace qpass
+
+// The two functions that TensorRT looks for in a plugin library.
+QPASS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qpass::set_logger_finder(finder); }
+
+QPASS_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
+  static const auto creators = [] {
+    std::vector<nvinfer1::IPluginCreator*> all;
+    for (const qpass::Op* op : qpass::ops()) all.push_back(new qpass::Creator(*op));  // TensorRT keeps them for good
+    return all;
+  }();
+  count = int32_t(creators.size());
+  return creators.data();
+}
+
+#endif  // QPASS_TENSORRT < 10
