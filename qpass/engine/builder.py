@@ -19,6 +19,7 @@ from qpass import cache, plugins, runtime
 from qpass.engine import backends, sidecar
 from qpass.engine.backends import Backend
 from qpass.engine.job import Built, Job
+from qpass.engine.lower import PRECISIONS
 from qpass.engine.preflight import check_ledger, plugin_nodes, preflight
 from qpass.engine.profiles import Profile, Shape, profiles_of
 from qpass.errors import QpassError
@@ -55,6 +56,8 @@ def build_files(
     max_shapes: Mapping[str, Shape] | None = None,
     timing_cache: str | Path | None = None,
     workspace: int | None = None,
+    precision: str | None = None,
+    level: int | None = None,
     keep: Iterable[str | Path] = (),
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
@@ -73,6 +76,8 @@ def build_files(
         timing_cache: a file to read and to add to, by default one in the cache per backend, version and GPU.
         keep: files that the output must not overwrite, besides the model's own and the library.
         workspace: bound in bytes on the memory that layers may use.
+        precision: "fp16" or "fp32", for a backend that types networks weakly; others take the types of the model.
+        level: 0 to 5, how long TensorRT searches for fast kernels; by default its own 3.
         progress: called with steps done and in all.
         log: called with every line of TensorRT's.
 
@@ -86,6 +91,9 @@ def build_files(
     capability = capability_of(chosen, target_arch)
     if timing_cache is not None and not chosen.keeps_timing:
         raise QpassError(f"--timing-cache: {chosen.name} times nothing when it builds; leave it out")
+    check_precision(chosen, precision)
+    if level is not None and level not in range(6):
+        raise QpassError(f"--level {level}: TensorRT has 0 to 5")
     if library is not None and not use_plugins:
         raise QpassError("--plugins and --no-plugins: give one of them")
     loaded = Model.load(path)
@@ -96,7 +104,7 @@ def build_files(
     nodes = {n.name: n.op for n in plugin_nodes(loaded)}
     found = None
     if nodes and use_plugins:
-        found = plugins.find(library, capability or _this_gpu())
+        found = plugins.find(library, capability or _this_gpu(), chosen.interface)
         check_places(engine, [found.path], own_cache)
         targets = [c for c in (capability, _this_gpu()) if c][:1] or list(chosen.capabilities())
         preflight(loaded, path, found, chosen, targets)
@@ -119,10 +127,11 @@ def build_files(
                 nodes=nodes,
                 profiles=profiles,
                 capability=capability,
-                inline=bool(loaded.proto.functions) and found is None,
                 timing_cache=str(tuned) if tuned is not None else None,
                 timing_out=str(learned.path.resolve()),
                 workspace=workspace,
+                precision=precision,
+                level=level,
                 verbose=log is not None,
             )
             guessed = guesses(profiles, inputs)
@@ -154,6 +163,14 @@ def capability_of(backend: Backend, target: str | None) -> str | None:
     if wanted not in known:
         raise QpassError(f"--target-arch {target}: {backend.name} builds for {', '.join(known)}, or current")
     return wanted
+
+
+def check_precision(backend: Backend, precision: str | None) -> None:
+    """Raise QpassError where a backend does not have it."""
+    if precision is not None and not backend.weakly_typed:
+        raise QpassError(f"--precision: {backend.name} {backend.version()} takes the types of the model; leave it out")
+    if precision not in (None, *PRECISIONS):
+        raise QpassError(f"--precision {precision}: there are {', '.join(PRECISIONS)}")
 
 
 def _this_gpu() -> str | None:

@@ -14,11 +14,13 @@ class Job:
     """A build, complete.
 
     Args:
-        model: the file; with `inline` its local functions are expanded in memory first.
+        model: the file.
         engine: where the serialized engine goes, a temporary of the parent's.
         plugins: the library, None to build without.
         nodes: plugin nodes of the model by name, with their ops: each must become a plugin layer.
         capability: of the GPU that it is for, None for this machine's.
+        precision: "fp16" or "fp32", where the backend chooses types.
+        level: how long to search for fast kernels, 0 to 5.
         timing_cache: read if it is there; what the build learned goes to `timing_out`.
     """
 
@@ -31,10 +33,11 @@ class Job:
     nodes: dict[str, str]
     profiles: dict[str, Profile]
     capability: str | None
-    inline: bool
     timing_cache: str | None
     timing_out: str | None
     workspace: int | None = None
+    precision: str | None = None
+    level: int | None = None
     verbose: bool = False
 
     def to_json(self) -> str:

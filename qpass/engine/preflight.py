@@ -12,7 +12,7 @@ from qpass.engine.backends import Backend
 from qpass.errors import QpassError
 from qpass.graph import Const, Model, Node
 from qpass.ops import DOMAIN, REGISTRY
-from qpass.plugins import Library, compiled_for, runs_on
+from qpass.plugins import INTERFACES, Library, compiled_for, runs_on
 from qpass.plugins.library import OpInfo
 from qpass.rewriter import Ledger
 
@@ -43,6 +43,11 @@ def preflight(model: Model, path: Path, library: Library | None, backend: Backen
             made, on = ", ".join(library.architectures), ", ".join(targets)
             unfit.insert(0, f"{library.path.name} is compiled for {made}, which does not run on {on}")
             mends.insert(0, _arch_mend(targets))
+        if library.interface != backend.interface:
+            major = next(m for m, i in INTERFACES.items() if i == backend.interface)
+            who = f"{backend.name} {backend.version()}"
+            unfit.insert(0, f"{library.path.name} has plugins of {library.interface}, {who} wants {backend.interface}")
+            mends.insert(0, f"compile them for it with `qpass plugins build --tensorrt {major}`")
         failures += unfit
         if backend.refuses_subgraphs and (inner := _in_subgraphs(model, nodes)):
             failures += [f"{n.name}: {backend.name} builds no plugins within If or Loop" for n in inner]

@@ -37,6 +37,7 @@ def facts(
         "version": VERSION,
         "qpass": version("qpass"),
         "backend": {"name": backend.name, "version": built.version, "target": job.capability or "current"},
+        "precision": (job.precision or "fp16") if backend.weakly_typed else "the model's",
         "model": {"name": model.name, "sha256": digest(model)},
         "ledger": {"name": ledger.name, "sha256": digest(ledger)} if ledger.is_file() else None,
         "engine": {"name": engine.name, "sha256": digest(written), "bytes": written.stat().st_size},
@@ -67,6 +68,11 @@ def commands(model: Path, engine: Path, backend: Backend, library: Library | Non
     plugins = [f"--dynamicPlugins={library.path}"] if library else []
     usual = [f"--shapes={shapes['optShapes']}"] if job.profiles else []
     load = [backend.trtexec, f"--loadEngine={engine}", *plugins, *usual]
+    if backend.weakly_typed:  # its parser does not take the model as it is
+        make = ["qpass", "build", str(model), "-o", str(engine), "--backend", backend.name]
+        make += [f"--{key[:3]}={shapes[key]}" for key in shapes if shapes[key]]
+        make += [f"--precision={job.precision}"] if job.precision else []
+        return {"load": shlex.join(load), "build": shlex.join(make)}
     make = [backend.trtexec, f"--onnx={model}", f"--saveEngine={engine}", *plugins]
     make += [f"--{flag}={text}" for flag, text in shapes.items() if text]
     if backend.needs_gpu:

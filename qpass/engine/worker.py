@@ -15,11 +15,12 @@ from typing import Any
 
 import onnx
 
-from qpass.engine import prove
-from qpass.engine.backends import BACKENDS
+from qpass.engine import backends, prove
+from qpass.engine.backends import Backend
 from qpass.engine.job import Built, Job, event
 from qpass.errors import QpassError
 from qpass.ops import PLUGIN
+from qpass.plugins import Library
 
 _PR_SET_PDEATHSIG = 1
 
@@ -45,25 +46,33 @@ def build(job: Job) -> Built:
         QpassError: TensorRT refuses the model, or a plugin node did not become a plugin layer.
     """
     began = time.monotonic()
-    backend = BACKENDS[job.backend]
+    backend = backends.choose(job.backend)
     trt = backend.load()
     logger = _logger(trt, job.verbose)
-    if job.plugins is not None:
-        _load_plugins(trt, job.plugins, set(job.nodes.values()))
-    builder = trt.Builder(logger)
-    network = builder.create_network(_network_flags(trt))
+    library = Library(Path(job.plugins)) if job.plugins is not None else None
+    if library is not None:
+        _load_plugins(trt, library.path, set(job.nodes.values()))
+    lowered = backend.lowered(job.model, library, job.precision)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError:  # of pybind11, which was given none
+        raise QpassError("TensorRT does not start on this machine; it wants a CUDA GPU and its driver") from None
+    network = builder.create_network(backend.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    _parse(parser, job)
+    _parse(parser, job.model, lowered.model)
     parsed = [_layer_of(network.get_layer(i)) for i in range(network.num_layers)]
     if job.plugins is not None and (gone := prove.missing(job.nodes, parsed)):
         raise QpassError(f"not every plugin node became a plugin layer: {_few(gone)}")
     config = _config(trt, builder, network, job)
+    backend.configure(trt, config, network, lowered)
+    if job.capability is not None:
+        backend.target(trt, config, job.capability)
     cache = _timing_cache(config, job)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise QpassError("TensorRT built no engine")
     data = memoryview(engine)
-    checked, layers = _check(trt, logger, data, job, parsed)
+    checked, layers = _check(trt, backend, logger, data, job, parsed)
     with open(job.engine, "r+b") as file:
         file.write(data)
         file.truncate()
@@ -76,12 +85,13 @@ def build(job: Job) -> Built:
     return Built(trt.__version__, prove.summary(layers), plugins, checked, _tensors(trt, network), seconds, wrote)
 
 
-def _load_plugins(trt: Any, library: str, ops: set[str]) -> None:
+def _load_plugins(trt: Any, library: Path, ops: set[str]) -> None:
     registry = trt.get_plugin_registry()
-    if registry.load_library(library) is None:
+    if registry.load_library(str(library)) is None:
         raise QpassError(f"TensorRT could not load the plugins {library}")
     wanted = PLUGIN["plugin_version"], PLUGIN["plugin_namespace"]
-    there = {c.name for c in registry.all_creators if (c.plugin_version, c.plugin_namespace) == wanted}
+    creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
+    there = {c.name for c in creators if (c.plugin_version, c.plugin_namespace) == wanted}
     if gone := sorted(ops - there):
         raise QpassError(f"TensorRT does not find the plugin {', '.join(gone)} in {library}")
 
@@ -101,38 +111,19 @@ def _logger(trt: Any, verbose: bool) -> Any:
     return Logger()
 
 
-def _network_flags(trt: Any) -> int:
-    """Strongly typed: the types of the model are the types of the engine. TensorRT 11 and RTX know nothing else."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
-
-
-def _parse(parser: Any, job: Job) -> None:
-    if job.inline:
-        done = parser.parse(inlined(job.model).SerializeToString(), job.model)
-    else:
-        done = parser.parse_from_file(job.model)
+def _parse(parser: Any, path: str, lowered: onnx.ModelProto | None) -> None:
+    done = parser.parse_from_file(path) if lowered is None else parser.parse(lowered.SerializeToString(), path)
     if not done:
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        told = "; ".join(f"{e.node_name() or 'the model'}: {e.desc()}" for e in errors[:5])
+        told = "; ".join(_error_of(parser.get_error(i), lowered) for i in range(min(parser.num_errors, 5)))
         raise QpassError(f"TensorRT cannot parse the model: {told or 'it does not say why'}")
 
 
-def inlined(path: str) -> onnx.ModelProto:
-    """A model without local functions, its weights left where they are, its nodes named uniquely.
-
-    TensorRT expands functions by itself, but TensorRT-RTX refuses the second call of one that holds a DequantizeLinear:
-    it gives the nodes of both the same names.
-    """
-    from onnx import inliner
-
-    model = inliner.inline_local_functions(onnx.load(path, load_external_data=False))
-    seen: set[str] = set()
-    for i, node in enumerate(model.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.name or node.op_type}#{i}"
-        seen.add(node.name)
-    return model
+def _error_of(error: Any, lowered: onnx.ModelProto | None) -> str:
+    where = error.node_name() if hasattr(error, "node_name") else ""  # 8.6 has a number
+    if not where and lowered is not None and 0 <= error.node() < len(lowered.graph.node):
+        node = lowered.graph.node[error.node()]
+        where = f"{node.name} ({node.op_type})"
+    return f"{where or 'the model'}: {error.desc()}"
 
 
 def _layer_of(layer: Any) -> prove.Layer:
@@ -146,8 +137,8 @@ def _config(trt: Any, builder: Any, network: Any, job: Job) -> Any:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if job.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace)
-    if job.capability is not None:
-        BACKENDS[job.backend].target(trt, config, job.capability)
+    if job.level is not None:
+        config.builder_optimization_level = job.level
     if hasattr(trt, "IProgressMonitor"):
         config.progress_monitor = _monitor(trt)
     if job.profiles:
@@ -200,11 +191,11 @@ def _timing_cache(config: Any, job: Job) -> Any:
 
 
 def _check(
-    trt: Any, logger: Any, engine: memoryview, job: Job, parsed: list[prove.Layer]
+    trt: Any, backend: Backend, logger: Any, engine: memoryview, job: Job, parsed: list[prove.Layer]
 ) -> tuple[str, list[prove.Layer]]:
     """See the layers of the finished engine: how, and which."""
     loaded = None
-    if not BACKENDS[job.backend].needs_gpu and not _has_gpu():
+    if not backend.needs_gpu and not _has_gpu():
         pass  # nothing can be loaded here, and trying writes errors
     else:
         loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)

@@ -10,9 +10,9 @@ import pytest
 
 from qpass.plugins import Library
 from qpass.testing import model
-from tests.plugins.conftest import shells
+from tests.plugins.conftest import shells, shells8
 
-__all__ = ["shells"]
+__all__ = ["shells", "shells8"]
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 17]>

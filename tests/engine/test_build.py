@@ -244,7 +244,7 @@ def test_mistakes(block: Path, library: Library, run: Run, tmp_path: Path, monke
         assert "Traceback" not in refused.err
     monkeypatch.delenv("QPASS_PLUGINS")
     assert "compile them with `qpass plugins build`" in run("build", path).err
-    for backend in BACKENDS.values():
+    for backend in BACKENDS:
         monkeypatch.setattr(type(backend), "installed", lambda self: False)
     assert "no TensorRT is installed: pip install 'qpass[rtx]'" in run("build", path).err
     assert "pip install 'qpass[tensorrt]'" in run("build", path, "--backend", "tensorrt").err

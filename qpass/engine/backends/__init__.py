@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from qpass.engine.backends.base import Backend
 from qpass.engine.backends.tensorrt import TensorRT
+from qpass.engine.backends.tensorrt8 import TensorRT8
 from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
 from qpass.errors import QpassError
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (TensorRTRTX(), TensorRT())}
-"""By name, those first that need no GPU to build."""
+BACKENDS: tuple[Backend, ...] = (TensorRTRTX(), TensorRT(), TensorRT8())
+"""Those first that need no GPU to build, and of one name the newer first."""
+NAMES = tuple(dict.fromkeys(b.name for b in BACKENDS))
 
-__all__ = ["BACKENDS", "Backend", "choose"]
+__all__ = ["BACKENDS", "NAMES", "Backend", "choose"]
 
 
 def choose(name: str = "auto") -> Backend:
-    """A backend by name, or the first that is installed.
+    """The backend of this name that is installed, or the first of all that are.
 
     Raises:
         QpassError: there is none of this name, or it is not installed; says what to install.
     """
+    if name not in ("auto", *NAMES):
+        raise QpassError(f"--backend {name}: there are auto, {', '.join(NAMES)}")
+    named = [b for b in BACKENDS if name in ("auto", b.name)]
+    installed = [b for b in named if b.installed()]
+    if installed:
+        return installed[0]
+    first = named[0]
     if name == "auto":
-        installed = [b for b in BACKENDS.values() if b.installed()]
-        if installed:
-            return installed[0]
-        first = next(iter(BACKENDS.values()))
         raise QpassError(f"no TensorRT is installed: {first.install} (builds engines without a GPU)")
-    if name not in BACKENDS:
-        raise QpassError(f"--backend {name}: there are auto, {', '.join(BACKENDS)}")
-    backend = BACKENDS[name]
-    if not backend.installed():
-        raise QpassError(f"{backend.name} is not installed: {backend.install}")
-    return backend
+    if first.module is not None:
+        raise QpassError(f"{name} {first.version()} is installed, which qpass does not know; {first.install}")
+    raise QpassError(f"{name} is not installed: {first.install}")

@@ -10,6 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from qpass.engine.lower import Lowered, inlined
+from qpass.errors import QpassError
+from qpass.plugins import Library
+
 
 class Backend(ABC):
     """One kind of TensorRT.
@@ -19,13 +23,19 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
-    module: ClassVar[str]
+    """As `--backend` has it; one TensorRT of a name can be installed at a time."""
+    modules: ClassVar[tuple[str, ...]]
+    """What Python calls it, by one way of installing it or another."""
     packages: ClassVar[tuple[str, ...]]
     """pip's names of it."""
     install: ClassVar[str]
     """The command that installs it."""
     trtexec: ClassVar[str]
     """Its command-line tool."""
+    interface: ClassVar[str] = "IPluginV3"
+    """What its plugins must be."""
+    weakly_typed: ClassVar[bool] = False
+    """Whether it chooses the types of tensors by speed, rather than taking those of the model."""
     needs_gpu: ClassVar[bool]
     keeps_timing: ClassVar[bool]
     """Whether it times kernels when it builds, and learns from one build for the next."""
@@ -33,7 +43,12 @@ class Backend(ABC):
     """Whether it cannot build plugins within If and Loop."""
 
     def installed(self) -> bool:
-        return importlib.util.find_spec(self.module) is not None
+        return self.module is not None
+
+    @property
+    def module(self) -> str | None:
+        """The one of `modules` that is here."""
+        return next((m for m in self.modules if importlib.util.find_spec(m) is not None), None)
 
     def version(self) -> str:
         """Of the package; nothing is loaded."""
@@ -56,7 +71,30 @@ class Backend(ABC):
 
     def load(self) -> Any:
         """The module."""
+        if self.module is None:
+            raise QpassError(f"{self.name} is not installed: {self.install}")
         return importlib.import_module(self.module)
+
+    def network_flags(self, trt: Any) -> int:
+        """Strongly typed: the types of the model are those of the engine. TensorRT 11 and RTX know nothing else."""
+        flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
+
+    def lowered(self, path: str, library: Library | None, precision: str | None) -> Lowered:
+        """What its parser is given in place of a model's file.
+
+        Args:
+            library: the plugins; None builds their nodes' bodies.
+            precision: of floats, None for what it does by itself; a weakly typed one is told.
+
+        Raises:
+            QpassError: the parser does not know an op, and it cannot be said in ops that it knows.
+        """
+        return Lowered(inlined(path) if library is None else None)
+
+    def configure(self, trt: Any, config: Any, network: Any, lowered: Lowered) -> None:
+        """Tell it what it must know of a network before it builds; most need nothing."""
+        return
 
     @abstractmethod
     def target(self, trt: Any, config: Any, capability: str) -> None:

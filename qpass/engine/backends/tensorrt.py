@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from qpass.engine.backends.base import Backend
 from qpass.errors import QpassError
@@ -10,12 +10,16 @@ from qpass.errors import QpassError
 
 class TensorRT(Backend):
     name = "tensorrt"
-    module = "tensorrt"
-    packages = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+    modules: ClassVar[tuple[str, ...]] = ("tensorrt",)
+    packages: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     install = "pip install 'qpass[tensorrt]'"
     trtexec = "trtexec"
     needs_gpu = True
     keeps_timing = True
+    majors: ClassVar[tuple[str, ...]] = ("10", "11")
+
+    def installed(self) -> bool:
+        return super().installed() and self.version().partition(".")[0] in self.majors
 
     def environment(self) -> dict[str, str]:
         return {}

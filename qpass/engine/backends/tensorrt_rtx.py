@@ -13,7 +13,7 @@ from qpass.engine.backends.base import Backend
 
 class TensorRTRTX(Backend):
     name = "tensorrt_rtx"
-    module = "tensorrt_rtx_bindings"
+    modules = ("tensorrt_rtx_bindings",)
     packages = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
     install = "pip install 'qpass[rtx]'"
     trtexec = "tensorrt_rtx"

@@ -1,0 +1,61 @@
+"""TensorRT 8.6: types networks weakly, and knows neither local functions nor int8 weights nor opsets after 17."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from qpass.engine.backends.tensorrt import TensorRT
+from qpass.engine.lower import Lowered, for_tensorrt8
+from qpass.plugins import Library
+
+MOVES = ("SHUFFLE", "SLICE", "GATHER", "CONCATENATION", "IDENTITY", "SELECT")
+"""Layers that change no number: behind a plugin's int8 output they are int8, too."""
+LIBRARIES = (("libcublas.so.12", "libcublas.so.11"), ("libcublasLt.so.12", "libcublasLt.so.11"), ("libcudnn.so.8",))
+
+
+class TensorRT8(TensorRT):
+    modules = ("tensorrt", "tensorrt_bindings")  # pip's bindings without the package that brings NVIDIA's libraries
+    packages = ("tensorrt", "tensorrt-bindings", "tensorrt_bindings")
+    install = "pip install tensorrt==8.6.1"
+    interface = "IPluginV2DynamicExt"
+    weakly_typed = True
+    majors = ("8",)
+
+    def network_flags(self, trt: Any) -> int:
+        return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+
+    def lowered(self, path: str, library: Library | None, precision: str | None) -> Lowered:
+        return for_tensorrt8(path, library.ops if library is not None else None, precision or "fp16")
+
+    def configure(self, trt: Any, config: Any, network: Any, lowered: Lowered) -> None:
+        """FP16 wherever it is faster, or fp32 without the shortcuts of TF32; INT8 between plugins.
+
+        INT8 is what plugins make: its tensors get a scale of one, and no other tensor gets any, so that TensorRT
+        quantizes nothing by itself.
+        """
+        if lowered.precision == "fp32":
+            config.clear_flag(trt.BuilderFlag.TF32)
+        else:
+            config.set_flag(trt.BuilderFlag.FP16)
+        if lowered.integers:  # it would miss scales where there is no int8
+            config.set_flag(trt.BuilderFlag.INT8)
+        integers = set(lowered.integers)
+        for i in range(network.num_layers):
+            layer = network.get_layer(i)
+            outputs = [layer.get_output(o) for o in range(layer.num_outputs)]
+            moved = layer.type.name in MOVES and layer.num_inputs and layer.get_input(0).name in integers
+            for tensor in outputs:
+                if tensor is not None and (moved or tensor.name in integers):
+                    integers.add(tensor.name)
+                    tensor.set_dynamic_range(-127.0, 127.0)
+        if not all(any(_loadable(name) for name in names) for names in LIBRARIES):
+            config.set_tactic_sources(0)  # it would ask for kernels of libraries that are not here, and fail
+
+
+def _loadable(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,174 @@
+"""What TensorRT 8.6's parser is given in place of a model's file: no functions, weights as int32, opset 17."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import qpass
+from qpass.engine.backends.tensorrt8 import TensorRT8
+from qpass.engine.lower import FLOAT_TYPE, VIEWS, Lowered, for_tensorrt8, inlined
+from qpass.engine.preflight import plugin_nodes
+from qpass.errors import QpassError
+from qpass.graph import Model
+from qpass.ops import DOMAIN
+from qpass.plugins import Library
+from qpass.testing import model
+from tests import zoo
+from tests.zoo import FEW
+
+
+def rewritten(path: Path, preset: str, group_size: int | None = None) -> Path:
+    spec = qpass.QuantSpec.preset(preset, group_size)
+    return qpass.rewrite(path, path.with_name(f"{path.stem}-{preset}.onnx"), spec=spec).output
+
+
+def check(file: Path, lowered: Lowered) -> None:
+    """The lowered model says what the file says, in fewer words."""
+    before, after = onnx.load(file), lowered.model
+    assert after is not None
+    assert not after.functions
+    assert {o.domain: o.version for o in after.opset_import}[""] <= 17
+    old = {w.name: numpy_helper.to_array(w) for w in before.graph.initializer}
+    new = {w.name: w for w in after.graph.initializer}
+    nodes = {n.name: n for n in before.graph.node if n.domain == DOMAIN}
+    for node in after.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        was = nodes.pop(node.name)
+        assert list(node.input) == list(was.input)
+        attributes = {a.name: a for a in node.attribute}
+        assert attributes.pop(FLOAT_TYPE).i == TensorProto.FLOAT16
+        views = attributes.pop(VIEWS).i if VIEWS in attributes else 0
+        assert [a.name for a in was.attribute] == list(attributes)
+        for i, name in enumerate(node.input):
+            is_packed = name in old and old[name].dtype == np.int8
+            assert bool(views >> i & 1) == is_packed
+            if is_packed:
+                assert new[name].data_type == TensorProto.INT32
+                np.testing.assert_array_equal(numpy_helper.to_array(new[name]).view(np.int8), old[name])
+    assert not nodes, "every plugin node is still there"
+    values = [v for n in plugin_nodes(Model.load(file)) for v in n.outputs]
+    assert lowered.integers == {v.name for v in values if v.dtype == np.int8}
+
+
+@zoo.each(*FEW)
+def test_models_of_the_zoo(path: Path, tmp_path: Path, shells8: Library) -> None:
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    for preset, group_size in (("w8a8", None), ("w8a16", None), ("w4a16-g128", 32)):
+        file = rewritten(copy, preset, group_size)
+        before = file.read_bytes()
+        lowered = for_tensorrt8(str(file), shells8.ops)
+        check(file, lowered)
+        assert bool(lowered.integers) == (preset == "w8a8")
+        assert file.read_bytes() == before
+
+
+def test_weights_stay_where_they_are(block: Path, shells8: Library, tmp_path: Path) -> None:
+    file = rewritten(block, "w8a8")
+    apart = tmp_path / "apart.onnx"
+    onnx.save(onnx.load(file), apart, save_as_external_data=True, location="apart.data", size_threshold=64)
+    lowered = for_tensorrt8(str(apart), shells8.ops).model
+    assert lowered is not None
+    views = [w for w in lowered.graph.initializer if w.data_type == TensorProto.INT32]
+    assert [list(w.dims) for w in views] == [[128, 16], [64, 32]]
+    for w in views:
+        length = next(int(e.value) for e in w.external_data if e.key == "length")
+        assert length == 4 * np.prod(w.dims)
+        assert not w.raw_data
+
+
+def test_int8_numbers_one_by_one(block: Path, shells8: Library, tmp_path: Path) -> None:
+    """`int32_data` holds a number each; and two nodes may read one weight."""
+    proto = onnx.load(rewritten(block, "w8a8"))
+    weight = next(w for w in proto.graph.initializer if w.data_type == TensorProto.INT8)
+    numbers = numpy_helper.to_array(weight).copy()
+    weight.int32_data.extend(int(n) for n in numbers.reshape(-1))
+    weight.ClearField("raw_data")
+    twin = onnx.NodeProto()
+    twin.CopyFrom(next(n for n in proto.graph.node if weight.name in n.input))
+    twin.name, twin.output[0] = "twin", "twin_output"
+    proto.graph.node.append(twin)
+    onnx.save(proto, tmp_path / "m.onnx")
+    lowered = for_tensorrt8(str(tmp_path / "m.onnx"), shells8.ops).model
+    assert lowered is not None
+    viewed = next(w for w in lowered.graph.initializer if w.name == weight.name)
+    np.testing.assert_array_equal(numpy_helper.to_array(viewed).view(np.int8), numbers)
+    readers = [n for n in lowered.graph.node if weight.name in n.input]
+    assert [[a.i for a in n.attribute if a.name == VIEWS] for n in readers] == [[2], [2]]
+
+
+def test_rows_that_are_no_multiple_of_four(tmp_path: Path, shells8: Library) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 17]>
+    odd (float[B, 30] x) => (float[B, 16] y) <float[30, 16] w> { [fc] y = MatMul(x, w) }
+    """
+    onnx.save(model(text), tmp_path / "odd.onnx")
+    with pytest.raises(QpassError, match=r"fc.*takes int8 weights four at a time, and the rows of .* \[16, 30\]"):
+        for_tensorrt8(str(rewritten(tmp_path / "odd.onnx", "w8a8")), shells8.ops)
+
+
+def test_without_plugins_bodies_are_expanded(block: Path) -> None:
+    lowered = for_tensorrt8(str(rewritten(block, "w8a8")), None)
+    assert lowered.model is not None
+    assert not lowered.integers
+    assert not [n for n in lowered.model.graph.node if n.domain == DOMAIN]
+    assert inlined(str(block)) is None, "a model without functions is parsed from its file"
+
+
+class _Layer:
+    def __init__(self, kind: str, inputs: list[str], outputs: list[str]) -> None:
+        self.type = type("Type", (), {"name": kind})()
+        self._inputs, self._outputs = [_Tensor(n) for n in inputs], [_Tensor(n) for n in outputs]
+        self.num_inputs, self.num_outputs = len(inputs), len(outputs)
+
+    def get_input(self, i: int) -> _Tensor:
+        return self._inputs[i]
+
+    def get_output(self, i: int) -> _Tensor:
+        return self._outputs[i]
+
+
+class _Tensor:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.range: tuple[float, float] | None = None
+
+    def set_dynamic_range(self, low: float, high: float) -> None:
+        self.range = low, high
+
+
+def test_only_what_plugins_make_is_int8() -> None:
+    """The tensors with a range are those that plugins write int8 to, and what only moves these."""
+    layers = [
+        _Layer("PLUGIN_V2", ["x"], ["q", "scale"]),
+        _Layer("SHUFFLE", ["q"], ["moved"]),
+        _Layer("SHUFFLE", ["x"], ["other"]),
+        _Layer("PLUGIN_V2", ["moved", "w"], ["y"]),
+    ]
+    network = type("Network", (), {"num_layers": 4, "get_layer": lambda self, i: layers[i]})()
+    flags: list[str] = []
+    calls = {
+        "set_flag": lambda self, f: flags.append(f),
+        "clear_flag": lambda self, f: flags.append(f"not {f}"),
+        "set_tactic_sources": lambda self, s: None,
+    }
+    config = type("Config", (), calls)()
+    trt = type("Trt", (), {"BuilderFlag": type("Flags", (), {f: f for f in ("FP16", "INT8", "TF32")})})
+    TensorRT8().configure(trt, config, network, Lowered(None, frozenset({"q"})))
+    ranges = {t.name: t.range for layer in layers for t in layer._outputs}
+    assert ranges == {"q": (-127.0, 127.0), "scale": None, "moved": (-127.0, 127.0), "other": None, "y": None}
+    assert flags == ["FP16", "INT8"]
+    flags.clear()
+    TensorRT8().configure(trt, config, network, Lowered(None, precision="fp32"))
+    assert flags == ["not TF32"], "without int8 tensors there are no scales, which INT8 would ask for"
+
+
+def test_a_helper_makes_int8_constants() -> None:
+    """What the tests above rely on: onnx stores int8 in int32_data, a number each."""
+    assert len(helper.make_tensor("w", TensorProto.INT8, [4], [1, 2, 3, 4]).int32_data) == 4

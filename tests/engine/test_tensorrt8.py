@@ -1,0 +1,163 @@
+"""The backend for TensorRT 8.6, which a stand-in plays: what the model becomes on the way, and how builds end.
+
+The real one builds, runs and is measured in benchmarks/results/engines_*.json, on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qpass
+from qpass import engine as engines
+from qpass.engine import backends
+from qpass.errors import QpassError
+from qpass.plugins import Library
+from tests import zoo
+from tests.conftest import Run
+from tests.zoo import FEW
+
+STAND_IN = Path(__file__).with_name("tensorrt8")
+
+
+@pytest.fixture(autouse=True)
+def tensorrt8(shells8: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """TensorRT 8.6.1 as `tensorrt_bindings`, its plugins, and a cache of the test's own."""
+    monkeypatch.syspath_prepend(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv("QPASS_PLUGINS", str(shells8.path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    sys.modules.pop("tensorrt_bindings", None)
+
+
+def told(engine: Path) -> dict[str, Any]:
+    """What the stand-in was told."""
+    found: dict[str, Any] = json.loads(engine.read_text())["told"]
+    return found
+
+
+def rewritten(path: Path, preset: str = "w8a8", group_size: int | None = None) -> Path:
+    spec = qpass.QuantSpec.preset(preset, group_size)
+    return qpass.rewrite(path, path.with_name(f"{path.stem}.{preset}.onnx"), spec=spec).output
+
+
+def test_it_is_chosen_by_its_version() -> None:
+    chosen = backends.choose("tensorrt")
+    assert (chosen.name, chosen.version(), chosen.interface) == ("tensorrt", "8.6.1", "IPluginV2DynamicExt")
+    assert chosen.weakly_typed
+
+
+def test_build(block: Path, run: Run) -> None:
+    done = run("build", block, "--preset", "w8a8", "--backend", "tensorrt", "--opt", "x:1x16x64", "--level", "2")
+    assert done.code == 0, done.err
+    assert "by tensorrt 8.6.1 for current" in done.out
+    assert "all 4 plugin nodes are plugin layers" in done.out
+    engine = block.with_name("block.qpass.engine")
+    said = told(engine)
+    assert said["flags"] == ["TF32", "FP16", "INT8"]
+    assert said["level"] == 2
+    facts = json.loads(engine.with_name("block.qpass.engine.json").read_text())
+    assert (facts["precision"], facts["proof"]) == ("fp16", "inspector")
+    assert "qpass build" in facts["commands"]["build"], "trtexec does not take the model as it is"
+    quantized = [n for n, op in facts["plugin_layers"].items() if op != "SmoothQuantGemm"]
+    assert len(said["ranges"]) == len(quantized), "the integers that plugins make have a scale of one"
+    assert set(map(tuple, said["ranges"].values())) == {(-127.0, 127.0)}
+    gemms = [a for n, a in said["attributes"].items() if facts["plugin_layers"][n] == "SmoothQuantGemm"]
+    assert [a["int32_views"] for a in gemms] == [2, 2]
+
+
+def test_precision(block: Path, run: Run) -> None:
+    for preset, precision, flags, kind in (
+        ("w8a8", "fp32", ["INT8"], 1),
+        ("w8a16", "fp32", [], 1),
+        ("w8a16", "fp16", ["TF32", "FP16"], 10),
+    ):
+        engine = engines.build_files(rewritten(block, preset), precision=precision, backend="tensorrt").engine
+        said = told(engine)
+        assert said["flags"] == flags
+        assert {a["float_type"] for a in said["attributes"].values()} == {kind}
+    with pytest.raises(QpassError, match="--precision bf16: there are fp16, fp32"):
+        engines.build_files(rewritten(block), precision="bf16", backend="tensorrt")
+    refused = run("build", rewritten(block), "--precision", "fp16", "--backend", "tensorrt_rtx")
+    assert (refused.code, "takes the types of the model; leave it out" in refused.err) == (2, True), refused.err
+
+
+@zoo.each(*FEW)
+def test_models_of_the_zoo(path: Path, tmp_path: Path) -> None:
+    """Its parser is played by one that refuses what the real one refuses: functions, int8 weights, later opsets."""
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    assert not engines.build_files(copy, backend="tensorrt").facts["plugin_layers"]
+    for preset, group_size in (("w8a8", None), ("w4a16-g128", 32)):
+        facts = engines.build_files(rewritten(copy, preset, group_size), backend="tensorrt").facts
+        assert facts["plugin_layers"]
+        assert facts["layers"]["PluginV2"] == len(facts["plugin_layers"])
+
+
+def test_without_plugins(block: Path) -> None:
+    with pytest.raises(QpassError, match="INT8 weights are refused"):
+        engines.build_files(rewritten(block), backend="tensorrt", use_plugins=False)
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("crashes", "tensorrt 8.6.1 was ended by signal 6 while building; it said last: terminate called without"),
+        ("is killed", r"was ended by signal 9 \(out of memory\?\) while building"),
+        ("runs out", "TensorRT built no engine. TensorRT said: Error Code 2: OutOfMemory"),
+        ("forgets", "plugin nodes are not in the finished engine: "),
+    ],
+)
+def test_how_builds_fail(does: str, said: str, block: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of ours with TensorRT's last, exit code 2, and no file that was not there before."""
+    monkeypatch.setenv("TENSORRT8_DOES", does)
+    path = rewritten(block)
+    before = set(block.parent.iterdir())
+    with pytest.raises(QpassError, match=said):
+        engines.build_files(path, backend="tensorrt")
+    failed = run("build", path, "--backend", "tensorrt")
+    assert failed.code == 2
+    assert "Traceback" not in failed.err
+    assert {f for f in block.parent.iterdir() if f.name != "cache"} == before - {block.parent / "cache"}
+
+
+def test_what_its_parser_refuses_is_named(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, save
+
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in "xy")
+    node = helper.make_node("Hardmax", ["x"], ["y"], "pick")
+    proto = helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 17)])
+    save(proto, tmp_path / "m.onnx")
+    with pytest.raises(
+        QpassError, match=r"cannot parse the model: pick \(Hardmax\): Assertion failed: Plugin not found"
+    ):
+        engines.build_files(tmp_path / "m.onnx", backend="tensorrt")
+
+
+def test_plugins_of_the_other_interface(block: Path, shells: Library) -> None:
+    said = r"has plugins of IPluginV3, tensorrt 8\.6\.1 wants IPluginV2DynamicExt.*qpass plugins build --tensorrt 8"
+    with pytest.raises(QpassError, match=said):
+        engines.build_files(rewritten(block), backend="tensorrt", library=shells.path)
+    with pytest.raises(QpassError, match=r"has plugins of IPluginV2DynamicExt, tensorrt_rtx .* --tensorrt 10"):
+        engines.build_files(rewritten(block), backend="tensorrt_rtx")
+
+
+def test_bfloat16_is_not_there(block: Path, tmp_path: Path) -> None:
+    import ml_dtypes
+    import onnx
+    from onnx import TensorProto, numpy_helper
+
+    proto = onnx.load(block)
+    for w in proto.graph.initializer:
+        w.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(w).astype(ml_dtypes.bfloat16), w.name))
+    for v in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        v.type.tensor_type.elem_type = TensorProto.BFLOAT16
+    onnx.save(proto, tmp_path / "bf16.onnx")
+    with pytest.raises(QpassError, match="x is bfloat16, the library has float32, float16"):
+        engines.build_files(rewritten(tmp_path / "bf16.onnx", "w8a16"), backend="tensorrt")
