@@ -13,6 +13,8 @@ from typer.exceptions import TyperException
 import qpass.pipeline as pipeline
 from qpass import report
 from qpass.engine import commands as engine
+from qpass.engine import sidecar
+from qpass.engine.bench.command import bench
 from qpass.errors import QpassError
 from qpass.options import (
     BUG,
@@ -50,6 +52,7 @@ app.add_typer(spec_app, name="spec")
 app.add_typer(plugins_app, name="plugins")
 app.command("build")(engine.build)
 app.command("run")(engine.run)
+app.command("bench")(bench)
 
 ReportPage = Annotated[
     Path | None, typer.Option("--report", help="Write a page of the run: ledger, layers, sizes, near misses, rules.")
@@ -215,7 +218,7 @@ def calibrate(
 @app.command()
 def verify(
     original: Annotated[Path, typer.Argument(help="The model as it was.", show_default=False)],
-    rewritten: Annotated[Path, typer.Argument(help="The rewritten model.", show_default=False)],
+    rewritten: Annotated[Path, typer.Argument(help="The rewritten model, or an engine.", show_default=False)],
     data: Annotated[
         list[Path] | None, typer.Option("--data", "-d", help=".npz files or folders; made up if absent.")
     ] = None,
@@ -224,15 +227,43 @@ def verify(
     mask: Annotated[
         str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")
     ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Of an engine: exit with 1 above this relative error from its own model.")
+    ] = 1e-2,
+    model: Annotated[
+        Path | None, typer.Option("--rewritten", help="Of an engine: its model. Default: by its name, beside it.")
+    ] = None,
     as_json: Json = False,
     no_progress: NoProgress = False,
 ) -> None:
-    """Compare a rewritten model with its original in ONNX Runtime.
+    """Compare a rewritten model, or on the GPU an engine of it, with its original in ONNX Runtime.
 
     Example: `qpass verify model.onnx model.qpass.onnx --data samples/ --layers`
     """
+    from qpass.engine.verify import verify_engine
     from qpass.verify import verify as run
 
+    if rewritten.suffix == ".engine" or sidecar.is_one(sidecar.of(rewritten)):
+        if layers:
+            raise QpassError("--layers: an engine shows no layer's output; compare the model that it was built of")
+        with bar("verifying", not as_json and not no_progress) as progress:
+            told = verify_engine(
+                original,
+                rewritten,
+                rewritten=model,
+                data=data,
+                minimum=minimum,
+                tolerance=tolerance,
+                mask=mask,
+                progress=progress,
+            )
+        if as_json:
+            typer.echo(json.dumps(told.to_dict(), indent=1))
+        else:
+            report.console().print(report.verified_engine(told))
+        if not told.passed:
+            raise typer.Exit(NOT_MET)
+        return
     with bar("verifying", not as_json and not no_progress) as progress:
         found = run(original, rewritten, data=data, layers=layers, minimum=minimum, mask=mask, progress=progress)
     if as_json:

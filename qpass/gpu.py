@@ -60,12 +60,30 @@ def capability() -> str:
     return f"{major}{minor}"
 
 
+def l2_bytes() -> int:
+    """Size of its L2 cache."""
+    return int(device().get_attribute(driver().device_attribute.L2_CACHE_SIZE))
+
+
+def free_bytes() -> int:
+    """Memory that nothing has taken."""
+    return int(driver().mem_get_info()[0])
+
+
 class Buffer:
-    """GPU memory, given back with the object."""
+    """GPU memory, given back with the object.
+
+    Raises:
+        QpassError: there is not so much.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._allocation = driver().mem_alloc(max(size, 1))
+        cuda = driver()
+        try:
+            self._allocation = cuda.mem_alloc(max(size, 1))
+        except cuda.MemoryError as error:
+            raise QpassError(f"the GPU is out of memory: {size} bytes were asked for, {free_bytes()} free") from error
         self.address = int(self._allocation)
 
     def fill(self, byte: int, start: int = 0, size: int | None = None) -> None:
@@ -100,6 +118,30 @@ def synchronize() -> None:
         cuda.Context.synchronize()
     except cuda.Error as error:
         raise QpassError(f"CUDA: {error}") from error
+
+
+class Stopwatch:
+    """Times what a stream does, by CUDA events."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._start, self._end = driver().Event(), driver().Event()
+
+    def time(self, work: Callable[[], None]) -> float:
+        """µs on the GPU of what `work` enqueues; waits for its end.
+
+        Raises:
+            QpassError: something enqueued has failed.
+        """
+        cuda = driver()
+        try:
+            self._start.record(self._stream)
+            work()
+            self._end.record(self._stream)
+            self._end.synchronize()
+            return float(self._start.time_till(self._end)) * 1e3
+        except cuda.Error as error:
+            raise QpassError(f"CUDA: {error}") from error
 
 
 class Graph:

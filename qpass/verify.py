@@ -175,16 +175,17 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that JSON lacks are None."""
         document = asdict(self) | {"passed": self.passed}
-        result: dict[str, Any] = _plain(document)
+        result: dict[str, Any] = plain(document)
         return result
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON has it."""
     match value:
         case dict():
-            return {k: _plain(v) for k, v in value.items()}
+            return {k: plain(v) for k, v in value.items()}
         case list() | tuple():
-            return [_plain(v) for v in value]
+            return [plain(v) for v in value]
         case float():
             return value if math.isfinite(value) else None
         case Path():
@@ -231,19 +232,19 @@ def verify(
     """
     original, rewritten = Path(original), Path(rewritten)
     before, after = Model.load(original, every_call if layers else None), load(rewritten)
-    _check_interface(before.proto, after, rewritten)
+    check_interface(before.proto, after, rewritten)
     notes: list[str] = []
     source = Synthetic(before.proto, seed=seed) if data is None else source_of(data)
     samples = Samples(source, inputs_of(before.proto), notes.append)
     tokens = Tokens(before.proto, mask)
     sites = _sites(before.proto, after, rewritten, ledger, notes) if layers else []
-    outputs = [v for v in before.proto.graph.output if _numbers(v)]
+    outputs = [v for v in before.proto.graph.output if is_numbers(v)]
     notes += [f"output '{v.name}' is no tensor of numbers and not compared" for v in before.proto.graph.output
-              if not _numbers(v)]  # fmt: skip
+              if not is_numbers(v)]  # fmt: skip
     names = dict.fromkeys([*(s.tensor for s in sites), *(o.name for o in outputs)])
     layout = plan(_taps(before, names), samples, memory // 2)
 
-    comparison = _Comparison(tokens, {o.name for o in outputs}, _token_outputs(outputs))
+    comparison = Comparison(tokens, outputs)
     runners = [Runner(p, m, layout.groups, optimize=False) for p, m in ((original, before.proto), (rewritten, after))]
     for batch in samples.batches(layout.limits.__getitem__):
         for groups in zip(*(r.run(batch.feeds, batch.name) for r in runners), strict=True):
@@ -260,7 +261,7 @@ def verify(
     ]
     return Report(
         original, rewritten, str(source), samples.total, tokens.name, minimum,
-        outputs=tuple(comparison.report(o.name) for o in outputs if o.name in comparison.whole),
+        outputs=comparison.reports(),
         sites=tuple(found), parted=_first_parted(found, threshold), threshold=threshold, notes=tuple(notes),
     )  # fmt: skip
 
@@ -280,11 +281,15 @@ def _first_parted(sites: Sequence[SiteReport], threshold: float) -> SiteReport |
     return None
 
 
-class _Comparison:
-    """The differences of all tensors, gathered batch by batch."""
+class Comparison:
+    """The differences of all tensors between two runs, gathered batch by batch.
 
-    def __init__(self, tokens: Tokens, outputs: set[str], by_token: set[str]) -> None:
-        self.tokens, self.outputs, self.by_token = tokens, outputs, by_token
+    Args:
+        outputs: of the model; they are compared sample by sample, any other tensor as a whole.
+    """
+
+    def __init__(self, tokens: Tokens, outputs: Sequence[ValueInfoProto]) -> None:
+        self.tokens, self.outputs, self.by_token = tokens, {o.name for o in outputs}, _token_outputs(outputs)
         self.whole: dict[str, Difference] = {}
         self.cosines: dict[str, list[tuple[float, str]]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
@@ -309,8 +314,11 @@ class _Comparison:
                 if name in self.outputs:
                     self.cosines.setdefault(name, []).append((difference.cosine, sample))
 
-    def report(self, name: str) -> OutputReport:
-        """One output over everything taken."""
+    def reports(self) -> tuple[OutputReport, ...]:
+        """Each output over everything taken."""
+        return tuple(self._report(name) for name in self.whole if name in self.outputs)
+
+    def _report(self, name: str) -> OutputReport:
         d, dtype = self.whole[name], self.dtypes[name]
         cosine = worst = sample = None
         if dtype.kind == "f":
@@ -331,7 +339,7 @@ def _samples(batch: Batch, a: Array, b: Array, counts: Mask | None, apart: bool)
         yield batch.name, *((a, b) if counts is None else (a[counts], b[counts]))
 
 
-def _numbers(value: ValueInfoProto) -> bool:
+def is_numbers(value: ValueInfoProto) -> bool:
     """Whether a value is a tensor, and not of strings."""
     return value.type.WhichOneof("value") == "tensor_type" and value.type.tensor_type.elem_type != TensorProto.STRING
 
@@ -357,7 +365,7 @@ def _taps(model: Model, names: Sequence[str] | dict[str, None]) -> list[Tap]:
 # -- what is compared
 
 
-def _check_interface(before: ModelProto, after: ModelProto, rewritten: Path) -> None:
+def check_interface(before: ModelProto, after: ModelProto, rewritten: Path) -> None:
     """A rewrite keeps all inputs and outputs."""
     for what in ("input", "output"):
         old, new = _interface(before, what), _interface(after, what)

@@ -87,7 +87,8 @@ def python_blocks() -> list[str]:
 
 
 def needs_gpu(words: list[str]) -> bool:
-    return words[1] == "run" or words[1:3] in (["plugins", "selftest"], ["plugins", "bench"])
+    engine = words[1] == "verify" and words[-1].endswith(".engine")
+    return engine or words[1] in ("run", "bench") or words[1:3] in (["plugins", "selftest"], ["plugins", "bench"])
 
 
 def has_gpu() -> bool:

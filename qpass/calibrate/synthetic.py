@@ -24,12 +24,19 @@ class Synthetic:
 
     Ids stay within the rows of the embedding that they index, masks are ones, positions count up, floats are
     normal. A dim that the model leaves open is the batch (2), the past (4), the sequence (16), or past and
-    sequence together, as its name says.
+    sequence together, as its name says; an input of `shapes` has that shape.
     """
 
-    def __init__(self, proto: ModelProto, batches: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self,
+        proto: ModelProto,
+        batches: int = 4,
+        seed: int = 0,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.inputs = {name: i for name, i in inputs_of(proto).items() if not i.optional}
         self.batches, self.seed = batches, seed
+        self.shapes = dict(shapes or {})
         self._rows = {name: _table_rows(proto.graph, name) for name in self.inputs}
         symbols = {d for i in self.inputs.values() for d in i.shape or () if isinstance(d, str)}
         self._past = PAST if any("past" in s.lower() for s in symbols) else 0
@@ -37,6 +44,9 @@ class Synthetic:
     def __str__(self) -> str:
         tokens = f" × {SEQUENCE} tokens" if any(len(i.shape or ()) == 2 for i in self.inputs.values()) else ""
         past = f", {self._past} past" if self._past else ""
+        if self.shapes:
+            of = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
+            return f"{self.batches} made-up batches of {of} (seed {self.seed}); --data takes real ones"
         return f"{self.batches} made-up batches of {BATCH}{tokens}{past} (seed {self.seed}); --data takes real ones"
 
     def __len__(self) -> int:
@@ -68,6 +78,8 @@ class Synthetic:
         return rng.integers(0, self._rows[wanted.name] or 2, shape)
 
     def _shape(self, wanted: Input) -> tuple[int, ...]:
+        if wanted.name in self.shapes:
+            return self.shapes[wanted.name]
         return tuple(self._dim(d, axis) for axis, d in enumerate(wanted.shape or ()))
 
     def _dim(self, dim: int | str | None, axis: int) -> int:

@@ -15,7 +15,7 @@ from rich.filesize import decimal as size
 
 import qpass.pipeline as pipeline
 from qpass.engine import backends, builder, sidecar
-from qpass.engine.backends import BACKENDS
+from qpass.engine.backends import NAMES
 from qpass.engine.profiles import parse
 from qpass.engine.run import Engine
 from qpass.errors import QpassError
@@ -37,28 +37,39 @@ from qpass.options import (
 from qpass.plugins import find
 
 Shapes = "Shapes of inputs, such as input_ids:1x8,attention_mask:1x8."
+BackendName = Annotated[str, typer.Option("--backend", help=f"auto, {', '.join(NAMES)}.")]
+PluginLibrary = Annotated[
+    Path | None, typer.Option("--plugins", "-l", help="The plugin library. Default: the newest built.")
+]
+Least = Annotated[str | None, typer.Option("--min", "--minShapes", help=f"Smallest. {Shapes}")]
+Usual = Annotated[str | None, typer.Option("--opt", "--optShapes", help=f"Usual. {Shapes}")]
+Most = Annotated[str | None, typer.Option("--max", "--maxShapes", help=f"Largest. {Shapes}")]
 
 
 def build(
     model: Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: the model with .engine.")] = None,
-    backend: Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")] = "auto",
-    plugins: Annotated[
-        Path | None, typer.Option("--plugins", "-l", help="The plugin library. Default: the newest built.")
-    ] = None,
+    backend: BackendName = "auto",
+    plugins: PluginLibrary = None,
     no_plugins: Annotated[
         bool, typer.Option("--no-plugins", help="Build plugin nodes from TensorRT's own layers.")
     ] = False,
     target_arch: Annotated[
         str | None, typer.Option(help="Compute capability of the GPU that it is for, such as 89.")
     ] = None,
-    least: Annotated[str | None, typer.Option("--min", "--minShapes", help=f"Smallest. {Shapes}")] = None,
-    usual: Annotated[str | None, typer.Option("--opt", "--optShapes", help=f"Usual. {Shapes}")] = None,
-    most: Annotated[str | None, typer.Option("--max", "--maxShapes", help=f"Largest. {Shapes}")] = None,
+    least: Least = None,
+    usual: Usual = None,
+    most: Most = None,
     timing_cache: Annotated[
         Path | None, typer.Option(help="A file that builds learn from. Default: one in the cache.")
     ] = None,
     workspace: Annotated[str | None, typer.Option(help="Bound on the memory of layers, such as 2GB.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp16 or fp32, of TensorRT 8.6; a later one takes the model's types.")
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option(help="0 to 5: how long TensorRT searches for fast kernels. Default: its own.")
+    ] = None,
     preset: Preset = None,
     spec: SpecFile = None,
     group_size: GroupSize = None,
@@ -79,11 +90,13 @@ def build(
     if preset or spec or group_size or calibration or rules:
         # what can be said to be wrong is said before hours of rewriting
         chosen = chosen_spec(preset, spec, group_size)
-        builder.capability_of(backends.choose(backend), target_arch)
+        tensorrt = backends.choose(backend)
+        builder.capability_of(tensorrt, target_arch)
+        builder.check_precision(tensorrt, precision)
         rewritten = pipeline.default_output(model)
         builder.check_places(output or rewritten.with_suffix(".engine"), [*given, rewritten], timing_cache)
         if not no_plugins:
-            find(plugins)
+            find(plugins, interface=tensorrt.interface)
         own = [r for f in rules or () for r in pipeline.load_rules(f)]
         with bar("writing", show and not no_progress, data=True) as progress:
             done = pipeline.rewrite(model, spec=chosen, calibration=calibration, rules=own, progress=progress)
@@ -101,6 +114,8 @@ def build(
             **shapes,
             timing_cache=timing_cache,
             workspace=memory,
+            precision=precision,
+            level=level,
             keep=given,
             progress=progress,
             log=(lambda text: print(text, file=sys.stderr)) if verbose else None,

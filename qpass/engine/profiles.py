@@ -63,7 +63,7 @@ def profiles_of(
     least, usual, most = ({n: tuple(map(int, s)) for n, s in given.items()} for given in (least, usual, most))
     for flag, shapes in (("min", least), ("opt", usual), ("max", most)):
         for name, shape in shapes.items():
-            _check(flag, name, shape, inputs)
+            check(flag, name, shape, inputs)
     known = _symbols(inputs, least, usual, most)
     found = {}
     for name, given in inputs.items():
@@ -84,7 +84,8 @@ def profiles_of(
     return found
 
 
-def _check(flag: str, name: str, shape: Shape, inputs: Mapping[str, Input]) -> None:
+def check(flag: str, name: str, shape: Shape, inputs: Mapping[str, Input]) -> None:
+    """Raise QpassError where a shape that a flag gives fits no input."""
     if name not in inputs:
         raise QpassError(f"--{flag} {name}: the model has no such input; it has {', '.join(inputs)}")
     dims = inputs[name].shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qpass import gpu, plugins
-from qpass.engine import backends, sidecar
+from qpass.engine import backends, prove, sidecar
 from qpass.errors import QpassError
 from qpass.plugins import runs_on
 
@@ -49,7 +49,7 @@ class Engine:
         self.facts = sidecar.read(self.path)
         self._cuda_graph = cuda_graph
         self.library = library
-        self._session: _Session | None = None
+        self._session: Session | None = None
 
     @property
     def inputs(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
@@ -80,6 +80,11 @@ class Engine:
             x = np.asarray(feeds[name])
             if dtype == ml_dtypes.bfloat16:  # .npz files have no bfloat16: two bytes without a name, or float32
                 x = x.view(dtype) if x.dtype == np.dtype("V2") else x.astype(dtype) if x.dtype == np.float32 else x
+            if x.dtype == np.int64 and dtype == np.int32:  # as TensorRT 8.6 takes a model's int64
+                limits = np.iinfo(dtype)
+                if x.size and (x.min() < limits.min or x.max() > limits.max):
+                    raise QpassError(f"the input '{name}' has numbers beyond int32, which the engine takes")
+                x = x.astype(dtype)
             if x.dtype != dtype:
                 raise QpassError(f"the input '{name}' is {x.dtype}, wants {dtype}")
             profile = self.facts["profiles"].get(name, {"min": shape, "max": shape})
@@ -100,9 +105,17 @@ class Engine:
             QpassError: the feeds do not fit, there is no usable GPU, or CUDA or TensorRT failed.
         """
         checked = self.check(feeds)
+        return self.load().run(checked, self._cuda_graph)
+
+    def load(self) -> Session:
+        """Put it onto the GPU, once.
+
+        Raises:
+            QpassError: there is no usable GPU, or TensorRT refuses the engine or has no memory for it.
+        """
         if self._session is None:
-            self._session = _Session(self)
-        return self._session.run(checked, self._cuda_graph)
+            self._session = Session(self)
+        return self._session
 
 
 class _Buffers:
@@ -124,21 +137,39 @@ class _Buffers:
         return view
 
 
-def _library(built_with: Mapping[str, Any], named: str | Path | None) -> Path:
+def _library(built_with: Mapping[str, Any], named: str | Path | None, interface: str) -> Path:
     """The plugin library to load: the one named, else that of the build, else this machine's."""
     there = Path(built_with["path"])
     if named is None and there.is_file() and sidecar.digest(there) == built_with["sha256"]:
         return there
     here = gpu.capability()
-    found = plugins.find(named, here)
+    found = plugins.find(named, here, interface)
     if not runs_on(found.architectures, here):
         made = ", ".join(found.architectures)
         raise QpassError(f"{found.path} is compiled for {made}, not for this GPU's {here}: `qpass plugins build`")
     return found.path
 
 
-class _Session:
-    """A loaded engine with its context."""
+_REGISTERED: dict[str, Path] = {}
+"""By backend the plugin library that TensorRT was given in this process: it takes plugins of a name only once."""
+
+
+def _register(trt: Any, backend: str, library: Path, said: list[str]) -> None:
+    """Make TensorRT know the plugins of a library."""
+    there = _REGISTERED.get(backend)
+    if there is None:
+        if trt.get_plugin_registry().load_library(str(library)) is None:
+            raise QpassError(f"TensorRT could not load the plugins {library}: {'; '.join(said[-3:])}")
+        _REGISTERED[backend] = library
+    elif there != library and sidecar.digest(there) != sidecar.digest(library):
+        raise QpassError(
+            f"the plugins {there} are loaded, and TensorRT does not take those of {library} too; "
+            "name one library for all engines with --plugins, or run them one at a time"
+        )
+
+
+class Session:
+    """A loaded engine with its context. Feeds are what `Engine.check` gives."""
 
     def __init__(self, engine: Engine) -> None:
         facts = engine.facts
@@ -146,7 +177,11 @@ class _Session:
         self._cuda = gpu.driver()
         backend = backends.choose(facts["backend"]["name"])
         backend.preload()
-        trt = backend.load()
+        built_by = facts["backend"].get("version", "")
+        self._trt = trt = backend.load()
+        if built_by != trt.__version__:
+            here = f"{backend.name} {trt.__version__}"
+            raise QpassError(f"{engine.path.name} was built by {built_by}, {here} is installed; build it again")
         said: list[str] = []
 
         class Logger(trt.ILogger):  # type: ignore[misc, name-defined] # TensorRT has no type hints
@@ -159,33 +194,21 @@ class _Session:
 
         self._said, self._logger = said, Logger()
         if facts["plugins"] is not None:
-            library = _library(facts["plugins"], engine.library)
-            if trt.get_plugin_registry().load_library(str(library)) is None:
-                raise QpassError(f"TensorRT could not load the plugins {library}: {'; '.join(said[-3:])}")
+            library = _library(facts["plugins"], engine.library, backend.interface)
+            _register(trt, backend.name, library, said)
         self._runtime = trt.Runtime(self._logger)
         self._loaded = self._runtime.deserialize_cuda_engine(engine.path.read_bytes())
         if self._loaded is None:
             raise QpassError(f"{engine.path} cannot be loaded on this GPU: {'; '.join(said[-3:])}")
         self._context = self._loaded.create_execution_context()
+        if self._context is None:
+            raise QpassError(f"{engine.path} cannot be run on this GPU: {self._words()}")
         self._stream = self._cuda.Stream()
         self._buffers = {name: _Buffers() for name in (*engine.inputs, *engine.outputs)}
         self._graphs: dict[tuple[tuple[int, ...], ...], gpu.Graph] = {}
 
     def run(self, feeds: Mapping[str, Array], cuda_graph: bool) -> dict[str, Array]:
-        for name, x in feeds.items():
-            if not self._context.set_input_shape(name, x.shape):
-                raise QpassError(f"TensorRT refuses the shape {list(x.shape)} of '{name}': {self._words()}")
-        if unknown := self._context.infer_shapes():
-            raise QpassError(f"the shape of '{unknown[0]}' is not known from the inputs' shapes")
-        results = {n: (d, tuple(self._context.get_tensor_shape(n))) for n, (d, _) in self._engine.outputs.items()}
-        moved = False
-        for name, (dtype, shape) in {**{n: (x.dtype, x.shape) for n, x in feeds.items()}, **results}.items():
-            before = self._buffers[name].device
-            buffer = self._buffers[name].hold(math.prod(shape) * dtype.itemsize)
-            moved |= buffer is not before
-            self._context.set_tensor_address(name, buffer.address)
-        if moved:
-            self._graphs.clear()  # they hold the old addresses
+        results = self._place(feeds)
         for name, x in feeds.items():
             self._buffers[name].view(x.dtype, x.shape)[...] = x
         key = tuple(x.shape for x in feeds.values())
@@ -200,6 +223,52 @@ class _Session:
                 self._graphs[key] = gpu.Graph(partial(self._work, feeds, results))
         return {n: self._buffers[n].view(d, s).copy() for n, (d, s) in results.items()}
 
+    def prepare(self, feeds: Mapping[str, Array]) -> Callable[[Any], None]:
+        """Put the inputs on the GPU. What is returned enqueues the engine, and no copies, on a pycuda stream; it may be
+        called until the next `prepare` or `run`."""
+        self._place(feeds)
+        for name, x in feeds.items():
+            self._buffers[name].hold(x.nbytes).upload(x)
+        return self._execute
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that the engine asks for beside its weights, at its largest shapes."""
+        newer = getattr(self._loaded, "device_memory_size_v2", None)  # the other one is deprecated where this is
+        return int(self._loaded.device_memory_size if newer is None else newer)
+
+    def layers(self) -> list[prove.Layer]:
+        """The layers of the finished engine."""
+        inspector = self._loaded.create_engine_inspector()
+        return prove.inspected(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def report_layers(self, report: Callable[[str, float], None]) -> None:
+        """Have TensorRT tell, from now on, the name and milliseconds of each layer of each execution."""
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined] # TensorRT has no type hints
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                report(layer_name, ms)
+
+        self._context.profiler = Profiler()
+
+    def _place(self, feeds: Mapping[str, Array]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Set shapes and addresses; the outputs' dtypes and shapes."""
+        for name, x in feeds.items():
+            if not self._context.set_input_shape(name, x.shape):
+                raise QpassError(f"TensorRT refuses the shape {list(x.shape)} of '{name}': {self._words()}")
+        if unknown := self._context.infer_shapes():
+            raise QpassError(f"the shape of '{unknown[0]}' is not known from the inputs' shapes")
+        results = {n: (d, tuple(self._context.get_tensor_shape(n))) for n, (d, _) in self._engine.outputs.items()}
+        moved = False
+        for name, (dtype, shape) in {**{n: (x.dtype, x.shape) for n, x in feeds.items()}, **results}.items():
+            before = self._buffers[name].device
+            buffer = self._buffers[name].hold(math.prod(shape) * dtype.itemsize)
+            moved |= buffer is not before
+            self._context.set_tensor_address(name, buffer.address)
+        if moved:
+            self._graphs.clear()  # they hold the old addresses
+        return results
+
     def _words(self) -> str:
         """The last that TensorRT said."""
         return "; ".join(self._said[-3:]) or "TensorRT does not say why"
@@ -212,9 +281,13 @@ class _Session:
             buffers = self._buffers[name]
             if x.nbytes and buffers.device is not None:
                 self._cuda.memcpy_htod_async(buffers.device.address, buffers.host[: x.nbytes], stream)
-        if not self._context.execute_async_v3(stream.handle):
-            raise QpassError(f"{self._engine.path.name} failed: {self._words()}")
+        self._execute(stream)
         for name, (dtype, shape) in results.items():
             buffers, size = self._buffers[name], math.prod(shape) * dtype.itemsize
             if size and buffers.device is not None:
                 self._cuda.memcpy_dtoh_async(buffers.host[:size], buffers.device.address, stream)
+
+    def _execute(self, stream: Any) -> None:
+        """Enqueue the engine."""
+        if not self._context.execute_async_v3(stream.handle):
+            raise QpassError(f"{self._engine.path.name} failed: {self._words()}")

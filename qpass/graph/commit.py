@@ -139,6 +139,21 @@ def _uninterrupted() -> Iterator[None]:
         before(*caught[0])
 
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file, the whole of it or nothing.
+
+    Raises:
+        QpassError: it cannot be written.
+    """
+    try:
+        with Folder(path.parent) as folder:
+            fresh = folder.temporary(path.name)
+            fresh.path.write_bytes(content)
+            folder.commit([(fresh, path)], iter(()))
+    except OSError as error:
+        raise explain(error, path, len(content)) from error
+
+
 def check_place(target: Path, inputs: Iterable[Path]) -> None:
     """Raise QpassError where a file cannot be written, or where one of `inputs` is that would be lost."""
     if not target.parent.is_dir():

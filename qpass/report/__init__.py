@@ -17,6 +17,7 @@ from qpass.report.text import (
     stats_of,
     summary,
     verified,
+    verified_engine,
 )
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "stats_of",
     "summary",
     "verified",
+    "verified_engine",
     "write_page",
 ]

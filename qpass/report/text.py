@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qpass.calibrate import Stats
+from qpass.engine.verify import EngineReport
 from qpass.pipeline import Rewritten
 from qpass.rewriter import Ledger, Rule, RuleStats, Site
 from qpass.rewriter.ledger import WEIGHTED_KINDS
@@ -197,6 +198,22 @@ def verified(found: Report) -> RenderableType:
         first = f"they part at {p.kind} '{p.name}', relative error {p.relative_error:.3g}" if p else "no site parts"
         parts += ["", escape(first), sites]
     return Group(*parts)
+
+
+def verified_engine(found: EngineReport) -> RenderableType:
+    """The report of `qpass verify` for an engine: each output's error, by where it comes from."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("output", "of", "cosine", "worst", "relative error", "max abs", "equal"):
+        table.add_column(name, justify="left" if name in ("output", "of") else "right")
+    for reports in zip(found.arithmetic, found.quantization, found.outputs, strict=True):
+        for what, o in zip(("the engine's arithmetic", "quantization", "both"), reports, strict=True):
+            cosine = [f"{c:.6f}" if c is not None else "" for c in (o.cosine, o.worst_cosine)]
+            errors = (f"{o.relative_error:.3g}", f"{o.max_abs:.3g}", f"{o.equal:.1%}")
+            table.add_row(escape(o.name) if o is reports[0] else "", what, *cosine, *errors)
+    limits = f"cosines of both ≥ {found.minimum:g}, errors of the engine's arithmetic ≤ {found.tolerance:g}"
+    verdict = f"passed: {limits}" if found.passed else f"[red]failed:[/] {limits}"
+    about = f"{escape(found.backend)}, {found.samples} samples: {escape(found.inputs)}"
+    return Group(about, "", table, "", verdict, *(f"[dim]note:[/] {escape(n)}" for n in found.notes))
 
 
 def presets() -> Table:

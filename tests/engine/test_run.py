@@ -18,6 +18,7 @@ import pytest
 
 from qpass import gpu
 from qpass.engine import Engine, sidecar
+from qpass.engine.backends.tensorrt import TensorRT
 from qpass.errors import QpassError
 from tests.conftest import Run
 
@@ -29,7 +30,7 @@ def engine(tmp_path: Path) -> Path:
     path.write_bytes(b"engine")
     facts = {
         "version": 1,
-        "backend": {"name": "tensorrt"},
+        "backend": {"name": "tensorrt", "version": "10.0"},
         "engine": {"sha256": sidecar.digest(path)},
         "plugins": None,
         "profiles": {"x": {"min": [1, 4], "opt": [2, 4], "max": [8, 4]}},
@@ -142,6 +143,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     module.ILogger = Logger
     module.Runtime = lambda logger: types.SimpleNamespace(deserialize_cuda_engine=lambda data: loaded)
     module.__spec__ = types.SimpleNamespace()
+    module.__version__ = "10.0"
+    monkeypatch.setattr(TensorRT, "version", lambda self: "10.0")
     monkeypatch.setitem(sys.modules, "tensorrt", module)
 
 

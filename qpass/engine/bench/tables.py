@@ -1,0 +1,82 @@
+"""What `qpass bench` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal as size
+from rich.markup import escape
+from rich.table import Table
+
+from qpass.engine.bench.report import Measured, Report
+from qpass.engine.bench.timing import LayerTime
+
+LONGEST = 10
+"""How many layers a table shows."""
+
+
+def shown(report: Report) -> RenderableType:
+    """The engines, a table for each point, the layers if they were profiled, and how it was measured."""
+    m = report.machine
+    parts: list[RenderableType] = [
+        escape(f"{m.name} (compute capability {m.capability}), driver {m.driver}; {_backends(report)}"),
+        "",
+        _engines(report),
+        *(f"[dim]{escape(s.name)}:[/] {escape(s.kind)}" for s in report.engines),
+    ]
+    for point in report.points:
+        parts += ["", _point(report, point)]
+        for engine, layers in zip(report.engines, point.layers, strict=False):
+            parts += ["", _layers(engine.name, layers)]
+    parts.append("")
+    parts += [f"[dim]{key}:[/] {escape(text)}" for key, text in report.described().items()]
+    parts += [f"[dim]note:[/] {escape(line)}" for line in report.notes]
+    return Group(*parts)
+
+
+def _backends(report: Report) -> str:
+    return ", ".join(dict.fromkeys(s.backend for s in report.engines))
+
+
+def _engines(report: Report) -> Table:
+    table = _table("", ("engine",), ("plugin layers", "on disk", "activations", "loaded", "build s"))
+    for s in report.engines:
+        seconds = f"{s.build_seconds:.1f}" if s.build_seconds is not None else ""
+        sizes = (size(s.engine_bytes), size(s.activation_bytes), size(s.memory_bytes))
+        table.add_row(escape(s.name), str(s.plugin_layers), *sizes, seconds)
+    return table
+
+
+def _point(report: Report, point: Measured) -> Table:
+    title = f"{point}: µs of {report.method.runs} runs, and batch items a second at the median"
+    table = _table(title, ("engine",), ("p50", "p90", "p99", "min", "mean", "items/s", "× baseline"))
+    for i, (engine, timing) in enumerate(zip(report.engines, point.timings, strict=True)):
+        us = timing.to_dict()
+        times = (f"{us[name]:.1f}" for name in ("p50", "p90", "p99", "min", "mean"))
+        rates = (f"{point.items_per_second(i):.1f}", f"{point.times_baseline(i):.2f}")
+        table.add_row(escape(engine.name), *times, *rates)
+    return table
+
+
+def _layers(engine: str, layers: Sequence[LayerTime]) -> Table:
+    table = _table(f"{engine}: where its time goes", ("layer",), ("layers", "µs", "share"))
+    for name, count, us, share in _longest(layers):
+        table.add_row(escape(name), str(count), f"{us:.1f}", f"{share:.1%}")
+    return table
+
+
+def _longest(layers: Sequence[LayerTime]) -> Iterator[tuple[str, int, float, float]]:
+    for t in layers[:LONGEST]:
+        yield f"{t.name} (plugin)" if t.is_plugin else t.name, t.layers, t.us, t.share
+    if rest := layers[LONGEST:]:
+        yield "all others", sum(t.layers for t in rest), sum(t.us for t in rest), sum(t.share for t in rest)
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
