@@ -1,0 +1,170 @@
+"""Every model of a zoo in three presets as an engine on this machine's GPU, its outputs against ONNX Runtime's.
+
+    python -m benchmarks.engines_zoo ZOO -o benchmarks/results/engines_zoo_h100.json
+
+For each model: an engine of it as it is, and one of each rewritten model with every plugin layer that its ledger
+promises. Errors are ‖a − b‖ / ‖a‖ of an output: `engine` of the engine from ONNX Runtime on the same model (kernels
+and types), `quantization` of the rewritten model from the original in ONNX Runtime. The worst output counts.
+
+w8a8 is built twice, with activations in float16 and in float32. In float16 an int8 code is off by one where float32
+and float16 are on either side of half; `rounding` says what that does without any engine: it is the error of the
+rewritten model in ONNX Runtime, its activations rounded to float16, from the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+import qpass
+from qpass import engine as engines
+from qpass import gpu
+from qpass.engine.verify import verify_engine
+from qpass.errors import QpassError
+from qpass.graph import Model
+from qpass.ops import DOMAIN, REGISTRY
+from qpass.verify import Difference
+
+RUNS: dict[str, tuple[str | None, int | None, str]] = {
+    "unquantized": (None, None, "fp16"),
+    "w8a16": ("w8a16", None, "fp16"),
+    "w4a16-g128": ("w4a16-g128", 32, "fp16"),
+    "w8a8": ("w8a8", None, "fp16"),
+    "w8a8, fp32": ("w8a8", None, "fp32"),
+}
+"""Preset, a group size that the zoo's small Linears have, and precision."""
+LIMIT = 5e-3
+"""Of `engine`, on every output."""
+
+
+def measure(model: Path, backend: str, level: int | None) -> dict[str, Any]:
+    """What one model's engines were."""
+    found: dict[str, Any] = {"model": model.stem}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy = Path(shutil.copyfile(model, folder / model.name))
+        with np.load(model.with_suffix(".npz")) as file:
+            feeds = {k.removeprefix("in:"): file[k] for k in file.files if k.startswith("in:")}
+        np.savez(folder / "inputs.npz", **feeds)
+        for name, run in RUNS.items():
+            try:
+                found[name] = one(copy, *run, feeds, backend, level)
+            except QpassError as error:
+                found[name] = {"error": str(error)}
+                if name == "unquantized":  # what cannot be built as it is, is not asked for quantized
+                    break
+    return found
+
+
+def one(
+    model: Path,
+    preset: str | None,
+    group_size: int | None,
+    precision: str,
+    feeds: dict[str, np.ndarray[Any, Any]],
+    backend: str,
+    level: int | None,
+) -> dict[str, Any]:
+    """Build, run and compare one engine."""
+    promised: set[str] = set()
+    built_of = model
+    if preset is not None:
+        spec = qpass.QuantSpec.preset(preset, group_size)
+        done = qpass.rewrite(model, model.with_name(f"{preset}-{precision}.onnx"), spec=spec)
+        built_of = done.output
+        sites = [s for s in done.ledger.sites if s.status == "rewritten"]
+        promised = {n for s in sites for n in s.new_nodes if n.rpartition(".")[2] in REGISTRY}
+    shapes = {name: x.shape for name, x in feeds.items()}
+    built = engines.build_files(built_of, backend=backend, opt_shapes=shapes, precision=precision, level=level).facts
+    report = verify_engine(model, built_of.with_suffix(".engine"), rewritten=built_of, data=model.parent / "inputs.npz")
+    rounding = {"rounding": rounding_alone(built_of, feeds)} if preset == "w8a8" and precision == "fp16" else {}
+    return {
+        "engine": max(o.relative_error for o in report.arithmetic),
+        "quantization": max(o.relative_error for o in report.quantization),
+        **rounding,
+        "cosine": min(o.worst_cosine for o in report.outputs if o.worst_cosine is not None),
+        "plugin_layers": len(built["plugin_layers"]),
+        "promised": len(promised),
+        "all_promised": promised <= set(built["plugin_layers"]),
+        "proof": built["proof"],
+        "seconds": built["seconds"],
+    }
+
+
+def rounding_alone(model: Path, feeds: dict[str, np.ndarray[Any, Any]]) -> float:
+    """What rounding every float32 activation to float16 does to a model's outputs, all else being ONNX Runtime's."""
+    exact, rounded = onnx.load(model), onnx.load(model)
+    kinds = {v.name: v.dtype for n in Model.load(model).nodes() for v in n.outputs}
+    final = {o.name for o in rounded.graph.output}
+    nodes = []
+    for node in rounded.graph.node:
+        nodes.append(node)
+        for i, name in enumerate(node.output):
+            if kinds.get(name) == np.float32 and name not in final and node.op_type not in ("Constant", "Cast"):
+                if node.domain == DOMAIN and i == 1:
+                    continue  # the scales of a quantizing op stay float32
+                node.output[i] = f"{name}.exact"
+                nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=TensorProto.FLOAT16))
+                nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+    del rounded.graph.node[:]
+    rounded.graph.node.extend(nodes)
+    a, b = (ort.InferenceSession(m.SerializeToString()).run(None, feeds) for m in (exact, rounded))
+    return max(Difference.of(x, y).relative_error for x, y in zip(a, b, strict=True))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a preset."""
+    lines = []
+    for preset in RUNS:
+        asked = [r[preset] for r in rows if preset in r]
+        good = [a for a in asked if "error" not in a]
+        worst = max((a["engine"] for a in good), default=0.0)
+        within = sum(a["engine"] <= LIMIT and (preset == "unquantized" or a["all_promised"]) for a in good)
+        lines.append(f"{preset}: {len(asked)} models, {len(good)} built, {within} within {LIMIT:g}, worst {worst:.2g}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("zoo", type=Path, help="folder of NAME.onnx and NAME.npz with inputs as in:NAME")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--models", default="*_ts*.onnx", help="which of them")
+    parser.add_argument("--backend", default="tensorrt")
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--level", type=int, help="as in qpass build; it is no matter for the numbers")
+    a = parser.parse_args()
+    models = sorted(a.zoo.glob(a.models))
+    rows = []
+    spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    with ProcessPoolExecutor(a.jobs, mp_context=spawn) as pool:
+        for row in pool.map(measure, models, [a.backend] * len(models), [a.level] * len(models)):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    backend = engines.backends.choose(a.backend)
+    told = {
+        "command": shlex.join(["python", "-m", "benchmarks.engines_zoo", *sys.argv[1:]]),
+        "device": gpu.device().name(),
+        "backend": f"{backend.name} {backend.version()}",
+        "limit": LIMIT,
+        "rows": rows,
+    }
+    a.output.write_text(json.dumps(told, indent=1) + "\n")
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()
