@@ -70,7 +70,7 @@ bool fits_cutlass(const Gemm& g) {
 
 cudaError_t gemm(const Gemm& g, cudaStream_t stream) {
   if (!g.m || !g.n) return cudaSuccess;
-  if (g.in == QPASS_INT8 && g.m <= kSkinnyTokens) return skinny_int8(g, stream);
+  if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8)) return skinny_int8(g, stream);
   Device device;
   if (cudaError_t e = current_device(&device)) return e;
   if (fits_cutlass(g)) {

@@ -10,6 +10,8 @@ cudaError_t skinny_int8(const Gemm& g, cudaStream_t stream) {
   return skinny_by_tokens<int8_t, false, 16, false, 1>(p, stream);
 }
 
-size_t skinny_int8_workspace(const Gemm& g) { return partial_bytes(std::min<int64_t>(g.m, kSkinnyTokens), g.n); }
+size_t skinny_int8_workspace(const Gemm& g) {
+  return partial_bytes(std::min(g.m, skinny_tokens(g.n, g.k, kHeadStartInt8)), g.n);
+}
 
 }  // namespace qpass

@@ -7,12 +7,14 @@ namespace {
 
 constexpr int64_t kChunkBytes = 512 << 20;  // of expanded weight
 
+constexpr double kHeadStart = 7e8;             // of the integers, over expanding them: see skinny_tokens
+
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // How a call goes: which path, and where in the workspace its parts lie.
 struct Plan {
   explicit Plan(const qpass_weight_only_matmul_args& args) {
-    few = args.m <= kSkinnyTokens || args.type == QPASS_FLOAT;
+    few = args.m <= skinny_tokens(args.n, args.k, kHeadStart) || args.type == QPASS_FLOAT;
     int64_t bytes = args.int4 ? args.k / 2 : args.k;
     row_bytes = ceil_div(bytes, 16) * 16;
     pads_weight = few && row_bytes != bytes;
@@ -108,7 +110,7 @@ size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* a
   using namespace qpass;
   if (!args->n || !args->k) return 0;
   qpass_weight_only_matmul_args few = *args;  // a smaller m may take the other way
-  few.m = std::min<int64_t>(args->m, kSkinnyTokens);
+  few.m = std::min(args->m, skinny_tokens(args->n, args->k, kHeadStart));
   return std::max(Plan(*args).size, Plan(few).size);
 }
 
