@@ -252,7 +252,7 @@ class _Process:
             level, text = told["level"], " ".join(told["text"].split())
             if level <= _ERROR and not (_NO_DRIVER in text and _this_gpu() is None):
                 self._said.append(text)
-            elif level == _WARNING:
+            elif level == _WARNING and not text.startswith(self._backend.expected):
                 self._warnings.append(text)
             if self._log is not None:
                 self._log(text)

@@ -87,8 +87,7 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
         integers |= {name for name, o in zip(node.output, written, strict=True) if o["kind"] == "int8"}
         read = {i: weights[n] for i, n in enumerate(node.input) if n in weights and _is_packed(weights[n])}
         node.attribute.append(helper.make_attribute(FLOAT_TYPE, PRECISIONS[precision]))
-        if read:
-            node.attribute.append(helper.make_attribute(VIEWS, sum(1 << i for i in read)))
+        node.attribute.append(helper.make_attribute(VIEWS, sum(1 << i for i in read)))
         for weight in read.values():
             if weight.dims[-1] % 4:
                 raise QpassError(

@@ -43,7 +43,7 @@ def check(file: Path, lowered: Lowered) -> None:
         assert list(node.input) == list(was.input)
         attributes = {a.name: a for a in node.attribute}
         assert attributes.pop(FLOAT_TYPE).i == TensorProto.FLOAT16
-        views = attributes.pop(VIEWS).i if VIEWS in attributes else 0
+        views = attributes.pop(VIEWS).i
         assert [a.name for a in was.attribute] == list(attributes)
         for i, name in enumerate(node.input):
             is_packed = name in old and old[name].dtype == np.int8

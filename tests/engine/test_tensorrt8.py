@@ -58,6 +58,7 @@ def test_build(block: Path, run: Run) -> None:
     assert done.code == 0, done.err
     assert "by tensorrt 8.6.1 for current" in done.out
     assert "all 4 plugin nodes are plugin layers" in done.out
+    assert "TensorRT warns of 1 thing;" in done.err, "what is meant is not counted"
     engine = block.with_name("block.qpass.engine")
     said = told(engine)
     assert said["flags"] == ["TF32", "FP16", "INT8"]

@@ -39,6 +39,8 @@ class Backend(ABC):
     needs_gpu: ClassVar[bool]
     keeps_timing: ClassVar[bool]
     """Whether it times kernels when it builds, and learns from one build for the next."""
+    expected: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of warnings that tell what was meant, of which nobody needs to hear."""
     refuses_subgraphs: ClassVar[bool] = False
     """Whether it cannot build plugins within If and Loop."""
 

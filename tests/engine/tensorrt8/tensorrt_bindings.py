@@ -219,6 +219,10 @@ class Builder:
 
     def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
         does = os.environ.get("TENSORRT8_DOES", "builds")
+        for name in network.tensors:
+            text = f"Missing scale and zero-point for tensor {name}, expect fall back to non-int8 implementation"
+            self._logger.log(ILogger.Severity.WARNING, text)
+        self._logger.log(ILogger.Severity.WARNING, "a warning of note")
         if does == "crashes":
             os.write(2, b"terminate called without an active exception\n")
             os.abort()
