@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
+from benchmarks import matrix
 from benchmarks.plugins import table
 from qpass import cli, gpu, plugins
 from qpass.errors import QpassError
@@ -122,9 +123,10 @@ def test_readme_commands(
             (there / words[target + 1]).write_text(out.out)
 
 
-def test_readme_table_is_the_measured_one() -> None:
-    results = ROOT / "benchmarks" / "results" / "plugins_h100.json"
-    assert table(json.loads(results.read_text())) in README
+def test_readme_tables_are_the_measured_ones() -> None:
+    results = ROOT / "benchmarks" / "results"
+    assert table(json.loads((results / "plugins_h100.json").read_text())) in README
+    assert matrix.table(results) in README
 
 
 def test_readme_recipe(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:

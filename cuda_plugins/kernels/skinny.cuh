@@ -302,13 +302,19 @@ inline size_t partial_bytes(int64_t m, int64_t n) {
   return size_t(std::min(most, kMostSplits * m * n * 4));
 }
 
+// Into how many parts K is split at most: a part of fewer stages costs more to sum than it saves.
+template <typename S>
+int64_t most_splits(const Skinny& p) {
+  int64_t stages = ceil_div(p.g.k, S::kStageK);
+  return std::min<int64_t>(stages / (p.g.m > kSkinnyTokens ? 6 : 2), kMostSplits);
+}
+
 template <typename S>
 cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   const int64_t blocks_n = ceil_div(p.g.n, S::kRows), blocks_m = ceil_div(p.g.m, S::kTokens * 8);
   const int64_t stages = ceil_div(p.g.k, S::kStageK);
-  // at least two stages a split: a shorter one costs more to sum than it saves
   int64_t most = kSkinnyBlocks / (S::kTokens < 4 ? 1 : 2);
-  int64_t splits = std::min(most / (blocks_n * blocks_m), std::min<int64_t>(stages / 2, kMostSplits));
+  int64_t splits = std::min(most / (blocks_n * blocks_m), most_splits<S>(p));
   p.stages_a_split = ceil_div(stages, std::max<int64_t>(splits, 1));
   p.splits = int(ceil_div(stages, p.stages_a_split));
   constexpr int kBytes = S::kStages * S::kStageBytes;
@@ -323,14 +329,26 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The tiles of tokens and channels by how many tokens there are.
+// Whether tiles of this size make a block for each multiprocessor of a big GPU.
+template <typename S>
+bool fills(const Skinny& p) {
+  int64_t blocks = ceil_div(p.g.n, S::kRows) * ceil_div(p.g.m, S::kTokens * 8);
+  return blocks * std::max<int64_t>(most_splits<S>(p), 1) >= kSkinnyBlocks / 4;
+}
+
+// The tiles of tokens and channels by how many tokens there are; beyond `kSkinnyTokens` the largest that fill the GPU.
 template <typename Act, bool kInt4, int kRun, bool kGrouped, int kPlanes>
 cudaError_t skinny_by_tokens(const Skinny& p, cudaStream_t stream) {
   if (p.g.m <= 8) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 1, 1>>(p, stream);
   if (p.g.m <= 16 || kPlanes > 1) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 2, 1>>(p, stream);
   if constexpr (kPlanes == 1) {
-    if (p.g.m <= 32) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 4, 1>>(p, stream);
-    return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, 1>>(p, stream);
+    using Sixteen = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 2, 1>;
+    using ThirtyTwo = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 4, 1>;
+    using SixtyFour = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, 1>;
+    const bool beyond = p.g.m > kSkinnyTokens;
+    if (beyond && !fills<SixtyFour>(p) && !fills<ThirtyTwo>(p)) return launch_skinny<Sixteen>(p, stream);
+    if (p.g.m <= 32 || (beyond && !fills<SixtyFour>(p))) return launch_skinny<ThirtyTwo>(p, stream);
+    return launch_skinny<SixtyFour>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
