@@ -128,7 +128,9 @@ def build(
         if finished.guessed:
             err.print(finished.guessed, markup=False)
         if finished.warnings and not verbose:
-            err.print(f"TensorRT warns of {len(finished.warnings)} thing{'s' * (len(finished.warnings) != 1)}; --verbose prints them", markup=False)
+            count = len(finished.warnings)
+            things = "thing" if count == 1 else "things"
+            err.print(f"TensorRT warns of {count} {things}; --verbose prints them", markup=False)
         what = facts["backend"]
         promised = len(facts["plugin_layers"])
         proof = f"all {promised} plugin nodes are plugin layers" if promised else "no plugin nodes"
