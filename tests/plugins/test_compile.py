@@ -167,6 +167,46 @@ def test_a_compiler_that_fails(
     assert not building.built()
 
 
+def test_whose_plugins(compiled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said by a flag, by headers, or by the TensorRT that is installed; objects of kernels serve both."""
+    flags: list[list[str]] = []
+    places: set[Path] = set()
+    inner = building._compile
+
+    def compile_and_tell(tools: Any, objects: Path, given: list[str], *rest: Any) -> None:
+        flags.append(given)
+        places.add(objects)
+        inner(tools, objects, given, *rest)
+
+    monkeypatch.setattr(building, "_compile", compile_and_tell)
+    monkeypatch.setattr(toolchain, "installed_tensorrt", lambda: "8")
+    for name, text in (("old", "class IPluginV2DynamicExt"), ("new", "class IPluginV3 : public IVersionedInterface")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "NvInferRuntime.h").write_text(text)
+    wanted = []
+    for tensorrt, headers, major in (
+        (None, None, "8"),
+        ("10.3", None, "10"),
+        ("rtx", tmp_path / "new", "10"),
+        (None, tmp_path / "old", "8"),
+        (None, tmp_path / "new", "10"),
+    ):
+        plugins.build(["90a"], tensorrt=tensorrt, tensorrt_include=headers, force=True)
+        wanted.append(f"-DQPASS_TENSORRT={major}")
+    assert [next(f for f in given if f.startswith("-DQPASS_TENSORRT=")) for given in flags] == wanted
+    assert len(places) == 1
+    with pytest.raises(QpassError, match=r"--tensorrt 8\.6: wants 8\.6 or 10 .* as its headers are"):
+        plugins.build(["90a"], tensorrt="8.6", tensorrt_include=tmp_path / "new")
+
+
+def test_found_by_interface(compiled: list[Path], shells: Library, shells8: Library, cache_folder: Path) -> None:
+    assert {"8": shells8.interface, "10": shells.interface} == plugins.INTERFACES
+    old = plugins.build(["90a"], tensorrt="8.6")
+    new = plugins.build(["90a"], tensorrt="10")
+    assert plugins.find(interface="IPluginV2DynamicExt").path == old.path
+    assert plugins.find(interface="IPluginV3").path == new.path
+
+
 def test_commands(compiled: list[Path], run: Run, tmp_path: Path) -> None:
     assert "not compiled" in run("plugins", "info").err
     built = run("plugins", "build", "--arch", "90a", "-o", tmp_path / "mine.so")
@@ -178,6 +218,7 @@ def test_commands(compiled: list[Path], run: Run, tmp_path: Path) -> None:
         (("build", "--arch", "75"), "--arch 75: qpass compiles for 80, 86"),
         (("build", "--with", tmp_path / "none.cu"), "wants a .cpp or .cu file that is there"),
         (("build", "--tensorrt-include", tmp_path), "has no NvInferRuntime.h"),
+        (("build", "--tensorrt", "7"), "--tensorrt 7: wants 8.6 or 10"),
         (("build", "-o", tmp_path / "no" / "where.so"), "there is no folder"),
         (("selftest", "--op", "Nothing"), "--op Nothing: there are QuantizeTensor"),
         (("bench", "--dtype", "int8"), "--dtype int8: wants one of"),
