@@ -308,6 +308,15 @@ def test_a_rewritten_model_beside_its_original(block: Path, built: list[dict[str
     assert [s.name for s in alone.engines] == ["block.qpass"]
 
 
+def test_recipes(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A recipe is measured as a preset is, under the name of its file."""
+    (tmp_path / "mine.yaml").write_text("preset: w8a16\nexclude: ['fc2']\n")
+    how = Building(["w8a16", str(tmp_path / "mine.yaml")], backend="tensorrt")
+    report = bench(block, how, quick(runs=1))
+    assert [e.name for e in report.engines] == ["baseline", "w8a16", "mine"]
+    assert [e.plugin_layers for e in report.engines] == [0, 2, 1]
+
+
 def test_group_size_is_for_what_is_groupwise(block: Path, built: list[dict[str, Any]]) -> None:
     how = Building(["w8a16", "w4a16-g128"], group_size=64, backend="tensorrt")
     kinds = [s.kind for s in bench(block, how, quick(runs=1)).engines]
@@ -444,7 +453,7 @@ def test_mistakes_are_said_before_anything_long(
         ((engine, "-o", tmp_path / "no" / "b.json"), "there is no folder"),
         ((engine, "--plot", tmp_path / "p.gif"), "--plot"),
         ((block, "--preset", "w9"), "unknown preset 'w9'"),
-        ((block, "--preset", "w8a8", "--preset", "w8a8"), "--preset w8a8: it is given twice"),
+        ((block, "--preset", "w8a8", "--preset", "w8a8"), "--preset w8a8: there are two of this name"),
         ((block, "--preset", "w8a8-static"), "--preset w8a8-static needs --calibration"),
         ((block, "--preset", "w8a8", "--group-size", "64"), "is only for groupwise modes"),
         ((block, "--preset", "w4a16-g128", "--group-size", "48"), "should be 32, 64 or 128, not 48"),

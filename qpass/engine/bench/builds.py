@@ -71,7 +71,8 @@ class Builds:
         base = loaded if how.baseline is None else Model.load(how.baseline)
         self._builds = self._listed(loaded, base, specs)
         library = plugins.find(how.library, interface=interface).path
-        given = [f for f in (how.calibration, file) if f is not None]
+        recipes = [Path(p) for p in how.presets if p.endswith((".yaml", ".yml"))]
+        given = [*recipes, *(f for f in (how.calibration, file) if f is not None)]
         self.reads = [*loaded.weights.files(), *base.weights.files(), pipeline.ledger_of(model), *given, library]
         self._plan(loaded.proto, base.proto, shapes, file)
         if how.keep is not None:
@@ -102,10 +103,13 @@ class Builds:
     def _specs(self) -> dict[str, QuantSpec]:
         """Preset → spec, with the group size where it is groupwise."""
         specs: dict[str, QuantSpec] = {}
-        for name in self._how.presets or (pipeline.DEFAULT_PRESET,):
+        for given in self._how.presets or (pipeline.DEFAULT_PRESET,):
+            recipe = given.endswith((".yaml", ".yml"))
+            spec = QuantSpec.from_yaml(given) if recipe else QuantSpec.preset(given)
+            name = Path(given).stem if recipe else given
             if name in specs:
-                raise QpassError(f"--preset {name}: it is given twice")
-            specs[name] = QuantSpec.preset(name)
+                raise QpassError(f"--preset {given}: there are two of this name")
+            specs[name] = spec
             if specs[name].needs_calibration and self._how.calibration is None:
                 command = f"qpass calibrate {self._model} --data FOLDER -o stats.npz"
                 raise QpassError(f"--preset {name} needs --calibration; make statistics with `{command}`")

@@ -37,7 +37,7 @@ def bench(
         typer.Option(
             "--preset",
             "-p",
-            help=f"Build an engine of it; may be given several times: {', '.join(PRESETS)}. "
+            help=f"Build an engine of it; may be given several times: {', '.join(PRESETS)}, or a YAML recipe. "
             f"Default: {pipeline.DEFAULT_PRESET}.",
         ),
     ] = None,
