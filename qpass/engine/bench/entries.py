@@ -16,7 +16,8 @@ class Building:
     """How engines are made of a model.
 
     Args:
-        presets: or files of recipes (.yaml), an engine each, by default `qpass rewrite`'s; a model with plugin nodes is built as it is instead.
+        presets: or files of recipes (.yaml), an engine each, by default `qpass rewrite`'s; a model with plugin nodes is
+            built as it is instead.
         group_size: for those of the presets that are groupwise.
         calibration: statistics of the model.
         baseline: what the baseline is built of, by default the model itself unless it has plugin nodes.
