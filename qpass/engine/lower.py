@@ -86,15 +86,15 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
         written = [o for o in ops[node.op_type].outputs if _is_there(o, attributes)]
         integers |= {name for name, o in zip(node.output, written, strict=True) if o["kind"] == "int8"}
         read = {i: weights[n] for i, n in enumerate(node.input) if n in weights and _is_packed(weights[n])}
+        packed |= {node.input[i]: weight for i, weight in read.items()}
         node.attribute.append(helper.make_attribute(FLOAT_TYPE, PRECISIONS[precision]))
         node.attribute.append(helper.make_attribute(VIEWS, sum(1 << i for i in read)))
-        for weight in read.values():
+        for i, weight in read.items():
             if weight.dims[-1] % 4:
                 raise QpassError(
-                    f"{node.name}: TensorRT 8.6 takes int8 weights four at a time, and the rows of {weight.name} "
+                    f"{node.name}: TensorRT 8.6 takes int8 weights four at a time, and the rows of {node.input[i]} "
                     f"{list(weight.dims)} are no multiple of it; exclude this layer from quantization"
                 )
-            packed[weight.name] = weight
     for weight in packed.values():
         _view_as_int32(weight)
     return Lowered(model, frozenset(integers), precision)
@@ -111,7 +111,8 @@ def _tell_types(model: ModelProto, path: str) -> None:
 
 def _nodes(graph: GraphProto, outer: Weights) -> Iterator[tuple[NodeProto, Weights]]:
     """Every node with the weights that it can see."""
-    weights = {**outer, **{w.name: w for w in graph.initializer}}
+    constants = [n for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")]
+    weights = {**outer, **{w.name: w for w in graph.initializer}, **{n.output[0]: n.attribute[0].t for n in constants}}
     for node in graph.node:
         yield node, weights
         for attribute in node.attribute:

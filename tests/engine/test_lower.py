@@ -103,6 +103,20 @@ def test_int8_numbers_one_by_one(block: Path, shells8: Library, tmp_path: Path) 
     assert [[a.i for a in n.attribute if a.name == VIEWS] for n in readers] == [[2], [2]]
 
 
+def test_weights_that_are_nodes(block: Path, shells8: Library, tmp_path: Path) -> None:
+    proto = onnx.load(rewritten(block, "w8a8"))
+    weight = next(w for w in proto.graph.initializer if w.data_type == TensorProto.INT8)
+    numbers = numpy_helper.to_array(weight)
+    proto.graph.node.insert(0, helper.make_node("Constant", [], [weight.name], "weight", value=weight))
+    proto.graph.initializer.remove(weight)
+    onnx.save(proto, tmp_path / "m.onnx")
+    lowered = for_tensorrt8(str(tmp_path / "m.onnx"), shells8.ops).model
+    assert lowered is not None
+    value = next(n for n in lowered.graph.node if n.name == "weight").attribute[0].t
+    assert value.data_type == TensorProto.INT32
+    np.testing.assert_array_equal(numpy_helper.to_array(value).view(np.int8), numbers)
+
+
 def test_rows_that_are_no_multiple_of_four(tmp_path: Path, shells8: Library) -> None:
     text = """
     <ir_version: 10, opset_import: ["" : 17]>
