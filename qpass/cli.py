@@ -240,34 +240,23 @@ def verify(
 
     Example: `qpass verify model.onnx model.qpass.onnx --data samples/ --layers`
     """
-    from qpass.engine.verify import verify_engine
+    from qpass.engine.verify import EngineReport, verify_engine
     from qpass.verify import verify as run
 
-    if rewritten.suffix == ".engine" or sidecar.is_one(sidecar.of(rewritten)):
-        if layers:
-            raise QpassError("--layers: an engine shows no layer's output; compare the model that it was built of")
-        with bar("verifying", not as_json and not no_progress) as progress:
-            told = verify_engine(
-                original,
-                rewritten,
-                rewritten=model,
-                data=data,
-                minimum=minimum,
-                tolerance=tolerance,
-                mask=mask,
-                progress=progress,
-            )
-        if as_json:
-            typer.echo(json.dumps(told.to_dict(), indent=1))
-        else:
-            report.console().print(report.verified_engine(told))
-        if not told.passed:
-            raise typer.Exit(NOT_MET)
-        return
+    is_engine = rewritten.suffix == ".engine" or sidecar.is_one(sidecar.of(rewritten))
+    if is_engine and layers:
+        raise QpassError("--layers: an engine shows no layer's output; compare the model that it was built of")
     with bar("verifying", not as_json and not no_progress) as progress:
-        found = run(original, rewritten, data=data, layers=layers, minimum=minimum, mask=mask, progress=progress)
+        asked: dict[str, Any] = {"data": data, "minimum": minimum, "mask": mask, "progress": progress}
+        found = (
+            verify_engine(original, rewritten, rewritten=model, tolerance=tolerance, **asked)
+            if is_engine
+            else run(original, rewritten, layers=layers, **asked)
+        )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
+    elif isinstance(found, EngineReport):
+        report.console().print(report.verified_engine(found))
     else:
         report.console().print(report.verified(found))
     if not found.passed:

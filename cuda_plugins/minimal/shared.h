@@ -8,8 +8,6 @@ enum class DataType : int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kB
 enum class TensorFormat : int32_t { kLINEAR = 0 };
 enum class DimensionOperation : int32_t { kPROD = 1, kFLOOR_DIV = 7 };
 enum class PluginFieldType : int32_t { kFLOAT32 = 1, kINT32 = 5, kUNKNOWN = 8, kINT64 = 10 };
-class ILoggerFinder;  // only handed on; logger.cpp knows its layouts
-
 struct Dims {
   static constexpr int32_t MAX_DIMS = 8;
   int32_t nbDims;

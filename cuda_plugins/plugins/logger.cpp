@@ -61,11 +61,6 @@ bool log(const std::string& text) {
 
 }  // namespace
 
-void set_logger_finder(void* given) {
-  finder = given;
-  version = version_behind(given);
-}
-
 void report(const std::string& text) {
   const std::string line = "qpass: " + text;
   const bool is_old = version < 10000 || (version >= 100000 && version < 110000);
@@ -74,3 +69,9 @@ void report(const std::string& text) {
 }
 
 }  // namespace qpass
+
+// TensorRT looks for this function in a plugin library, whatever its version.
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(void* given) {
+  qpass::finder = given;
+  qpass::version = qpass::version_behind(given);
+}

@@ -5,9 +5,6 @@
 
 namespace qpass {
 
-// What TensorRT hands to setLoggerFinder, of any version.
-void set_logger_finder(void* finder);
-
 // Logs an error by the logger of the TensorRT that loaded this library; on standard error where there is none.
 void report(const std::string& text);
 

@@ -146,19 +146,11 @@ class Plugin : public IPluginV2DynamicExt {
   std::vector<Tensor> last_;
 };
 
-class Creator : public IPluginCreator {
+class Creator : public CreatorOf<IPluginCreator> {
  public:
-  explicit Creator(const Op& op) : op_(op) {
-    for (const Field& f : op.fields) fields_.push_back({f.name, nullptr, type_of(f), 1});
-    for (const char* name : {kViews, kFloatType}) fields_.push_back({name, nullptr, PluginFieldType::kINT32, 1});
-    collection_ = {int32_t(fields_.size()), fields_.data()};
-  }
+  explicit Creator(const Op& op) : CreatorOf(op, {kViews, kFloatType}) {}
 
-  char const* getPluginName() const noexcept override { return op_.name; }
-  char const* getPluginVersion() const noexcept override { return kVersion; }
-  char const* getPluginNamespace() const noexcept override { return kNamespace; }
   void setPluginNamespace(char const*) noexcept override {}
-  PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
 
   Plugin* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
     std::optional<Node> node = node_of(op_, *given);
@@ -178,27 +170,13 @@ class Creator : public IPluginCreator {
     std::memcpy(&build, static_cast<const char*>(data) + values, sizeof(build));
     return new Plugin(Node(op_, read), build);
   }
-
- private:
-  const Op& op_;
-  std::vector<PluginField> fields_;
-  PluginFieldCollection collection_;
 };
 
 }  // namespace
 }  // namespace qpass
 
-// The two functions that TensorRT looks for in a plugin library.
-QPASS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qpass::set_logger_finder(finder); }
-
 QPASS_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
-  static const auto creators = [] {
-    std::vector<nvinfer1::IPluginCreator*> all;
-    for (const qpass::Op* op : qpass::ops()) all.push_back(new qpass::Creator(*op));  // TensorRT keeps them for good
-    return all;
-  }();
-  count = int32_t(creators.size());
-  return creators.data();
+  return qpass::creators_of_all<qpass::Creator, nvinfer1::IPluginCreator>(count);
 }
 
 #endif  // QPASS_TENSORRT < 10

@@ -116,43 +116,21 @@ class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBui
   PluginFieldCollection collection_;
 };
 
-class Creator : public IPluginCreatorV3One {
+class Creator : public CreatorOf<IPluginCreatorV3One> {
  public:
-  explicit Creator(const Op& op) : op_(op) {
-    for (const Field& f : op.fields) fields_.push_back({f.name, nullptr, type_of(f), 1});
-    collection_ = {int32_t(fields_.size()), fields_.data()};
-  }
+  using CreatorOf::CreatorOf;
 
   IPluginV3* createPlugin(char const*, PluginFieldCollection const* given, TensorRTPhase) noexcept override {
     std::optional<Node> node = node_of(op_, *given);
     return node ? new Plugin(*node) : nullptr;
   }
-
-  PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
-  char const* getPluginName() const noexcept override { return op_.name; }
-  char const* getPluginVersion() const noexcept override { return kVersion; }
-  char const* getPluginNamespace() const noexcept override { return kNamespace; }
-
- private:
-  const Op& op_;
-  std::vector<PluginField> fields_;
-  PluginFieldCollection collection_;
 };
 
 }  // namespace
 }  // namespace qpass
 
-// The two functions that TensorRT looks for in a plugin library.
-QPASS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { qpass::set_logger_finder(finder); }
-
 QPASS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static const auto creators = [] {
-    std::vector<nvinfer1::IPluginCreatorInterface*> all;
-    for (const qpass::Op* op : qpass::ops()) all.push_back(new qpass::Creator(*op));  // TensorRT keeps them for good
-    return all;
-  }();
-  count = int32_t(creators.size());
-  return creators.data();
+  return qpass::creators_of_all<qpass::Creator, nvinfer1::IPluginCreatorInterface>(count);
 }
 
 #endif  // QPASS_TENSORRT >= 10

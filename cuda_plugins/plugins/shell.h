@@ -144,6 +144,41 @@ inline std::optional<Node> node_of(const Op& op, const nvinfer1::PluginFieldColl
   return Node(op, values);
 }
 
+// What a creator tells of its op, in either interface. `more`: integers that its plugins are told beyond the op's attributes.
+template <typename Interface>
+class CreatorOf : public Interface {
+ public:
+  explicit CreatorOf(const Op& op, const std::vector<const char*>& more = {}) : op_(op) {
+    for (const Field& f : op.fields) fields_.push_back({f.name, nullptr, type_of(f), 1});
+    for (const char* name : more) fields_.push_back({name, nullptr, nvinfer1::PluginFieldType::kINT32, 1});
+    collection_ = {int32_t(fields_.size()), fields_.data()};
+  }
+
+  char const* getPluginName() const noexcept override { return op_.name; }
+  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginNamespace() const noexcept override { return kNamespace; }
+  nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
+
+ protected:
+  const Op& op_;
+
+ private:
+  std::vector<nvinfer1::PluginField> fields_;
+  nvinfer1::PluginFieldCollection collection_;
+};
+
+// A creator for every op, as TensorRT asks a library for them; it keeps them for good.
+template <typename Creator, typename Interface>
+Interface* const* creators_of_all(int32_t& count) {
+  static const auto creators = [] {
+    std::vector<Interface*> all;
+    for (const Op* op : ops()) all.push_back(new Creator(*op));
+    return all;
+  }();
+  count = int32_t(creators.size());
+  return creators.data();
+}
+
 }  // namespace qpass
 
 #define QPASS_EXPORT extern "C" __attribute__((visibility("default")))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qpass.engine import sidecar
+from qpass.engine.bench import Method
 
 MEMSET_US, COPY_US = 40.0, 3.0
 L2 = 1 << 20
@@ -119,15 +120,10 @@ class FakeGpu:
         )
 
 
-class Context:
-    """Of an engine whose file is JSON: `us`, what its executions take, one after the other and again from the start;
-    `layers`, their names and shares."""
+class Shaped:
+    """What contexts have in common: outputs of the input's shape."""
 
-    def __init__(self, gpu: FakeGpu, told: dict[str, Any]) -> None:
-        self._gpu, self._told = gpu, told
-        self._times: Iterator[float] = cycle(told["us"])
-        self.shape: tuple[int, ...] = ()
-        self.profiler: Any = None
+    shape: tuple[int, ...] = ()
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = tuple(shape)
@@ -138,6 +134,16 @@ class Context:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shape
+
+
+class Context(Shaped):
+    """Of an engine whose file is JSON: `us`, what its executions take, one after the other and again from the start;
+    `layers`, their names and shares."""
+
+    def __init__(self, gpu: FakeGpu, told: dict[str, Any]) -> None:
+        self._gpu, self._told = gpu, told
+        self._times: Iterator[float] = cycle(told["us"])
+        self.profiler: Any = None
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         return True
@@ -233,3 +239,8 @@ def write_engine(
     }
     sidecar.of(path).write_text(json.dumps(facts | changes))
     return path
+
+
+def quick(runs: int = 1, **changes: Any) -> Method:
+    """Without warm-up."""
+    return Method(runs, warm_up_seconds=0.0, warm_up_runs=0, **changes)

@@ -21,6 +21,7 @@ from qpass.engine import Engine, sidecar
 from qpass.engine.backends.tensorrt import TensorRT
 from qpass.errors import QpassError
 from tests.conftest import Run
+from tests.engine.fake_gpu import Shaped
 
 
 @pytest.fixture
@@ -99,23 +100,12 @@ def test_without_a_gpu_it_says_so(engine: Path, tmp_path: Path, run: Run) -> Non
     assert not (tmp_path / "y.npz").exists()
 
 
-class Context:
+class Context(Shaped):
     """Copies x to y."""
 
     def __init__(self) -> None:
-        self.shape: tuple[int, ...] = ()
         self.address: dict[str, int] = {}
         self.driver = ctypes.CDLL("libcuda.so.1")
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shape = tuple(shape)
-        return True
-
-    def infer_shapes(self) -> list[str]:
-        return []
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.address[name] = address
