@@ -108,6 +108,11 @@ def build_files(
         check_places(engine, [found.path], own_cache)
         targets = [c for c in (capability, _this_gpu()) if c][:1] or list(chosen.capabilities())
         preflight(loaded, path, found, chosen, targets)
+    elif nodes and not chosen.expands_bodies:
+        raise QpassError(
+            f"--no-plugins: {chosen.name} {chosen.version()} cannot build the ops of {path.name} from its own layers; "
+            "leave it out"
+        )
     elif nodes:
         preflight(loaded, path, None, chosen, [])
     inputs = {n: i for n, i in runtime.inputs_of(loaded.proto).items() if not i.optional}
@@ -121,7 +126,7 @@ def build_files(
             job = Job(
                 parent=os.getpid(),
                 backend=chosen.name,
-                model=str(path.resolve()),
+                model=os.path.abspath(path),  # a link stays: weights lie beside it, not beside what it leads to
                 engine=str(fresh.path.resolve()),
                 plugins=str(found.path.resolve()) if found else None,
                 nodes=nodes,

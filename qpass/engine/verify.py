@@ -47,9 +47,17 @@ class EngineReport:
 
     @property
     def passed(self) -> bool:
-        return all(o.likeness >= self.minimum for o in self.outputs) and all(
-            o.relative_error <= self.tolerance for o in self.arithmetic
-        )
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """What does not reach its limit. Of integers the share that is equal counts alone."""
+        far = [o for o in self.outputs if o.likeness < self.minimum]
+        off = [o for o in self.arithmetic if o.worst_cosine is not None and o.relative_error > self.tolerance]
+        return [
+            *(f"{o.name}: {o.likeness:.6g} of the original, wants {self.minimum:g}" for o in far),
+            *(f"{o.name}: arithmetic is off by {o.relative_error:.3g}, at most {self.tolerance:g}" for o in off),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that JSON lacks are None."""

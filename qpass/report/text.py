@@ -211,7 +211,7 @@ def verified_engine(found: EngineReport) -> RenderableType:
             errors = (f"{o.relative_error:.3g}", f"{o.max_abs:.3g}", f"{o.equal:.1%}")
             table.add_row(escape(o.name) if o is reports[0] else "", what, *cosine, *errors)
     limits = f"cosines of both ≥ {found.minimum:g}, errors of the engine's arithmetic ≤ {found.tolerance:g}"
-    verdict = f"passed: {limits}" if found.passed else f"[red]failed:[/] {limits}"
+    verdict = f"passed: {limits}" if found.passed else "[red]failed:[/] " + escape("; ".join(found.failures))
     about = f"{escape(found.backend)}, {found.samples} samples: {escape(found.inputs)}"
     return Group(about, "", table, "", verdict, *(f"[dim]note:[/] {escape(n)}" for n in found.notes))
 

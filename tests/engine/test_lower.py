@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_without_plugins_bodies_are_expanded(block: Path) -> None:
 
 class _Layer:
     def __init__(self, kind: str, inputs: list[str], outputs: list[str]) -> None:
-        self.type = type("Type", (), {"name": kind})()
+        self.type, self.name = types.SimpleNamespace(name=kind), kind.lower()
         self._inputs, self._outputs = [_Tensor(n) for n in inputs], [_Tensor(n) for n in outputs]
         self.num_inputs, self.num_outputs = len(inputs), len(outputs)
 
@@ -165,19 +166,29 @@ def test_only_what_plugins_make_is_int8() -> None:
         _Layer("SHUFFLE", ["x"], ["other"]),
         _Layer("PLUGIN_V2", ["moved", "w"], ["y"]),
     ]
-    network = type("Network", (), {"num_layers": 4, "get_layer": lambda self, i: layers[i]})()
+    network = types.SimpleNamespace(num_layers=4, get_layer=layers.__getitem__)
     flags: list[str] = []
     calls = {
         "set_flag": lambda self, f: flags.append(f),
         "clear_flag": lambda self, f: flags.append(f"not {f}"),
+        "get_tactic_sources": lambda self: 0b11111,
         "set_tactic_sources": lambda self, s: None,
     }
     config = type("Config", (), calls)()
-    trt = type("Trt", (), {"BuilderFlag": type("Flags", (), {f: f for f in ("FP16", "INT8", "TF32")})})
+    trt = types.SimpleNamespace(
+        BuilderFlag=types.SimpleNamespace(FP16="FP16", INT8="INT8", TF32="TF32"),
+        TacticSource=types.SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2),
+    )
     TensorRT8().configure(trt, config, network, Lowered(None, frozenset({"q"})))
     ranges = {t.name: t.range for layer in layers for t in layer._outputs}
     assert ranges == {"q": (-127.0, 127.0), "scale": None, "moved": (-127.0, 127.0), "other": None, "y": None}
     assert flags == ["FP16", "INT8"]
+    layers.append(_Layer("DEQUANTIZE", ["z"], ["zz"]))
+    network.num_layers = 5
+    with pytest.raises(QpassError, match="is a QuantizeLinear or DequantizeLinear beside plugins that write int8"):
+        TensorRT8().configure(trt, config, network, Lowered(None, frozenset({"q"})))
+    layers.pop()
+    network.num_layers = 4
     flags.clear()
     TensorRT8().configure(trt, config, network, Lowered(None, precision="fp32"))
     assert flags == ["not TF32"], "without int8 tensors there are no scales, which INT8 would ask for"

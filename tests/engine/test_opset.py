@@ -83,7 +83,7 @@ def test_low_enough() -> None:
         "(float[N, 4] x) => (float[N, 1] y) <int64[1] a = {1}> { [r] y = ReduceSum(x, a) }",
         "(float[N, 4] x) => (float[N, 6] y) <int64[4] p = {0, 1, 0, 1}> { [p] y = Pad(x, p) }",
         "(float[N, 4] x, float[N, 4] u) => (float[N, 4] y) <int64[1, 1] i = {0}, float[1, 4] v> "
-        '{ [s] y = ScatterND<reduction = "add">(x, i, v) }',
+        '{ [s] y = ScatterND<reduction = "none">(x, i, v) }',
         "(float[1, 1, 4, 4] x) => (float[1, 1, 8, 8] y) <float[4] s = {1, 1, 2, 2}> "
         '{ [r] y = Resize<antialias = 0, keep_aspect_ratio_policy = "stretch", mode = "linear">(x, , s) }',
         "(float[N, 4] x) => (float[N, 4] y) <float[4] s = {0.5, 0.25, 1, 2}, int8[4] z = {0, 1, 2, 3}> "
@@ -458,3 +458,22 @@ def test_a_real_model() -> None:
     slices = [n for n in proto.graph.node if n.op_type == "Slice"]
     assert slices
     assert all(made[n.input[3]].op_type == "Constant" for n in slices if len(n.input) > 3)
+
+
+def test_what_tensorrt_overlooks_is_refused() -> None:
+    """Its parser would scatter without adding, and say nothing."""
+    text = '(float[4] x, int64[2, 1] i, float[2] u) => (float[4] y) { [s] y = ScatterND<reduction = "add">(x, i, u) }'
+    with pytest.raises(QpassError, match=r"node s: TensorRT 8\.6 overlooks reduction = .* of ScatterND"):
+        lower(written(text, 17))
+    plain = text.replace('<reduction = "add">', '<reduction = "none">')
+    assert [n.op_type for n in lower(written(plain, 17)).graph.node] == ["ScatterND"]
+
+
+def test_a_branch_that_never_runs() -> None:
+    """An axis that is not there is no constant, and no error."""
+    text = """(float[2, 3] x, bool c) => (float[2, 3] y) {
+        shape = Constant<value_ints = [2, 3]>() three = Constant<value_int = 3>()
+        gone = Gather(shape, three)
+        y = Identity(x)
+    }"""
+    lower(written(text, 17))

@@ -102,7 +102,7 @@ def test_models_of_the_zoo(path: Path, tmp_path: Path) -> None:
 
 
 def test_without_plugins(block: Path) -> None:
-    with pytest.raises(QpassError, match="INT8 weights are refused"):
+    with pytest.raises(QpassError, match=r"--no-plugins: tensorrt 8\.6\.1 cannot build the ops of block\.w8a8\.onnx"):
         engines.build_files(rewritten(block), backend="tensorrt", use_plugins=False)
 
 
@@ -162,3 +162,16 @@ def test_bfloat16_is_not_there(block: Path, tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "bf16.onnx")
     with pytest.raises(QpassError, match="x is bfloat16, the library has float32, float16"):
         engines.build_files(rewritten(tmp_path / "bf16.onnx", "w8a16"), backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("8.6.0", True), ("8.6.1.post1", True), ("8.5.2", False), ("8.60", False)]
+)
+def test_which_versions(version: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8.5 loads no plugin libraries."""
+    monkeypatch.setattr(backends.Backend, "version", lambda self: version)
+    if known:
+        assert backends.choose("tensorrt").version() == version
+        return
+    with pytest.raises(QpassError, match=f"tensorrt {version} is installed, which qpass does not know"):
+        backends.choose("tensorrt")

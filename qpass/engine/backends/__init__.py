@@ -27,9 +27,9 @@ def choose(name: str = "auto") -> Backend:
     installed = [b for b in named if b.installed()]
     if installed:
         return installed[0]
-    first = named[0]
+    first = next((b for b in named if b.module is not None), named[0])
     if name == "auto":
-        raise QpassError(f"no TensorRT is installed: {first.install} (builds engines without a GPU)")
+        raise QpassError(f"no TensorRT is installed: {named[0].install} (builds engines without a GPU)")
     if first.module is not None:
         raise QpassError(f"{name} {first.version()} is installed, which qpass does not know; {first.install}")
     raise QpassError(f"{name} is not installed: {first.install}")

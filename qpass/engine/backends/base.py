@@ -41,6 +41,8 @@ class Backend(ABC):
     """Whether it times kernels when it builds, and learns from one build for the next."""
     expected: ClassVar[tuple[str, ...]] = ()
     """Beginnings of warnings that tell what was meant, of which nobody needs to hear."""
+    expands_bodies: ClassVar[bool] = True
+    """Whether it can build what plugin nodes mean from layers of its own."""
     refuses_subgraphs: ClassVar[bool] = False
     """Whether it cannot build plugins within If and Loop."""
 

@@ -16,10 +16,11 @@ class TensorRT(Backend):
     trtexec = "trtexec"
     needs_gpu = True
     keeps_timing = True
-    majors: ClassVar[tuple[str, ...]] = ("10", "11")
+    versions: ClassVar[tuple[str, ...]] = ("10", "11")
+    """How versions begin that are known to work alike."""
 
     def installed(self) -> bool:
-        return super().installed() and self.version().partition(".")[0] in self.majors
+        return super().installed() and any(f"{self.version()}.".startswith(f"{v}.") for v in self.versions)
 
     def environment(self) -> dict[str, str]:
         return {}

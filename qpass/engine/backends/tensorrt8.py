@@ -7,11 +7,17 @@ from typing import Any
 
 from qpass.engine.backends.tensorrt import TensorRT
 from qpass.engine.lower import Lowered, for_tensorrt8
+from qpass.errors import QpassError
 from qpass.plugins import Library
 
 MOVES = ("SHUFFLE", "SLICE", "GATHER", "CONCATENATION", "IDENTITY", "SELECT")
 """Layers that change no number: behind a plugin's int8 output they are int8, too."""
-LIBRARIES = (("libcublas.so.12", "libcublas.so.11"), ("libcublasLt.so.12", "libcublasLt.so.11"), ("libcudnn.so.8",))
+LIBRARIES = {
+    "CUBLAS": ("libcublas.so.12", "libcublas.so.11"),
+    "CUBLAS_LT": ("libcublasLt.so.12", "libcublasLt.so.11"),
+    "CUDNN": ("libcudnn.so.8",),
+}
+"""What kernels of a source come from."""
 
 
 class TensorRT8(TensorRT):
@@ -20,7 +26,8 @@ class TensorRT8(TensorRT):
     install = "pip install tensorrt==8.6.1"
     interface = "IPluginV2DynamicExt"
     weakly_typed = True
-    majors = ("8",)
+    versions = ("8.6",)  # 8.5 loads no plugin libraries
+    expands_bodies = False
     expected = ("Missing scale and zero-point for tensor",)  # where there is none, no int8 is wanted
 
     def network_flags(self, trt: Any) -> int:
@@ -33,25 +40,35 @@ class TensorRT8(TensorRT):
         """FP16 wherever it is faster, or fp32 without the shortcuts of TF32; INT8 between plugins.
 
         INT8 is what plugins make: its tensors get a scale of one, and no other tensor gets any, so that TensorRT
-        quantizes nothing by itself.
+        quantizes nothing by itself. It takes no such scales where a QuantizeLinear or DequantizeLinear is left.
         """
+        layers = [network.get_layer(i) for i in range(network.num_layers)]
+        left = [layer.name for layer in layers if layer.type.name in ("QUANTIZE", "DEQUANTIZE")]
+        if left and lowered.integers:
+            raise QpassError(
+                f"{left[0]} is a QuantizeLinear or DequantizeLinear beside plugins that write int8, which TensorRT 8.6 "
+                "does not take in one network; leave out one or the other"
+            )
         if lowered.precision == "fp32":
             config.clear_flag(trt.BuilderFlag.TF32)
         else:
             config.set_flag(trt.BuilderFlag.FP16)
-        if lowered.integers:  # it would miss scales where there is no int8
+        if lowered.integers or left:  # it would miss scales where there is no int8
             config.set_flag(trt.BuilderFlag.INT8)
         integers = set(lowered.integers)
-        for i in range(network.num_layers):
-            layer = network.get_layer(i)
+        for layer in layers:
             outputs = [layer.get_output(o) for o in range(layer.num_outputs)]
-            moved = layer.type.name in MOVES and layer.num_inputs and layer.get_input(0).name in integers
+            inputs = [layer.get_input(i) for i in range(layer.num_inputs)] if layer.type.name in MOVES else []
+            moved = any(t is not None and t.name in integers for t in inputs)
             for tensor in outputs:
                 if tensor is not None and (moved or tensor.name in integers):
                     integers.add(tensor.name)
                     tensor.set_dynamic_range(-127.0, 127.0)
-        if not all(any(_loadable(name) for name in names) for names in LIBRARIES):
-            config.set_tactic_sources(0)  # it would ask for kernels of libraries that are not here, and fail
+        sources = config.get_tactic_sources()
+        for source, names in LIBRARIES.items():
+            if not any(map(_loadable, names)):  # it would ask for its kernels, and fail
+                sources &= ~(1 << int(getattr(trt.TacticSource, source)))
+        config.set_tactic_sources(sources)
 
 
 def _loadable(name: str) -> bool:

@@ -158,12 +158,42 @@ def _shape(site: Site) -> None:
         del node.attribute[:]
 
 
+def _reduce_sum(site: Site) -> None:
+    """Its axes are an input at opset 13 already, but that none may mean "nothing" is overlooked."""
+    node = site.node
+    if get_attribute(node, "noop_with_empty_axes") and (axes := site.scope.integers(node, 1)) is not None:
+        set_attribute(node, "noop_with_empty_axes", None)
+        if not axes:
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+
+
 SPELLINGS: dict[str, Callable[[Site], None]] = {
     "CastLike": _cast_like,  # not known to it
     "Constant": _constant,  # value_int and value_ints are read as zeros
+    "ReduceSum": _reduce_sum,
     "Shape": _shape,  # start and end are overlooked
 }
 """What TensorRT 8.6's parser reads wrongly at opset 17, in words that it knows."""
+
+
+MISREAD: dict[tuple[str, str], Sequence[bytes | int]] = {
+    ("ScatterElements", "reduction"): (b"none",),
+    ("ScatterND", "reduction"): (b"none",),
+    ("GRU", "layout"): (0,),
+    ("LSTM", "layout"): (0,),
+    ("RNN", "layout"): (0,),
+}
+"""Attributes that the parser overlooks, with the values that this changes nothing of."""
+
+
+def misread(node: NodeProto) -> str | None:
+    """The attribute of a node that TensorRT 8.6's parser would overlook; None where there is none."""
+    for a in node.attribute:
+        harmless = MISREAD.get((node.op_type, a.name))
+        if harmless is not None and helper.get_attribute_value(a) not in harmless:
+            return str(helper.printable_attribute(a))
+    return None
 
 
 def hold(node: NodeProto, value: NDArray[Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from qpass.engine.opset.adapters import SPELLINGS, Site, adapt, hold
+from qpass.engine.opset.adapters import SPELLINGS, Site, adapt, hold, misread
 from qpass.engine.opset.schemas import Schema, function_of, schema_of
 from qpass.engine.opset.scope import DEFAULT, FOLDED, Scope, complete_types, get_attribute, inferred_of
 from qpass.errors import QpassError
@@ -72,6 +72,9 @@ class _Lowering:
                 self.graph(inner, opset, Scope(inner, scope, scope.own), f"{site.path}/")
             if node.domain in DEFAULT:
                 self._node(site, opset)
+                if overlooked := misread(node):
+                    what = f"{overlooked} of {node.op_type}"
+                    raise QpassError(f"node {site.path}: TensorRT 8.6 overlooks {what}; export the model without it")
             for new in site.before:
                 graph.node.insert(place, new)
                 place += 1

@@ -47,7 +47,8 @@ class Scope:
         tensor = self.type(name).tensor_type
         if not tensor.HasField("shape"):
             return None
-        return [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+        known = (d.HasField("dim_value") and d.dim_value >= 0 for d in tensor.shape.dim)  # −1: some exporters' "open"
+        return [d.dim_value if k else None for d, k in zip(tensor.shape.dim, known, strict=True)]
 
     def constant(self, name: str) -> NDArray[Any] | None:
         """The value, where it is small and the same in every run."""
@@ -85,7 +86,10 @@ class Scope:
         inputs = {i: self.constant(i) for i in node.input if i}
         if any(v is None or v.dtype.kind not in "bi" for v in inputs.values()):
             return None  # floats are the engine's: it may round in another way
-        results: Any = ReferenceEvaluator(node).run(None, inputs)
+        try:
+            results: Any = ReferenceEvaluator(node).run(None, inputs)
+        except Exception:  # of a branch that never runs, such as an axis that is not there
+            return None
         found = np.asarray(results[0])
         return found if found.dtype.kind in "bi" and found.size <= SMALL else None
 

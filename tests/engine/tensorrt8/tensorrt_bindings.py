@@ -37,6 +37,10 @@ class MemoryPoolType(_Named):
     WORKSPACE = 0
 
 
+class TacticSource(_Named):
+    CUBLAS, CUBLAS_LT, CUDNN, EDGE_MASK_CONVOLUTIONS, JIT_CONVOLUTIONS = range(5)
+
+
 class ProfilingVerbosity(_Named):
     DETAILED = 2
 
@@ -192,7 +196,11 @@ class _Config:
     def clear_flag(self, flag: BuilderFlag) -> None:
         self.flags.remove(flag.name)
 
-    def set_tactic_sources(self, sources: int) -> None: ...
+    def get_tactic_sources(self) -> int:
+        return 0b11111
+
+    def set_tactic_sources(self, sources: int) -> None:
+        assert sources & 0b11000 == 0b11000, "these need no library"
 
     def add_optimization_profile(self, profile: Any) -> None: ...
 
