@@ -2,8 +2,8 @@
 //
 // That TensorRT types a network weakly: it chooses float32 or float16 for a tensor by what is faster, whatever the model says.
 // Asked to choose for plugins too, it times everything around them in all combinations, for minutes, and what it takes is chance;
-// so a field of the node says which of the two its floats are. It has no int8 constants; packed weights come as int32 constants of
-// the same bytes, and another field says which inputs these are.
+// so a field of the node says which of the two its floats are. It has no int8 constants; packed weights come as vectors of int32
+// with the same bytes, and another field says what dims they have as int8.
 #include "shell.h"
 
 #if QPASS_TENSORRT < 10
@@ -15,13 +15,37 @@ namespace {
 
 using namespace nvinfer1;
 
-constexpr const char* kViews = "int32_views";    // bit i: input i is an int32 view, its last dim a quarter of what it is
+constexpr const char* kDims = "int8_dims";        // of each input its rank and dims; rank 0: it comes as it is
 constexpr const char* kFloatType = "float_type";  // of T and output_type: a qpass_type, or 0 for any
+constexpr int kMostDims = 3;                      // of packed weights
 
 struct Build {  // what a node is told beyond its attributes
-  uint32_t views;
   int32_t float_type;
+  int32_t rank[kMostTensors];
+  int32_t dims[kMostTensors][kMostDims];
 };
+
+// None, and reported, where the dims are not a list of ranks with that many dims each.
+std::optional<Build> build_of(const Op& op, const PluginFieldCollection& given) {
+  Build build = {};
+  build.float_type = int32_t(value_of(given, kFloatType).value_or(0));
+  for (int i = 0; i < given.nbFields; ++i) {
+    const PluginField& field = given.fields[i];
+    if (std::string(kDims) != field.name || field.type != PluginFieldType::kINT32) continue;
+    const int32_t *at = static_cast<const int32_t*>(field.data), *end = at + field.length;
+    for (size_t input = 0; at < end; ++input) {
+      const int32_t rank = *at++;
+      if (input >= kMostTensors || rank < 0 || rank > kMostDims || rank > end - at) {
+        report(std::string(op.name) + ": its " + kDims + " is no list of ranks and dims");
+        return std::nullopt;
+      }
+      build.rank[input] = rank;
+      std::copy(at, at + rank, build.dims[input]);
+      at += rank;
+    }
+  }
+  return build;
+}
 
 class Plugin : public IPluginV2DynamicExt {
  public:
@@ -49,7 +73,9 @@ class Plugin : public IPluginV2DynamicExt {
     std::vector<std::vector<Symbols::Dim>> dims;
     for (int i = 0; i < inputs; ++i) {
       dims.emplace_back(in[i].d, in[i].d + in[i].nbDims);
-      if (is_view(i) && in[i].nbDims) dims[i].back() = Symbols{&builder}.times(dims[i].back(), 4);
+      if (!is_view(i)) continue;
+      dims[i].clear();
+      for (int d = 0; d < build_.rank[i]; ++d) dims[i].push_back(builder.constant(build_.dims[i][d]));
     }
     std::vector<DimsExprs> solved;
     return solve_outputs(node_, dims, builder, &solved) ? solved[index] : none;
@@ -102,7 +128,7 @@ class Plugin : public IPluginV2DynamicExt {
   }
 
  private:
-  bool is_view(size_t input) const { return build_.views >> input & 1; }
+  bool is_view(size_t input) const { return build_.rank[input] > 0; }
 
   // The first tensor of a kind, inputs before outputs: the others of this kind have its type.
   int first_of(Kind kind) const {
@@ -120,7 +146,8 @@ class Plugin : public IPluginV2DynamicExt {
     Tensor t = tensor_of(desc, desc.dims, data);
     if (is_view(i)) {
       t.type = QPASS_INT8;
-      if (t.rank) t.dims[t.rank - 1] *= 4;
+      t.rank = build_.rank[i];
+      std::copy(build_.dims[i], build_.dims[i] + t.rank, t.dims);
     }
     return t;
   }
@@ -148,14 +175,14 @@ class Plugin : public IPluginV2DynamicExt {
 
 class Creator : public CreatorOf<IPluginCreator> {
  public:
-  explicit Creator(const Op& op) : CreatorOf(op, {kViews, kFloatType}) {}
+  explicit Creator(const Op& op) : CreatorOf(op, {kDims, kFloatType}) {}
 
   void setPluginNamespace(char const*) noexcept override {}
 
   Plugin* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
     std::optional<Node> node = node_of(op_, *given);
-    const Build build = {uint32_t(value_of(*given, kViews).value_or(0)), int32_t(value_of(*given, kFloatType).value_or(0))};
-    return node ? new Plugin(*node, build) : nullptr;
+    std::optional<Build> build = build_of(op_, *given);
+    return node && build ? new Plugin(*node, *build) : nullptr;
   }
 
   Plugin* deserializePlugin(char const*, void const* data, size_t size) noexcept override {

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    external_data_helper,
+    helper,
+    inliner,
+)
 
 from qpass.engine.opset import lower
-from qpass.errors import QpassError
 from qpass.graph import Model
+from qpass.graph.load import is_external
+from qpass.graph.walk import graphs_of
 from qpass.ops import DOMAIN
 from qpass.plugins import OpInfo
 
-VIEWS, FLOAT_TYPE = "int32_views", "float_type"
-"""Attributes by which plugin_v2.cpp knows: bit i is set where input i is an int32 view of int8 weights; and what a
-plugin's floats are."""
+DIMS, FLOAT_TYPE = "int8_dims", "float_type"
+"""Attributes by which plugin_v2.cpp knows of each input the rank and dims of the int8 numbers that come as int32 (rank
+0: it comes as it is), and what a plugin's floats are."""
 PRECISIONS = {"fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
 
 Weights = Mapping[str, TensorProto]
@@ -67,7 +78,7 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
         precision: what plugins compute in, and TensorRT's own layers mostly.
 
     Raises:
-        QpassError: an op needs a later opset, or weights are not a multiple of four bytes wide.
+        QpassError: an op needs a later opset than its parser knows.
     """
     model = onnx.load(path, load_external_data=False)
     _tell_types(model, path)
@@ -78,25 +89,29 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
         model = inliner.inline_local_functions(model)
     model = lower(model, 17)
     integers: set[str] = set()
-    packed: dict[str, TensorProto] = {}
-    for node, weights in _nodes(model.graph, {}):
+    views: dict[int, TensorProto] = {}  # by identity: branches may have two weights of one name
+    others = _read_by_others(model.graph)
+    for node, graph, weights in list(_nodes(model.graph, {})):
         if ops is None or node.domain != DOMAIN:
             continue
         attributes = {a.name: a.i for a in node.attribute if a.type == AttributeProto.INT}
         written = [o for o in ops[node.op_type].outputs if _is_there(o, attributes)]
         integers |= {name for name, o in zip(node.output, written, strict=True) if o["kind"] == "int8"}
-        read = {i: weights[n] for i, n in enumerate(node.input) if n in weights and _is_packed(weights[n])}
-        packed |= {node.input[i]: weight for i, weight in read.items()}
         node.attribute.append(helper.make_attribute(FLOAT_TYPE, PRECISIONS[precision]))
-        node.attribute.append(helper.make_attribute(VIEWS, sum(1 << i for i in read)))
-        for i, weight in read.items():
-            if weight.dims[-1] % 4:
-                raise QpassError(
-                    f"{node.name}: TensorRT 8.6 takes int8 weights four at a time, and the rows of {node.input[i]} "
-                    f"{list(weight.dims)} are no multiple of it; exclude this layer from quantization"
-                )
-    for weight in packed.values():
-        _view_as_int32(weight)
+        dims: list[int] = []
+        for i, name in enumerate(node.input):
+            weight = weights.get(name)
+            if weight is None or weight.data_type != TensorProto.INT8 or not weight.dims:
+                dims.append(0)
+                continue
+            dims += [len(weight.dims), *weight.dims]
+            if name in others:
+                weight = _copy(weight, graph, f"{name}.int32")
+                node.input[i] = weight.name
+            views[id(weight)] = weight
+        node.attribute.append(helper.make_attribute(DIMS, dims))
+    for weight in views.values():
+        _view_as_int32(weight, Path(path))
     return Lowered(model, frozenset(integers), precision)
 
 
@@ -109,15 +124,21 @@ def _tell_types(model: ModelProto, path: str) -> None:
             model.graph.value_info.append(helper.make_tensor_value_info(value.name, kind, value.shape))
 
 
-def _nodes(graph: GraphProto, outer: Weights) -> Iterator[tuple[NodeProto, Weights]]:
-    """Every node with the weights that it can see."""
+def _nodes(graph: GraphProto, outer: Weights) -> Iterator[tuple[NodeProto, GraphProto, Weights]]:
+    """Every node with its graph and the weights that it can see."""
     constants = [n for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")]
     weights = {**outer, **{w.name: w for w in graph.initializer}, **{n.output[0]: n.attribute[0].t for n in constants}}
     for node in graph.node:
-        yield node, weights
+        yield node, graph, weights
         for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in graphs_of(attribute):
                 yield from _nodes(inner, weights)
+
+
+def _read_by_others(graph: GraphProto) -> set[str]:
+    """The names that nodes which are no plugins read, and outputs."""
+    nodes = [n for n, _, _ in _nodes(graph, {})]
+    return {i for n in nodes if n.domain != DOMAIN for i in n.input} | {o.name for o in graph.output}
 
 
 def _is_there(slot: Mapping[str, object], attributes: Mapping[str, int]) -> bool:
@@ -127,14 +148,28 @@ def _is_there(slot: Mapping[str, object], attributes: Mapping[str, int]) -> bool
     return bool(attributes.get(when["attribute"], 0) & when["mask"]) == bool(when["on"])
 
 
-def _is_packed(weight: TensorProto) -> bool:
-    return weight.data_type == TensorProto.INT8 and len(weight.dims) > 0
+def _copy(weight: TensorProto, graph: GraphProto, name: str) -> TensorProto:
+    """The same numbers under another name, once a graph."""
+    there: list[TensorProto] = [w for w in graph.initializer if w.name == name]
+    if there:
+        return there[0]
+    fresh: TensorProto = graph.initializer.add()
+    fresh.CopyFrom(weight)
+    fresh.name = name
+    return fresh
 
 
-def _view_as_int32(weight: TensorProto) -> None:
-    """Four numbers in one. Their bytes stay where they are."""
+def _view_as_int32(weight: TensorProto, model: Path) -> None:
+    """A vector of int32 with the bytes of int8 numbers, which stay where they are unless they must be padded."""
+    count = math.prod(weight.dims)
     if weight.int32_data:  # one number each
         weight.raw_data = bytes(value & 0xFF for value in weight.int32_data)
         del weight.int32_data[:]
+    if count % 4:
+        if is_external(weight):
+            external_data_helper.load_external_data_for_tensor(weight, str(model.parent))
+            weight.ClearField("external_data")
+            weight.ClearField("data_location")
+        weight.raw_data += bytes(-count % 4)
     weight.data_type = TensorProto.INT32
-    weight.dims[-1] //= 4
+    weight.dims[:] = [-(-count // 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qpass
 from qpass.engine.backends.tensorrt8 import TensorRT8
-from qpass.engine.lower import FLOAT_TYPE, VIEWS, Lowered, for_tensorrt8, inlined
+from qpass.engine.lower import DIMS, FLOAT_TYPE, Lowered, for_tensorrt8, inlined
 from qpass.engine.preflight import plugin_nodes
 from qpass.errors import QpassError
 from qpass.graph import Model
@@ -44,14 +45,17 @@ def check(file: Path, lowered: Lowered) -> None:
         assert list(node.input) == list(was.input)
         attributes = {a.name: a for a in node.attribute}
         assert attributes.pop(FLOAT_TYPE).i == TensorProto.FLOAT16
-        views = attributes.pop(VIEWS).i
+        dims = list(attributes.pop(DIMS).ints)
         assert [a.name for a in was.attribute] == list(attributes)
-        for i, name in enumerate(node.input):
-            is_packed = name in old and old[name].dtype == np.int8
-            assert bool(views >> i & 1) == is_packed
-            if is_packed:
+        for name in node.input:
+            rank = dims.pop(0)
+            shape, dims = dims[:rank], dims[rank:]
+            assert bool(rank) == (name in old and old[name].dtype == np.int8)
+            if rank:
                 assert new[name].data_type == TensorProto.INT32
-                np.testing.assert_array_equal(numpy_helper.to_array(new[name]).view(np.int8), old[name])
+                seen = numpy_helper.to_array(new[name]).view(np.int8)
+                np.testing.assert_array_equal(seen[: math.prod(shape)].reshape(shape), old[name])
+        assert not dims
     assert not nodes, "every plugin node is still there"
     values = [v for n in plugin_nodes(Model.load(file)) for v in n.outputs]
     assert lowered.integers == {v.name for v in values if v.dtype == np.int8}
@@ -77,7 +81,7 @@ def test_weights_stay_where_they_are(block: Path, shells8: Library, tmp_path: Pa
     lowered = for_tensorrt8(str(apart), shells8.ops).model
     assert lowered is not None
     views = [w for w in lowered.graph.initializer if w.data_type == TensorProto.INT32]
-    assert [list(w.dims) for w in views] == [[128, 16], [64, 32]]
+    assert [list(w.dims) for w in views] == [[128 * 64 // 4], [64 * 128 // 4]]
     for w in views:
         length = next(int(e.value) for e in w.external_data if e.key == "length")
         assert length == 4 * np.prod(w.dims)
@@ -99,9 +103,10 @@ def test_int8_numbers_one_by_one(block: Path, shells8: Library, tmp_path: Path) 
     lowered = for_tensorrt8(str(tmp_path / "m.onnx"), shells8.ops).model
     assert lowered is not None
     viewed = next(w for w in lowered.graph.initializer if w.name == weight.name)
-    np.testing.assert_array_equal(numpy_helper.to_array(viewed).view(np.int8), numbers)
+    np.testing.assert_array_equal(numpy_helper.to_array(viewed).view(np.int8), numbers.reshape(-1))
     readers = [n for n in lowered.graph.node if weight.name in n.input]
-    assert [[a.i for a in n.attribute if a.name == VIEWS] for n in readers] == [[2], [2]]
+    told = [list(a.ints) for n in readers for a in n.attribute if a.name == DIMS]
+    assert told == 2 * [[0, 2, *weight.dims, 0, 0]]
 
 
 def test_weights_that_are_nodes(block: Path, shells8: Library, tmp_path: Path) -> None:
@@ -115,17 +120,46 @@ def test_weights_that_are_nodes(block: Path, shells8: Library, tmp_path: Path) -
     assert lowered is not None
     value = next(n for n in lowered.graph.node if n.name == "weight").attribute[0].t
     assert value.data_type == TensorProto.INT32
-    np.testing.assert_array_equal(numpy_helper.to_array(value).view(np.int8), numbers)
+    np.testing.assert_array_equal(numpy_helper.to_array(value).view(np.int8), numbers.reshape(-1))
 
 
-def test_rows_that_are_no_multiple_of_four(tmp_path: Path, shells8: Library) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_zero_points_are_padded(apart: bool, tmp_path: Path, shells8: Library) -> None:
+    """Of 384 inputs three groups: 3 × 15 bytes are no whole int32s."""
     text = """
     <ir_version: 10, opset_import: ["" : 17]>
-    odd (float[B, 30] x) => (float[B, 16] y) <float[30, 16] w> { [fc] y = MatMul(x, w) }
+    three (float[B, 384] x) => (float[B, 15] y) <float[384, 15] w> { [fc] y = MatMul(x, w) }
     """
-    onnx.save(model(text), tmp_path / "odd.onnx")
-    with pytest.raises(QpassError, match=r"fc.*takes int8 weights four at a time, and the rows of .* \[16, 30\]"):
-        for_tensorrt8(str(rewritten(tmp_path / "odd.onnx", "w8a8")), shells8.ops)
+    onnx.save(model(text), tmp_path / "three.onnx")
+    file = rewritten(tmp_path / "three.onnx", "w4a16-g128-zp")
+    if apart:
+        moved = tmp_path / "apart.onnx"
+        onnx.save(onnx.load(file), moved, save_as_external_data=True, location="apart.data", size_threshold=0)
+        file = moved
+    lowered = for_tensorrt8(str(file), shells8.ops).model
+    assert lowered is not None
+    stored = [w for w in onnx.load(file).graph.initializer if w.data_type == TensorProto.INT8]
+    zero = next(w for w in stored if list(w.dims) == [15, 3])
+    seen = next(w for w in lowered.graph.initializer if w.name == zero.name)
+    assert (list(seen.dims), len(seen.external_data)) == ([12], 0)
+    expected = numpy_helper.to_array(zero).reshape(-1)
+    np.testing.assert_array_equal(numpy_helper.to_array(seen).view(np.int8)[:45], expected)
+
+
+def test_weights_that_others_read_too(block: Path, shells8: Library, tmp_path: Path) -> None:
+    """They keep theirs, and the plugin gets a copy."""
+    proto = onnx.load(rewritten(block, "w8a8"))
+    weight = next(w for w in proto.graph.initializer if w.data_type == TensorProto.INT8)
+    proto.graph.node.append(helper.make_node("Identity", [weight.name], ["shown"], "shows"))
+    proto.graph.output.append(helper.make_tensor_value_info("shown", TensorProto.INT8, weight.dims))
+    onnx.save(proto, tmp_path / "m.onnx")
+    lowered = for_tensorrt8(str(tmp_path / "m.onnx"), shells8.ops).model
+    assert lowered is not None
+    kinds = {w.name: (w.data_type, list(w.dims)) for w in lowered.graph.initializer}
+    assert kinds[weight.name] == (TensorProto.INT8, list(weight.dims))
+    assert kinds[f"{weight.name}.int32"] == (TensorProto.INT32, [128 * 64 // 4])
+    (reader,) = (n for n in lowered.graph.node if f"{weight.name}.int32" in n.input)
+    assert reader.op_type == "SmoothQuantGemm"
 
 
 def test_without_plugins_bodies_are_expanded(block: Path) -> None:

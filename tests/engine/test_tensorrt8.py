@@ -70,7 +70,7 @@ def test_build(block: Path, run: Run) -> None:
     assert len(said["ranges"]) == len(quantized), "the integers that plugins make have a scale of one"
     assert set(map(tuple, said["ranges"].values())) == {(-127.0, 127.0)}
     gemms = [a for n, a in said["attributes"].items() if facts["plugin_layers"][n] == "SmoothQuantGemm"]
-    assert [a["int32_views"] for a in gemms] == [2, 2]
+    assert [a["int8_dims"] for a in gemms] == [[0, 2, 128, 64, 0, 0], [0, 2, 64, 128, 0, 0, 0]]
 
 
 def test_precision(block: Path, run: Run) -> None:

@@ -1,5 +1,5 @@
 // Plays TensorRT 8.6 for one plugin: makes it, asks what TensorRT asks when it builds, and serializes, reads back and asks again.
-//   host(library, op, fields "name=value …", inputs "INT32:8x16 …", outputs) prints a line a question.
+//   host(library, op, fields "name=value other=1,2,3 …", inputs "INT32:128 …", outputs) prints a line a question.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -110,14 +110,16 @@ extern "C" int host(const char* path, const char* op, const char* fields, const 
   if (!creator) return 2;
   std::printf("%s %s %s\n", creator->getPluginNamespace(), creator->getPluginName(), creator->getPluginVersion());
   std::list<std::string> names;
-  std::list<int32_t> values;
+  std::list<std::vector<int32_t>> values;
   std::vector<PluginField> given;
   std::istringstream words(fields);
   for (std::string word; words >> word;) {
     size_t equals = word.find('=');
     names.push_back(word.substr(0, equals));
-    values.push_back(std::atoi(word.c_str() + equals + 1));
-    given.push_back({names.back().c_str(), &values.back(), PluginFieldType::kINT32, 1});
+    values.emplace_back();
+    std::istringstream numbers(word.substr(equals + 1));
+    for (std::string number; std::getline(numbers, number, ',');) values.back().push_back(std::atoi(number.c_str()));
+    given.push_back({names.back().c_str(), values.back().data(), PluginFieldType::kINT32, int32_t(values.back().size())});
   }
   PluginFieldCollection collection{int32_t(given.size()), given.data()};
   auto plugin = static_cast<IPluginV2DynamicExt*>(creator->createPlugin("node", &collection));

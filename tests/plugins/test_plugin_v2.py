@@ -38,12 +38,12 @@ def ask(shells8: Library, tmp_path_factory: pytest.TempPathFactory) -> Ask:
     return asked
 
 
-GEMM = "has_per_token_scaling=1 has_per_channel_scaling=1 output_type=1 int32_views=2"
+GEMM = "has_per_token_scaling=1 has_per_channel_scaling=1 output_type=1 int8_dims=0,2,32,64,0,0"
 """A Gemm whose output the model says is float32."""
 
 
 def test_packed_weights_come_as_int32(ask: Ask) -> None:
-    inputs = "INT8:2x16x64 INT32:32x16 FLOAT:2x16x1 FLOAT:32"
+    inputs = "INT8:2x16x64 INT32:512 FLOAT:2x16x1 FLOAT:32"
     told = ask("SmoothQuantGemm", f"{GEMM} has_bias=0", inputs, "FLOAT:2x16x32")
     assert told.splitlines()[0] == "qpass SmoothQuantGemm 1"
     assert f"outputs 1\noutput 0 type {FLOAT} dims 2 16 32\ntakes 1 1 1 1 1\n" in told
@@ -54,12 +54,12 @@ def test_packed_weights_come_as_int32(ask: Ask) -> None:
     assert told.count("takes 1 1 1 1 1") == 2, "after serialization too"
     assert "short 0" in told
     assert "the engine is of other plugins than these" in told
-    plain = ask("SmoothQuantGemm", f"{GEMM} has_bias=0", inputs.replace("INT32:32x16", "INT8:32x64"), "FLOAT:2x16x32")
+    plain = ask("SmoothQuantGemm", f"{GEMM} has_bias=0", inputs.replace("INT32:512", "INT8:32x64"), "FLOAT:2x16x32")
     assert "takes 1 0 1 1 1" in plain, "what is said to be a view must be one"
 
 
 def test_tensorrt_chooses_the_output_type(ask: Ask) -> None:
-    inputs = "INT8:16x64 INT32:32x16 FLOAT:16x1 FLOAT:32"
+    inputs = "INT8:16x64 INT32:512 FLOAT:16x1 FLOAT:32"
     half = ask("SmoothQuantGemm", f"{GEMM} has_bias=0", inputs, "HALF:16x32")
     assert f"output 0 type {FLOAT} dims 16 32\ntakes 1 1 1 1 1" in half
     assert "its output" not in half, "it adopts the type that it is asked for"
@@ -78,6 +78,17 @@ def test_types_of_activations_go_together(ask: Ask) -> None:
     outputs = "INT8:8x64 FLOAT:8x1"
     assert "takes 1 1 1 1" in ask("QuantizePerToken", "has_smoother=1", "HALF:8x64 FLOAT:64", outputs)
     assert "takes 1 0 1 1" in ask("QuantizePerToken", "has_smoother=1", "HALF:8x64 HALF:64", outputs)
+
+
+def test_zero_points_of_three_groups(ask: Ask) -> None:
+    """Their bytes are padded to whole int32s; the dims are those of the int8 numbers."""
+    inputs = "HALF:5x384 INT32:1584 FLOAT:33x3 INT32:25"
+    fields = "quant_algo=2 group_size=128 weight_type_id=2 int8_dims=0,2,33,192,0,2,33,3"
+    told = ask("WeightOnlyGroupwiseQuantMatmul", fields, inputs, "HALF:5x33")
+    assert "dims 5 33\ntakes 1 1 1 1 1" in told, told
+    assert "zero int8[33, 3]" in told
+    wrong = ask("WeightOnlyGroupwiseQuantMatmul", fields.replace("2,33,3", "2,33"), inputs, "HALF:5x33")
+    assert "its int8_dims is no list of ranks and dims" in wrong
 
 
 def test_shapes_that_do_not_fit(ask: Ask) -> None:

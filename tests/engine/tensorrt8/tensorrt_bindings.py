@@ -125,7 +125,7 @@ class _Network:
         self.tensors: dict[str, _Tensor] = {}
         self.inputs: list[_Tensor] = []
         self.outputs: list[_Tensor] = []
-        self.attributes: dict[str, dict[str, int]] = {}
+        self.attributes: dict[str, dict[str, Any]] = {}
 
     num_layers = property(lambda self: len(self.layers))
     num_inputs = property(lambda self: len(self.inputs))
@@ -179,7 +179,8 @@ class OnnxParser:
                 self._errors.append(_Error(i, "Assertion failed: Plugin not found"))
             n.layers.append(_Layer(node, n.tensors))
         n.outputs = [n.tensors[o.name] for o in model.graph.output]
-        n.attributes = {x.name: {a.name: a.i for a in x.attribute} for x in model.graph.node if x.domain == "qpass"}
+        plugins = (x for x in model.graph.node if x.domain == "qpass")
+        n.attributes = {x.name: {a.name: list(a.ints) or a.i for a in x.attribute} for x in plugins}
         return not self._errors
 
 
