@@ -20,12 +20,13 @@ from qpass.engine import backends, sidecar
 from qpass.engine.backends import Backend
 from qpass.engine.job import Built, Job
 from qpass.engine.lower import PRECISIONS
-from qpass.engine.preflight import check_ledger, plugin_nodes, preflight
+from qpass.engine.preflight import check_ledger, plugin_nodes, preflight, unfit_library
 from qpass.engine.profiles import Profile, Shape, profiles_of
 from qpass.errors import QpassError
 from qpass.graph import Model
 from qpass.graph.commit import Folder, check_place, explain
 from qpass.pipeline import ledger_of
+from qpass.plugins import Library
 
 Progress = Callable[[int, int], None]
 
@@ -89,13 +90,7 @@ def build_files(
     engine = Path(output) if output is not None else path.with_suffix(".engine")
     chosen = backends.choose(backend)
     capability = capability_of(chosen, target_arch)
-    if timing_cache is not None and not chosen.keeps_timing:
-        raise QpassError(f"--timing-cache: {chosen.name} times nothing when it builds; leave it out")
-    check_precision(chosen, precision)
-    if level is not None and level not in range(6):
-        raise QpassError(f"--level {level}: TensorRT has 0 to 5")
-    if library is not None and not use_plugins:
-        raise QpassError("--plugins and --no-plugins: give one of them")
+    check_flags(chosen, timing_cache, precision, level, library, use_plugins)
     loaded = Model.load(path)
     inputs_of_build = [*loaded.weights.files(), ledger_of(path), *map(Path, keep)]
     own_cache = Path(timing_cache) if timing_cache is not None else None
@@ -104,9 +99,8 @@ def build_files(
     nodes = {n.name: n.op for n in plugin_nodes(loaded)}
     found = None
     if nodes and use_plugins:
-        found = plugins.find(library, capability or _this_gpu(), chosen.interface)
+        found, targets = library_for(chosen, capability, library)
         check_places(engine, [found.path], own_cache)
-        targets = [c for c in (capability, _this_gpu()) if c][:1] or list(chosen.capabilities())
         preflight(loaded, path, found, chosen, targets)
     elif nodes and not chosen.expands_bodies:
         raise QpassError(
@@ -170,12 +164,44 @@ def capability_of(backend: Backend, target: str | None) -> str | None:
     return wanted
 
 
-def check_precision(backend: Backend, precision: str | None) -> None:
-    """Raise QpassError where a backend does not have it."""
+def check_flags(
+    backend: Backend,
+    timing_cache: str | Path | None,
+    precision: str | None,
+    level: int | None,
+    library: str | Path | None,
+    use_plugins: bool,
+) -> None:
+    """Raise QpassError where flags contradict a backend or each other, whatever the model."""
+    who = f"{backend.name} {backend.version()}"
+    if timing_cache is not None and not backend.keeps_timing:
+        raise QpassError(f"--timing-cache: {backend.name} times nothing when it builds; leave it out")
     if precision is not None and not backend.weakly_typed:
-        raise QpassError(f"--precision: {backend.name} {backend.version()} takes the types of the model; leave it out")
+        raise QpassError(f"--precision: {who} takes the types of the model; leave it out")
     if precision not in (None, *PRECISIONS):
         raise QpassError(f"--precision {precision}: there are {', '.join(PRECISIONS)}")
+    if level is not None and level not in range(6):
+        raise QpassError(f"--level {level}: TensorRT has 0 to 5")
+    if library is not None and not use_plugins:
+        raise QpassError("--plugins and --no-plugins: give one of them")
+
+
+def library_for(backend: Backend, capability: str | None, named: str | Path | None) -> tuple[Library, list[str]]:
+    """The plugin library for a build, and the compute capabilities that it must run on one of."""
+    found = plugins.find(named, capability or _this_gpu(), backend.interface)
+    return found, [c for c in (capability, _this_gpu()) if c][:1] or list(backend.capabilities())
+
+
+def check_library(backend: Backend, capability: str | None, named: str | Path | None) -> Library:
+    """The same before there is a model to build.
+
+    Raises:
+        QpassError: there is none, or it is of another interface or for other GPUs.
+    """
+    found, targets = library_for(backend, capability, named)
+    if wrong := unfit_library(found, backend, targets):
+        raise QpassError(f"{'; '.join(wrong)}. The mend: {'; '.join(wrong.values())}")
+    return found
 
 
 def _this_gpu() -> str | None:

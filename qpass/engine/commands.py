@@ -16,7 +16,7 @@ from rich.filesize import decimal as size
 import qpass.pipeline as pipeline
 from qpass.engine import backends, builder, sidecar
 from qpass.engine.backends import NAMES
-from qpass.engine.profiles import parse
+from qpass.engine.profiles import parse, profiles_of
 from qpass.engine.run import Engine
 from qpass.errors import QpassError
 from qpass.graph.commit import Folder, check_place, explain
@@ -34,7 +34,7 @@ from qpass.options import (
     bytes_of,
     chosen_spec,
 )
-from qpass.plugins import find
+from qpass.runtime import inputs_of, load
 
 Shapes = "Shapes of inputs, such as input_ids:1x8,attention_mask:1x8."
 BackendName = Annotated[str, typer.Option("--backend", help=f"auto, {', '.join(NAMES)}.")]
@@ -91,12 +91,16 @@ def build(
         # what can be said to be wrong is said before hours of rewriting
         chosen = chosen_spec(preset, spec, group_size)
         tensorrt = backends.choose(backend)
-        builder.capability_of(tensorrt, target_arch)
-        builder.check_precision(tensorrt, precision)
+        capability = builder.capability_of(tensorrt, target_arch)
+        builder.check_flags(tensorrt, timing_cache, precision, level, plugins, not no_plugins)
+        inputs = {n: i for n, i in inputs_of(load(model)).items() if not i.optional}
+        profiles_of(inputs, *shapes.values())
         rewritten = pipeline.default_output(model)
         builder.check_places(output or rewritten.with_suffix(".engine"), [*given, rewritten], timing_cache)
         if not no_plugins:
-            find(plugins, interface=tensorrt.interface)
+            builder.check_library(tensorrt, capability, plugins)
+        elif not tensorrt.expands_bodies:
+            raise QpassError(f"--no-plugins: {tensorrt.name} {tensorrt.version()} cannot build qpass's ops itself")
         own = [r for f in rules or () for r in pipeline.load_rules(f)]
         with bar("writing", show and not no_progress, data=True) as progress:
             done = pipeline.rewrite(model, spec=chosen, calibration=calibration, rules=own, progress=progress)

@@ -39,16 +39,9 @@ def preflight(model: Model, path: Path, library: Library | None, backend: Backen
         unfit = [f"{n.name}: {why}" for n in nodes for why in _failures(n, library.ops)]
         if unfit:
             mends.append("compile the plugins of this version with `qpass plugins build`, or rewrite the model again")
-        if targets and not any(runs_on(library.architectures, t) for t in targets):
-            made, on = ", ".join(library.architectures), ", ".join(targets)
-            unfit.insert(0, f"{library.path.name} is compiled for {made}, which does not run on {on}")
-            mends.insert(0, _arch_mend(targets))
-        if library.interface != backend.interface:
-            major = next(m for m, i in INTERFACES.items() if i == backend.interface)
-            who = f"{backend.name} {backend.version()}"
-            unfit.insert(0, f"{library.path.name} has plugins of {library.interface}, {who} wants {backend.interface}")
-            mends.insert(0, f"compile them for it with `qpass plugins build --tensorrt {major}`")
-        failures += unfit
+        wrong = unfit_library(library, backend, targets)
+        failures += [*wrong, *unfit]
+        mends = [*wrong.values(), *mends]
         if backend.refuses_subgraphs and (inner := _in_subgraphs(model, nodes)):
             failures += [f"{n.name}: {backend.name} builds no plugins within If or Loop" for n in inner]
             mends.append("exclude these layers, or build with --no-plugins")
@@ -56,6 +49,20 @@ def preflight(model: Model, path: Path, library: Library | None, backend: Backen
         shown = "; ".join(failures[:20]) + (f"; and {len(failures) - 20} more" if len(failures) > 20 else "")
         where = f" with {library.path}" if library is not None else ""
         raise QpassError(f"{path.name} cannot be built{where}: {shown}. The mend: {'; '.join(mends)}")
+
+
+def unfit_library(library: Library, backend: Backend, targets: Sequence[str]) -> dict[str, str]:
+    """What keeps a library from a backend and its targets, whatever the model, each with its mend."""
+    found = {}
+    if library.interface != backend.interface:
+        major = next(m for m, i in INTERFACES.items() if i == backend.interface)
+        who = f"{backend.name} {backend.version()}"
+        why = f"{library.path.name} has plugins of {library.interface}, {who} wants {backend.interface}"
+        found[why] = f"compile them for it with `qpass plugins build --tensorrt {major}`"
+    if targets and not any(runs_on(library.architectures, t) for t in targets):
+        made, on = ", ".join(library.architectures), ", ".join(targets)
+        found[f"{library.path.name} is compiled for {made}, which does not run on {on}"] = _arch_mend(targets)
+    return found
 
 
 def check_ledger(path: Path, nodes: Sequence[Node]) -> None:

@@ -107,4 +107,5 @@ def built(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
         return Finished(output, output.with_name(f"{output.name}.json"), None, facts)
 
     monkeypatch.setattr("qpass.engine.builder.build_files", build)
+    monkeypatch.setattr("qpass.engine.builder.check_library", lambda *_: None)
     return asked

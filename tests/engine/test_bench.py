@@ -244,6 +244,20 @@ def test_a_rewritten_model_beside_its_original(block: Path, built: list[dict[str
     assert [s.name for s in alone.engines] == ["block.qpass"]
 
 
+def test_an_unfit_library_is_said_first(
+    block: Path, built: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfit(*_: Any) -> None:
+        raise QpassError("has plugins of another interface")
+
+    monkeypatch.setattr("qpass.engine.builder.check_library", unfit)
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(QpassError, match="of another interface"):
+        bench(block, Building(["w8a16"], backend="tensorrt", keep=tmp_path / "kept"), quick(runs=1))
+    assert not built
+    assert not list((tmp_path / "kept").iterdir())
+
+
 def test_recipes(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
     """A recipe is measured as a preset is, under the name of its file."""
     (tmp_path / "mine.yaml").write_text("preset: w8a16\nexclude: ['fc2']\n")

@@ -175,3 +175,17 @@ def test_which_versions(version: str, known: bool, monkeypatch: pytest.MonkeyPat
         return
     with pytest.raises(QpassError, match=f"tensorrt {version} is installed, which qpass does not know"):
         backends.choose("tensorrt")
+
+
+def test_mistakes_are_said_before_anything_is_rewritten(block: Path, run: Run, shells: Library) -> None:
+    for args, said in (
+        (("--plugins", shells.path), "has plugins of IPluginV3, tensorrt 8.6.1 wants IPluginV2DynamicExt"),
+        (("--level", "9"), "--level 9: TensorRT has 0 to 5"),
+        (("--precision", "int8"), "--precision int8: there are fp16, fp32"),
+        (("--no-plugins",), "--no-plugins: tensorrt 8.6.1 cannot build qpass's ops itself"),
+        (("--min", "z:1"), "--min z: the model has no such input"),
+        (("--min", "x:8x1x64", "--opt", "x:4x1x64"), "are not min ≤ opt ≤ max"),
+    ):
+        refused = run("build", block, "--preset", "w8a8", "--backend", "tensorrt", *args)
+        assert (refused.code, said in refused.err) == (2, True), refused.err
+        assert not block.with_name("block.qpass.onnx").exists()

@@ -175,6 +175,8 @@ class Builds:
             QpassError: as `qpass.rewrite` and `qpass.engine.build_files`, or the backend cannot build for this GPU.
         """
         backend = for_this_gpu(self._how.backend)
+        if any(b.spec is not None for b in self._builds):
+            builder.check_library(backend, None, self._how.library)
         for b in self._builds:
             if b.spec is not None:
                 with stage(f"rewriting {b.name}", True) as progress:
