@@ -102,6 +102,7 @@ def verify_engine(
         raise QpassError(f"{engine.name} was not built of this {model}; build it again")
     before, after = load(original), load(model)
     check_interface(before, after, model)
+    loaded.load()  # before ONNX Runtime works for what may be hours
     notes: list[str] = []
     shapes = {n: tuple(p["opt"]) for n, p in loaded.facts["profiles"].items()}
     source = Synthetic(before, seed=seed, shapes=shapes) if data is None else source_of(data)

@@ -189,3 +189,22 @@ def test_mistakes_are_said_before_anything_is_rewritten(block: Path, run: Run, s
         refused = run("build", block, "--preset", "w8a8", "--backend", "tensorrt", *args)
         assert (refused.code, said in refused.err) == (2, True), refused.err
         assert not block.with_name("block.qpass.onnx").exists()
+
+
+def test_verify_says_first_that_there_is_no_gpu(block: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("ONNX Runtime was asked before the GPU")
+
+    def none() -> None:
+        raise QpassError("there is no CUDA GPU on this machine")
+
+    path = rewritten(block)
+    engine = engines.build_files(path, backend="tensorrt").engine
+    monkeypatch.setattr("qpass.engine.verify.Runner", never)
+    monkeypatch.setattr("qpass.gpu.driver", none)
+    said = run("verify", block, engine)
+    assert (said.code, "there is no CUDA GPU" in said.err) == (2, True), said.err
+    other = run("verify", block, engine, "--rewritten", block)
+    assert (other.code, "was not built of this" in other.err) == (2, True), other.err
+    layers = run("verify", block, engine, "--layers")
+    assert "an engine shows no layer's output" in layers.err
