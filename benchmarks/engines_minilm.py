@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 import qpass
 from qpass import engine as engines
 from qpass import gpu
+from qpass.graph.commit import write
 
 RUNS: list[tuple[str | None, int | None]] = [(None, None), ("w8a16", None), ("w8a8", None), ("w8a8-static", None)]
 RUNS += [(preset, group) for preset in ("w4a16-g128", "w4a16-g128-zp") for group in (128, 32)]
@@ -79,15 +80,15 @@ def main() -> None:
         row["seconds"] = engine.facts["seconds"]
         print(json.dumps(row), flush=True)
         rows.append(row)
-    told = {
-        "command": "PYTHONPATH=samples " + shlex.join(["python", "-m", "benchmarks.engines_minilm", *sys.argv[1:]]),
-        "device": gpu.device().name(),
-        "backend": " ".join(engine.facts["backend"][k] for k in ("name", "version")),
-        "sentences": len(evaluation),
-        "limit": LIMIT,
-        "rows": rows,
-    }
-    a.output.write_text(json.dumps(told, indent=1) + "\n")
+        told = {
+            "command": "PYTHONPATH=samples " + shlex.join(["python", "-m", "benchmarks.engines_minilm", *sys.argv[1:]]),
+            "device": gpu.device().name(),
+            "backend": " ".join(engine.facts["backend"][k] for k in ("name", "version")),
+            "sentences": len(evaluation),
+            "limit": LIMIT,
+            "rows": rows,
+        }
+        write(a.output, json.dumps(told, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

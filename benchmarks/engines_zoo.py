@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from qpass import gpu
 from qpass.engine.verify import verify_engine
 from qpass.errors import QpassError
 from qpass.graph import Model
+from qpass.graph.commit import write
 from qpass.ops import DOMAIN, REGISTRY
 from qpass.verify import Difference
 
@@ -148,21 +149,21 @@ def main() -> None:
     parser.add_argument("--level", type=int, help="as in qpass build; it is no matter for the numbers")
     a = parser.parse_args()
     models = sorted(a.zoo.glob(a.models))
-    rows = []
-    spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
-    with ProcessPoolExecutor(a.jobs, mp_context=spawn) as pool:
-        for row in pool.map(measure, models, [a.backend] * len(models), [a.level] * len(models)):
-            print(json.dumps(row), flush=True)
-            rows.append(row)
     backend = engines.backends.choose(a.backend)
     told = {
         "command": shlex.join(["python", "-m", "benchmarks.engines_zoo", *sys.argv[1:]]),
         "device": gpu.device().name(),
         "backend": f"{backend.name} {backend.version()}",
         "limit": LIMIT,
-        "rows": rows,
     }
-    a.output.write_text(json.dumps(told, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    with ProcessPoolExecutor(a.jobs, mp_context=spawn) as pool:
+        for done in as_completed(pool.submit(measure, m, a.backend, a.level) for m in models):
+            print(json.dumps(done.result()), flush=True)
+            rows = sorted([*rows, done.result()], key=lambda row: str(row["model"]))
+            # after each model: what is measured is kept, whatever happens to the rest
+            write(a.output, json.dumps(told | {"models": len(models), "rows": rows}, indent=1).encode() + b"\n")
     print(summary(rows))
 
 
