@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,16 +151,38 @@ def _library(built_with: Mapping[str, Any], named: str | Path | None, interface:
     return found.path
 
 
+_LOGGERS: dict[str, Any] = {}
+"""By backend the logger of this process. TensorRT keeps the first that it is given, and calls it for whatever comes
+later, also when what it was given with is gone: it must never go."""
+
+
+def logger_of(trt: Any, backend: str) -> Any:
+    """The logger of a backend; its `said` holds the last errors, of whichever engine is at work."""
+    if backend in _LOGGERS:
+        return _LOGGERS[backend]
+
+    class Logger(trt.ILogger):  # type: ignore[misc] # TensorRT has no type hints
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.said: deque[str] = deque(maxlen=3)
+
+        def log(self, severity: Any, text: str) -> None:
+            if int(severity) <= int(trt.ILogger.Severity.ERROR):
+                self.said.append(" ".join(text.split()))
+
+    return _LOGGERS.setdefault(backend, Logger())
+
+
 _REGISTERED: dict[str, Path] = {}
 """By backend the plugin library that TensorRT was given in this process: it takes plugins of a name only once."""
 
 
-def _register(trt: Any, backend: str, library: Path, said: list[str]) -> None:
+def _register(trt: Any, backend: str, library: Path, said: Iterable[str]) -> None:
     """Make TensorRT know the plugins of a library."""
     there = _REGISTERED.get(backend)
     if there is None:
         if trt.get_plugin_registry().load_library(str(library)) is None:
-            raise QpassError(f"TensorRT could not load the plugins {library}: {'; '.join(said[-3:])}")
+            raise QpassError(f"TensorRT could not load the plugins {library}: {'; '.join(said)}")
         _REGISTERED[backend] = library
     elif there != library and sidecar.digest(there) != sidecar.digest(library):
         raise QpassError(
@@ -182,24 +205,16 @@ class Session:
         if built_by != trt.__version__:
             here = f"{backend.name} {trt.__version__}"
             raise QpassError(f"{engine.path.name} was built by {built_by}, {here} is installed; build it again")
-        said: list[str] = []
-
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined] # TensorRT has no type hints
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, text: str) -> None:
-                if int(severity) <= int(trt.ILogger.Severity.ERROR):
-                    said.append(" ".join(text.split()))
-
-        self._said, self._logger = said, Logger()
+        self._logger = logger_of(trt, backend.name)
+        self._said = said = self._logger.said
+        said.clear()
         if facts["plugins"] is not None:
             library = _library(facts["plugins"], engine.library, backend.interface)
             _register(trt, backend.name, library, said)
         self._runtime = trt.Runtime(self._logger)
         self._loaded = self._runtime.deserialize_cuda_engine(engine.path.read_bytes())
         if self._loaded is None:
-            raise QpassError(f"{engine.path} cannot be loaded on this GPU: {'; '.join(said[-3:])}")
+            raise QpassError(f"{engine.path} cannot be loaded on this GPU: {'; '.join(said)}")
         self._context = self._loaded.create_execution_context()
         if self._context is None:
             raise QpassError(f"{engine.path} cannot be run on this GPU: {self._words()}")
@@ -253,6 +268,7 @@ class Session:
 
     def _place(self, feeds: Mapping[str, Array]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Set shapes and addresses; the outputs' dtypes and shapes."""
+        self._said.clear()
         for name, x in feeds.items():
             if not self._context.set_input_shape(name, x.shape):
                 raise QpassError(f"TensorRT refuses the shape {list(x.shape)} of '{name}': {self._words()}")
@@ -271,7 +287,7 @@ class Session:
 
     def _words(self) -> str:
         """The last that TensorRT said."""
-        return "; ".join(self._said[-3:]) or "TensorRT does not say why"
+        return "; ".join(self._said) or "TensorRT does not say why"
 
     def _work(
         self, feeds: Mapping[str, Array], results: Mapping[str, tuple[Any, tuple[int, ...]]], stream: Any

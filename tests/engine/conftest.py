@@ -68,6 +68,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
     monkeypatch.setattr("qpass.engine.bench.timing.monotonic", lambda: there.now * 1e-6)
     monkeypatch.setattr("qpass.engine.bench.machine.which", lambda name: None)
     monkeypatch.setattr(running, "_REGISTERED", {})
+    monkeypatch.setattr(running, "_LOGGERS", {})
     monkeypatch.setattr(TensorRT, "version", lambda self: fake_gpu.VERSION)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_gpu.tensorrt(there))
     (tmp_path / "plugins.so").write_text("plugins")

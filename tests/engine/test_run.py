@@ -7,6 +7,7 @@ whose engine hands its input on.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import sys
 import types
@@ -21,7 +22,7 @@ from qpass.engine import Engine, sidecar
 from qpass.engine.backends.tensorrt import TensorRT
 from qpass.errors import QpassError
 from tests.conftest import Run
-from tests.engine.fake_gpu import Shaped
+from tests.engine.fake_gpu import FakeGpu, Shaped, write_engine
 
 
 @pytest.fixture
@@ -98,6 +99,26 @@ def test_without_a_gpu_it_says_so(engine: Path, tmp_path: Path, run: Run) -> Non
     assert refused.code == 2
     assert "pip install 'qpass[gpu]'" in refused.err or "GPU" in refused.err
     assert not (tmp_path / "y.npz").exists()
+
+
+def test_the_first_logger_outlives_its_engine(fake: FakeGpu, two: list[Path]) -> None:
+    """TensorRT keeps the first logger of a process for all that comes later, and crashes where that is gone."""
+    for path in two:
+        engine = Engine(path)
+        engine.load()
+        del engine
+        gc.collect()
+
+
+def test_words_are_of_the_engine_that_failed(fake: FakeGpu, two: list[Path], tmp_path: Path) -> None:
+    """One logger serves all engines; what was said of one is not said of the next."""
+    large, other = write_engine(tmp_path / "large.engine", [1.0], memory=16 << 30), Engine(two[0]).load()
+    with pytest.raises(QpassError, match="out of memory"):
+        Engine(large).load()
+    fake.free = 8 << 30
+    later = Engine(two[1]).load()
+    assert not later._said
+    assert later._said is other._said
 
 
 class Context(Shaped):
