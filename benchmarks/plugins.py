@@ -1,4 +1,4 @@
-"""The README's table of kernels, from what `qpass plugins bench -o FILE` wrote on a GPU.
+"""The README's table of kernels, and which goals they reach, from what `qpass plugins bench -o FILE` wrote on a GPU.
 
 python -m benchmarks.plugins benchmarks/results/plugins_h100.json
 """
@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks import goals
 
 NORM = "RmsnormQuantization"
 SHOWN = (
@@ -23,19 +25,21 @@ SHOWN = (
 
 
 def table(results: dict[str, Any]) -> str:
-    """The rows of `SHOWN` as Markdown."""
+    """The rows of `SHOWN` that were measured, as Markdown."""
     rows = {(r["op"], r["variant"], r["m"], r["n"], r["k"]): r for r in results["rows"]}
     lines = [
-        "| kernel | M | N×K | µs | GB/s | TFLOP/s | of the floor | × cuBLAS |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | M | N×K | µs | GB/s | TFLOP/s | of the floor | fastest peer | × |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for op, variant, tokens, (n, k) in SHOWN:
         for m in tokens:
-            r = rows[op, variant, m, n, k]
+            r = rows.get((op, variant, m, n, k))
+            if r is None:
+                continue
             name = f"{op}, {variant}" if variant else op
             flops = f"{r['tflop_per_s']:.0f}" if n else ""
             rates = f"{r['us']:.1f} | {r['gb_per_s']:.0f} | {flops}"
-            peer = f"{r['times_cublas']:.2f}" if r["times_cublas"] else ""
+            peer = f"{r['best_peer']} | {r['times_best_peer']:.2f}" if r["best_peer"] else " | "
             size = f"{n}×{k}" if n else str(k)
             lines.append(f"| {name} | {m} | {size} | {rates} | {r['share_of_floor']:.0%} | {peer} |")
     return "\n".join(lines)
@@ -44,7 +48,8 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    print(table(json.loads(parser.parse_args().results.read_text())))
+    results = json.loads(parser.parse_args().results.read_text())
+    print(table(results), goals.table(results), sep="\n\n")
 
 
 if __name__ == "__main__":

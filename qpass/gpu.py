@@ -149,14 +149,15 @@ class Graph:
 
     Args:
         work: called with the stream, a pycuda.driver.Stream; may only enqueue.
+        stream: to capture and launch on; by default one of its own.
 
     Raises:
         QpassError: the driver could not capture it.
     """
 
-    def __init__(self, work: Callable[[Any], None]) -> None:
+    def __init__(self, work: Callable[[Any], None], stream: Any = None) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
-        self.stream = driver().Stream()
+        self.stream = driver().Stream() if stream is None else stream
         handle = ctypes.c_void_p(self.stream.handle)
         graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", handle, _RELAXED)

@@ -134,55 +134,61 @@ def selftest(
 @app.command()
 def bench(
     library: LibraryFile = None,
-    op: Ops = None,
+    op: Annotated[
+        list[str] | None, typer.Option("--op", "--only", help="Only this op; may be given several times.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--m", help="Only so many tokens; may be given several times.")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="Only weights NxK, or K of ops without a weight; may be given several times."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16 or float32.")] = "bfloat16",
     quick: Annotated[bool, typer.Option(help="Fewer sizes.")] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the results as JSON.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Beside PyTorch, torch.compile and Humming too.")] = False,
+    skip_peer: Annotated[
+        list[str] | None, typer.Option(help="A peer to leave out, by its column's name; may be given several times.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the results as JSON, with every row anew.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on where the run that wrote this file ended. Output: this file, if no -o.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time the kernels on the GPU: µs, GB/s, TFLOP/s, share of the floor, and × cuBLAS in 16 bits.
+    """Time the kernels on the GPU: µs, share of the floor, and × the fastest peer; by default the peer is cuBLAS.
 
-    Example: `qpass plugins bench --op SmoothQuantGemm -o results.json`
+    Example: `qpass plugins bench --peers --op SmoothQuantGemm -o results.json`
     """
-    from qpass.plugins.bench import DTYPES, Bench, jobs, to_dict
+    from qpass.plugins.bench.jobs import DTYPES, jobs, shape
+    from qpass.plugins.bench.peers import PEERS
+    from qpass.plugins.bench.report import tables
+    from qpass.plugins.bench.session import Session
 
     if dtype not in DTYPES:
         raise QpassError(f"--dtype {dtype}: wants one of {', '.join(DTYPES)}")
-    todo = jobs(_known(op), quick)
-    timer = Bench(plugins.find(library), dtype)
-    rows = []
+    for name in skip_peer or ():
+        if name not in PEERS:
+            raise QpassError(f"--skip-peer {name}: there are {', '.join(PEERS)}")
+    todo = jobs(_known(op), tokens or (), [shape(s) for s in shapes or ()], quick)
+    target = output or resume
+    if target is not None:
+        check_place(target, [])
+    wanted = [p for p in (PEERS if peers else ["cuBLAS"]) if p not in (skip_peer or ())]
+    session = Session(plugins.find(library), dtype, wanted, shlex.join(["qpass", *sys.argv[1:]]), target)
+    if resume is not None:
+        session.results.resume(resume)
     with bar("timing", not as_json) as progress:
-        for done, job in enumerate(todo, 1):
-            rows.append(timer.time(job))
-            if progress is not None:
-                progress(done, len(todo))
-    told = {"command": shlex.join(["qpass", *sys.argv[1:]])} | to_dict(timer, rows)
-    if output is not None:
-        output.write_text(json.dumps(told, indent=1) + "\n")
+        session.run(todo, progress)
+    told = session.results.to_dict()
     if as_json:
         typer.echo(json.dumps(told, indent=1))
         return
-    table = Table(
-        title=f"{told['device']}: copy {timer.bandwidth / 1e9:.0f} GB/s, cuBLAS {timer.tensor_rate / 1e12:.0f} TFLOP/s",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title_justify="left",
-    )
-    for name in ("op", "variant", "M", "N", "K", "µs", "GB/s", "TFLOP/s", "floor µs", "share", "× cuBLAS"):
-        table.add_column(name, justify="left" if name in ("op", "variant") else "right")
-    for r in rows:
-        sizes = (str(r.m), str(r.n or ""), str(r.k))
-        rates = (f"{r.us:.1f}", f"{r.gb_per_s:.0f}", f"{r.tflop_per_s:.0f}" if r.n else "", f"{r.floor_us:.1f}")
-        table.add_row(
-            r.op,
-            r.variant,
-            *sizes,
-            *rates,
-            f"{r.share_of_floor:.0%}",
-            f"{r.times_cublas:.2f}" if r.times_cublas else "",
-        )
-    Console(highlight=False).print(table)
+    out = Console(highlight=False)
+    for part in tables(told):
+        out.print(part)
 
 
 def _known(ops: list[str] | None) -> list[str]:

@@ -1,0 +1,48 @@
+"""The library's ops as what is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qpass import gpu
+from qpass.plugins.bench.jobs import DTYPES, Job
+from qpass.plugins.bench.timing import Call, Filled
+from qpass.plugins.library import Library, Node
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Calls of a library's ops; `dtype`, a key of `DTYPES`, is their activations'."""
+
+    library: Library
+    dtype: str
+
+    def bytes(self, job: Job) -> int:
+        """What a call reads and writes."""
+        return job.bytes(DTYPES[self.dtype])
+
+    def calls(self, job: Job, copies: int) -> list[Call]:
+        """One call on each of `copies` sets of tensors, with one workspace for all."""
+        node, dtype = self.library.node(job.op, job.attrs), DTYPES[self.dtype]
+        sets = [
+            ([Filled(k) for k in job.inputs(dtype).values()], [Filled(k) for k in job.outputs(dtype).values()])
+            for _ in range(copies)
+        ]
+        inputs, outputs = sets[0]
+        workspace = gpu.Buffer(node.workspace([i.tensor for i in inputs], [o.tensor for o in outputs]))
+        return [_Run(node, inputs, outputs, workspace) for inputs, outputs in sets]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A call that holds its tensors."""
+
+    node: Node
+    inputs: Sequence[Filled]
+    outputs: Sequence[Filled]
+    workspace: gpu.Buffer
+
+    def __call__(self, stream: int) -> None:
+        inputs, outputs = [i.tensor for i in self.inputs], [o.tensor for o in self.outputs]
+        self.node.run(inputs, outputs, self.workspace.address, stream)

@@ -1,0 +1,63 @@
+"""What torch.compile makes of a norm or activation and the quantization behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+from qpass.ops.activation_quantization import Activation
+from qpass.plugins.bench.jobs import DTYPES, Job
+from qpass.plugins.bench.peers.base import TorchPeer
+from qpass.plugins.bench.timing import Call
+
+
+class TorchCompile(TorchPeer):
+    """The same arithmetic on the same tensors, compiled with mode max-autotune-no-cudagraphs for its very shape."""
+
+    name = "torch.compile"
+
+    def applies(self, job: Job) -> bool:
+        return not job.n
+
+    def key(self, job: Job) -> Hashable:
+        return job.key
+
+    def bytes(self, job: Job) -> int:
+        return job.bytes(DTYPES[self.dtype])
+
+    def calls(self, job: Job, copies: int) -> Iterator[list[Call]]:
+        self.torch.compiler.reset()  # so many shapes are too many for one function: it would go on uncompiled
+        work = self.torch.compile(self._work(job), mode="max-autotune-no-cudagraphs", dynamic=False)
+        yield [self.on_stream(work, **self._tensors(job)) for _ in range(copies)]
+
+    def _tensors(self, job: Job) -> dict[str, Any]:
+        """The op's own inputs by name. In these jobs they are floats; a static scale is about 1."""
+        made = {}
+        for name, (dtype, shape) in job.inputs(DTYPES[self.dtype]).items():
+            made[name] = self.random(*shape, dtype=getattr(self.torch, dtype.name))
+            if name == "scale":
+                made[name] = made[name].abs() + 0.5
+        return made
+
+    def _work(self, job: Job) -> Callable[..., Any]:
+        torch, functional = self.torch, self.torch.nn.functional
+        op, epsilon = job.op, float(job.attrs.get("epsilon", 0))
+        gelu = job.attrs.get("activation") == Activation.GELU
+
+        def work(
+            x: Any, residual: Any = None, gamma: Any = None, beta: Any = None, up: Any = None, scale: Any = None
+        ) -> Any:
+            total = x if residual is None else x + residual
+            y = total.float()
+            if op == "LayernormQuantization":
+                y = functional.layer_norm(y, y.shape[-1:], gamma.float(), beta.float(), epsilon)
+            elif op == "RmsnormQuantization":
+                y = functional.rms_norm(y, y.shape[-1:], gamma.float(), epsilon)
+            elif op == "ActivationQuantization":
+                y = functional.gelu(y) if gelu else functional.silu(y)
+                y = y if up is None else y * up.float()
+            by = y.abs().amax(-1, keepdim=True) / 127 if scale is None else scale
+            q = torch.round(y / by).clamp(-128, 127).to(torch.int8)
+            return q, by, total
+
+        return work
