@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -344,6 +346,39 @@ class TestPeers:
         assert "256" in notes["tinygemm"]
         notes = bench_of(PEERS["tinygemm"]("float16")).time(a_job("WeightOnlyGroupwiseQuantMatmul", 4)).notes
         assert "bfloat16" in notes["tinygemm"]
+
+    @pytest.mark.parametrize(
+        ("name", "ways"),
+        [
+            ("torch linear", 2),
+            ("torch._int_mm", 1),
+            ("torch._scaled_mm", 1),
+            ("tinygemm", 3),
+            ("humming", 1),
+            ("torch.compile", 1),
+        ],
+    )
+    def test_each_way_has_a_call_for_every_copy(self, name: str, ways: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a PyTorch and a Humming that take everything: each variant of each op, on the stream that is asked for."""
+        torch = MagicMock()
+        torch.compile.side_effect = lambda work, **_: work
+        humming = MagicMock()
+        humming.get_heuristics_config.return_value = {"block_shape": (8, 128, 64)}
+        modules = {"torch": torch, "humming.layer": humming, "humming.tune": humming, "humming.kernel.humming": humming}
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+        monkeypatch.setattr("importlib.import_module", lambda name: modules[name])
+        peer = PEERS[name]("bfloat16")
+        mine = [j for j in jobs(tokens=[64], shapes=[(8192, 8192)]) if peer.applies(j)]
+        mine = mine or [j for j in jobs(tokens=[16], shapes=[(0, 8192)]) if peer.applies(j)]
+        peer.prepare(mine)
+        for job in mine:
+            made = list(peer.calls(job, 3))
+            assert [len(calls) for calls in made] == [3] * ways
+            for call in itertools.chain(*made):
+                call(7)
+        assert {c.args for c in torch.cuda.ExternalStream.call_args_list} == {(7,)}
+        peer.release()
+        torch.cuda.empty_cache.assert_called_once_with()
 
     def test_groups_and_variants_are_not_one_to_those_whom_they_concern(self) -> None:
         variants = jobs(["WeightOnlyGroupwiseQuantMatmul"], [16], [(8192, 8192)])
