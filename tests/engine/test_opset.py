@@ -68,6 +68,13 @@ def test_low_enough() -> None:
         lower(newer, 13)
 
 
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_constants_of_a_function_are_not_computed_anew(kind: str) -> None:
+    """TensorRT 8.6 would give the √2 of each Gelu, and each cast of a number, a kernel that runs every time."""
+    proto = written(f"({kind}[N, 4] x) => ({kind}[N, 4] y) {{ y = Gelu(x) }}", 20)
+    assert [n.op_type for n in lower(proto).graph.node if n.op_type != "Constant"] == ["Div", "Erf", "Sum", "Mul", "Mul"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -428,8 +435,10 @@ def test_zoo(path: Path) -> None:
     wanted = outputs(proto, given)
     ops = lowered(proto)
     assert not new.intersection(ops)
+    # the √2 of a float16 Gelu is a float16, as its definition says, where ONNX Runtime computes it in float32
+    rtol = 5e-4 if wanted[0].dtype == np.float16 else 1e-6
     for want, got in zip(wanted, outputs(proto, given), strict=True):
-        compare(want, got, 1e-6 if expands else 0)
+        compare(want, got, rtol if expands else 0)
 
 
 @pytest.mark.parametrize("opset", [14, 17, 20])

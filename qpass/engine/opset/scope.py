@@ -23,6 +23,9 @@ FOLDED = frozenset({"Add", "And", "Cast", "Concat", "Div", "Equal", "Gather", "I
 FOLDED |= {"Range", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"}
 """What axes and sizes are computed by."""
 
+FOLDED_OF_OWN = FOLDED | {"Exp", "Log", "Neg", "Pow", "Reciprocal", "Sqrt"}
+"""What functions of onnx's compute their numbers by, such as the √2 of Gelu."""
+
 
 class Scope:
     """What is known of the tensors in a graph and those around it: types, and the values of small constants."""
@@ -81,17 +84,29 @@ class Scope:
             if part is None or None in part:
                 return None
             return np.array(part if node.op_type == "Shape" else prod(d or 0 for d in part), np.int64)
-        if node.op_type not in FOLDED:
+        if self.own and node.op_type == "CastLike":  # the value of the second input is no matter
+            return self._cast(node)
+        if node.op_type not in (FOLDED_OF_OWN if self.own else FOLDED):
             return None
+        # a model's floats are the engine's: it may round in another way. TensorRT 8.6 computes those of a function
+        # anew in every run, each by a kernel of its own
+        kinds = "bif" if self.own else "bi"
         inputs = {i: self.constant(i) for i in node.input if i}
-        if any(v is None or v.dtype.kind not in "bi" for v in inputs.values()):
-            return None  # floats are the engine's: it may round in another way
+        if any(v is None or v.dtype.kind not in kinds for v in inputs.values()):
+            return None
         try:
             results: Any = ReferenceEvaluator(node).run(None, inputs)
         except Exception:  # of a branch that never runs, such as an axis that is not there
             return None
         found = np.asarray(results[0])
-        return found if found.dtype.kind in "bi" and found.size <= SMALL else None
+        return found if found.dtype.kind in kinds and found.size <= SMALL else None
+
+    def _cast(self, node: NodeProto) -> NDArray[Any] | None:
+        value, kind = self.constant(node.input[0]), self.type(node.input[1]).tensor_type.elem_type
+        if value is None or not kind:
+            return None
+        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        return value.astype(dtype) if dtype.kind in "bif" else None
 
 
 def complete_types(model: ModelProto) -> None:
