@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.filesize import decimal as size
 
 import qpass.pipeline as pipeline
-from qpass.engine import backends, builder, sidecar
+from qpass.engine import builder, sidecar
 from qpass.engine.backends import NAMES
 from qpass.engine.profiles import parse, profiles_of
 from qpass.engine.run import Engine
@@ -37,7 +37,9 @@ from qpass.options import (
 from qpass.runtime import inputs_of, load
 
 Shapes = "Shapes of inputs, such as input_ids:1x8,attention_mask:1x8."
-BackendName = Annotated[str, typer.Option("--backend", help=f"auto, {', '.join(NAMES)}.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", help=f"auto (what builds for this machine's GPU), {', '.join(NAMES)}.")
+]
 PluginLibrary = Annotated[
     Path | None, typer.Option("--plugins", "-l", help="The plugin library. Default: the newest built.")
 ]
@@ -90,8 +92,7 @@ def build(
     if preset or spec or group_size or calibration or rules:
         # what can be said to be wrong is said before hours of rewriting
         chosen = chosen_spec(preset, spec, group_size)
-        tensorrt = backends.choose(backend)
-        capability = builder.capability_of(tensorrt, target_arch)
+        tensorrt, capability = builder.backend_for(backend, target_arch)
         builder.check_flags(tensorrt, timing_cache, precision, level, plugins, not no_plugins)
         inputs = {n: i for n, i in inputs_of(load(model)).items() if not i.optional}
         profiles_of(inputs, *shapes.values())

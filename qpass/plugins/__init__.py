@@ -11,7 +11,7 @@ from pathlib import Path
 from qpass.errors import QpassError
 from qpass.plugins.compile import build, built, source_hash
 from qpass.plugins.library import DeviceTensor, Library, OpInfo
-from qpass.plugins.toolchain import ARCHITECTURES, INTERFACES, compiled_for, gpu_capabilities, runs_on
+from qpass.plugins.toolchain import ARCHITECTURES, INTERFACES, compiled_for, runs_on
 
 __all__ = [
     "ARCHITECTURES",
@@ -22,7 +22,6 @@ __all__ = [
     "build",
     "compiled_for",
     "find",
-    "gpu_capabilities",
     "runs_on",
 ]
 

@@ -15,7 +15,8 @@ import pytest
 
 import qpass
 from qpass import engine as engines
-from qpass.engine import backends
+from qpass.engine import backends, builder
+from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
 from qpass.errors import QpassError
 from qpass.plugins import Library
 from tests import zoo
@@ -51,6 +52,20 @@ def test_it_is_chosen_by_its_version() -> None:
     chosen = backends.choose("tensorrt")
     assert (chosen.name, chosen.version(), chosen.interface) == ("tensorrt", "8.6.1", "IPluginV2DynamicExt")
     assert chosen.weakly_typed
+
+
+def test_auto_goes_by_the_gpu(block: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX, the first, does not build for Hopper; where nothing that is installed does, that is said."""
+    monkeypatch.setattr(TensorRTRTX, "installed", lambda self: True)
+    for here, name in (((), "tensorrt_rtx"), (("89",), "tensorrt_rtx"), (("90", "89"), "tensorrt")):
+        monkeypatch.setattr("qpass.gpu.capabilities", lambda here=here: here)
+        assert builder.backend_for("auto", None)[0].name == builder.backend_for("auto", "current")[0].name == name
+    assert builder.backend_for("auto", "sm_89") == (backends.choose("tensorrt_rtx"), "89")
+    done = run("build", rewritten(block), "--json")
+    assert json.loads(done.out)["backend"]["name"] == "tensorrt", done.err
+    refused = run("build", block, "--preset", "w8a8", "--backend", "tensorrt_rtx")
+    assert (refused.code, "this GPU's is 90; choose another --backend" in refused.err) == (2, True), refused.err
+    assert not block.with_name("block.qpass.onnx").exists()
 
 
 def test_build(block: Path, run: Run) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qpass import plugins
+from qpass import gpu, plugins
 from qpass.errors import QpassError
 from qpass.plugins import Library, toolchain
 from qpass.plugins import compile as building
@@ -101,9 +101,57 @@ def test_what_runs_where() -> None:
     assert not toolchain.runs_on(("89",), "86")
     assert not toolchain.runs_on(("80",), "90")
     assert toolchain.runs_on(("120",), "121")
-    assert [toolchain.compiled_for(*c) for c in ((8, 0), (8, 7), (8, 9), (9, 0), (10, 0), (12, 1), (7, 5))] == [
-        *("80", "86", "89", "90a", "100a", "120", "")
-    ]
+    wanted = {"80": "80", "86": "86", "87": "87", "88": "86", "89": "89", "90": "90a", "100": "100a", "121": "120"}
+    assert {c: toolchain.compiled_for(c) for c in wanted} == wanted
+    assert toolchain.compiled_for("75") == ""
+
+
+def test_jetson_is_on_its_own() -> None:
+    """CUDA promises binaries of one compute capability for later ones of the same major, but not to and from Jetson."""
+    assert toolchain.runs_on(("80", "87"), "87")
+    assert not toolchain.runs_on(("80", "86"), "87")
+    assert not toolchain.runs_on(("87",), "89")
+
+
+class Driver:
+    """libcuda with GPUs of these compute capabilities."""
+
+    def __init__(self, *gpus: tuple[int, int], fails: int = 0) -> None:
+        self.gpus, self.fails = gpus, fails
+
+    def cuInit(self, flags: int) -> int:
+        return self.fails
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = 40 + ordinal
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = self.gpus[device.value - 40][{75: 0, 76: 1}[attribute]]
+        return 0
+
+
+def test_gpus_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No nvidia-smi and no pycuda is asked: Jetson has the former not, a machine that builds needs the latter not."""
+    for driver, capabilities, architectures in (
+        (Driver((8, 7)), ("87",), ("87",)),
+        (Driver((12, 0), (9, 0), (7, 5)), ("120", "90", "75"), ("120", "90a")),
+        (Driver(), (), ()),
+        (Driver((8, 7), fails=100), (), ()),
+    ):
+        monkeypatch.setattr("qpass.gpu.ctypes.CDLL", lambda name, driver=driver: driver)
+        assert gpu.capabilities() == capabilities
+        assert toolchain.gpu_architectures() == architectures
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("qpass.gpu.ctypes.CDLL", missing)
+    assert gpu.capabilities() == ()
 
 
 def build_beside(folder: str, done: Any) -> None:
