@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 from onnx import (
     AttributeProto,
@@ -20,8 +19,7 @@ from onnx import (
     inliner,
 )
 
-from qpass.engine.opset import lower
-from qpass.graph import Model
+from qpass.engine.opset import infer_types, lower
 from qpass.graph.load import is_external
 from qpass.graph.walk import graphs_of
 from qpass.ops import DOMAIN
@@ -81,7 +79,7 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
         QpassError: an op needs a later opset than its parser knows.
     """
     model = onnx.load(path, load_external_data=False)
-    _tell_types(model, path)
+    infer_types(model)  # while nodes have functions: behind plugins onnx knows no type
     kept = [f for f in model.functions if ops is None or f.domain != DOMAIN]
     del model.functions[:]
     if kept:
@@ -113,15 +111,6 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
     for weight in views.values():
         _view_as_int32(weight, Path(path))
     return Lowered(model, frozenset(integers), precision)
-
-
-def _tell_types(model: ModelProto, path: str) -> None:
-    """Write down what plugin nodes return, so that onnx can infer types behind them without their functions."""
-    told = {v.name for v in (*model.graph.value_info, *model.graph.output)}
-    for value in (v for n in Model.load(Path(path)).graph.nodes if n.domain == DOMAIN for v in n.outputs):
-        if value.name not in told and value.dtype is not None:
-            kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
-            model.graph.value_info.append(helper.make_tensor_value_info(value.name, kind, value.shape))
 
 
 def _nodes(graph: GraphProto, outer: Weights) -> Iterator[tuple[NodeProto, GraphProto, Weights]]:

@@ -17,6 +17,7 @@ from qpass.engine.lower import DIMS, FLOAT_TYPE, Lowered, for_tensorrt8, inlined
 from qpass.engine.preflight import plugin_nodes
 from qpass.errors import QpassError
 from qpass.graph import Model
+from qpass.graph.walk import all_nodes
 from qpass.ops import DOMAIN
 from qpass.plugins import Library
 from qpass.testing import model
@@ -160,6 +161,27 @@ def test_weights_that_others_read_too(block: Path, shells8: Library, tmp_path: P
     assert kinds[f"{weight.name}.int32"] == (TensorProto.INT32, [128 * 64 // 4])
     (reader,) = (n for n in lowered.graph.node if f"{weight.name}.int32" in n.input)
     assert reader.op_type == "SmoothQuantGemm"
+
+
+def test_types_behind_plugins_in_branches(tmp_path: Path, shells8: Library) -> None:
+    """Nothing but its function says what a plugin in a branch returns; the norm behind it is expanded by that."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[B, 64] x, bool c) => (float[B, 32] y) <float[64, 32] w, float[32] s> {
+        y = If(c) <then_branch = g1 () => (float[B, 32] p) { [fc] m = MatMul(x, w) [norm] p = RMSNormalization(m, s) },
+                   else_branch = g2 () => (float[B, 32] q) { [other] q = MatMul(x, w) }>
+    }"""
+    onnx.save(model(text), tmp_path / "m.onnx")
+    file = rewritten(tmp_path / "m.onnx", "w8a16")
+    proto = onnx.load(file)
+    for n in proto.graph.node:
+        for a in n.attribute:
+            del a.g.value_info[:]
+    onnx.save(proto, file)
+    lowered = for_tensorrt8(str(file), shells8.ops).model
+    assert lowered is not None
+    nodes = list(all_nodes(lowered.graph.node))
+    assert [n.op_type for n in nodes].count("WeightOnlyQuantMatmul") == 2
+    assert "ReduceMean" in {n.op_type for n in nodes}
 
 
 def test_without_plugins_bodies_are_expanded(block: Path) -> None:

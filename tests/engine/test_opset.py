@@ -450,6 +450,53 @@ def test_integers_are_constants(opset: int) -> None:
     assert all(a.name == "value" for n in proto.graph.node if n.op_type == "Constant" for a in n.attribute)
 
 
+STALE = """(float[N, 4] x) => (float[N, 4] y, int64[2] s, int64[2] t) {
+    a = Neg(x) s = Shape(a) y = Identity(a) b = Abs(a) t = Shape(b)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"), [("a", [1, 4]), ("a", [3, 4]), ("a", [1, 1, 4]), ("b", [1, 4]), ("y", [2, 4])]
+)
+def test_shapes_that_are_not_true(name: str, dims: list[Any]) -> None:
+    """Exported at one batch, then opened: what was noted is no constant. One that is wrong discredits all."""
+    proto = written(STALE, 17)
+    wanted = outputs(proto, feeds(proto))
+    stale = helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+    if name == "y":
+        proto.graph.output[0].CopyFrom(stale)
+    else:
+        proto.graph.value_info.append(stale)
+    if name == "a":
+        proto.graph.value_info.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [7, 4]))
+    made = {o: n.op_type for n in lower(proto).graph.node for o in n.output}
+    assert (made["s"], made["t"]) == ("Shape", "Shape")
+    proto.graph.output[0].CopyFrom(written(STALE, 17).graph.output[0])
+    for want, got in zip(wanted, outputs(proto, feeds(proto)), strict=True):
+        compare(want, got, 0)
+
+
+def test_shapes_that_onnx_cannot_infer_are_believed() -> None:
+    """If nothing contradicts them: exporters know more."""
+    text = "(float[N, 4] x, int64[2] s) => (int64[2] y) { a = Reshape(x, s) y = Shape(a) }"
+    told: list[tuple[list[str | int | None], str]] = [([2, 6], "Constant"), (["M", 6], "Shape")]
+    for dims, op in told:
+        proto = written(text, 17)
+        proto.graph.value_info.append(helper.make_tensor_value_info("a", TensorProto.FLOAT, dims))
+        assert next(n.op_type for n in lower(proto).graph.node if "y" in n.output) == op
+
+
+def test_shapes_in_a_loop_that_are_not_true() -> None:
+    text = """(float[N, 4] x) => (float[N, 4] y, int64[K, 2] s) <int64 trips = {2}, bool go = {1}> {
+        y, s = Loop(trips, go, x) <body = g1 (int64 i, bool c, float[1, 4] h) => (bool d, float[1, 4] g, int64[2] t) {
+            d = Identity(c) g = Neg(h) t = Shape(g) }>
+    }"""
+    proto = written(text, 17)
+    lower(proto)
+    body = next(n for n in proto.graph.node if n.op_type == "Loop").attribute[0].g
+    assert [n.op_type for n in body.node] == ["Identity", "Neg", "Shape"]
+
+
 def test_a_real_model() -> None:
     """MiniLM's graph, whose axes are reshaped constants."""
     graph = Path(__file__).parents[2] / "samples" / "minilm" / "minilm.onnx"
