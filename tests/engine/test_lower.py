@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qpass
-from qpass.engine.backends.tensorrt8 import TensorRT8
+from qpass.engine.backends.tensorrt8 import TensorRT8, _moved
 from qpass.engine.lower import DIMS, FLOAT_TYPE, Lowered, for_tensorrt8, inlined
 from qpass.engine.preflight import plugin_nodes
 from qpass.errors import QpassError
@@ -248,6 +248,20 @@ def test_only_what_plugins_make_is_int8() -> None:
     flags.clear()
     TensorRT8().configure(trt, config, network, Lowered(None, precision="fp32"))
     assert flags == ["not TF32"], "without int8 tensors there are no scales, which INT8 would ask for"
+
+
+def test_int8_through_if_and_loop() -> None:
+    """A tensor leads into a branch by a layer that comes behind those in the branch, and out of both by others."""
+    layers = [
+        _Layer("SHUFFLE", ["into"], ["turned"]),
+        _Layer("CONDITIONAL_INPUT", ["q"], ["into"]),
+        _Layer("CONDITIONAL_OUTPUT", ["turned", "q"], ["chosen"]),
+        _Layer("RECURRENCE", ["chosen"], ["state"]),
+        _Layer("LOOP_OUTPUT", ["state"], ["last"]),
+        _Layer("LOOP_OUTPUT", ["x"], ["other"]),
+        _Layer("PLUGIN_V2", ["last"], ["y"]),
+    ]
+    assert _moved({"q"}, layers) == {"q", "into", "turned", "chosen", "state", "last"}
 
 
 def test_a_helper_makes_int8_constants() -> None:

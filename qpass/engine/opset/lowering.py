@@ -72,9 +72,8 @@ class _Lowering:
                 self.graph(inner, opset, Scope(inner, scope, scope.own), f"{site.path}/")
             if node.domain in DEFAULT:
                 self._node(site, opset)
-                if overlooked := misread(node):
-                    what = f"{overlooked} of {node.op_type}"
-                    raise QpassError(f"node {site.path}: TensorRT 8.6 overlooks {what}; export the model without it")
+                if wrong := misread(site):
+                    raise QpassError(f"node {site.path}: TensorRT 8.6 {wrong}; export the model without it")
             for new in site.before:
                 graph.node.insert(place, new)
                 place += 1
