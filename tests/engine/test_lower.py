@@ -20,7 +20,7 @@ from qpass.graph import Model
 from qpass.graph.walk import all_nodes
 from qpass.ops import DOMAIN
 from qpass.plugins import Library
-from qpass.testing import model
+from qpass.testing import model, outputs
 from tests import zoo
 from tests.zoo import FEW
 
@@ -182,6 +182,49 @@ def test_types_behind_plugins_in_branches(tmp_path: Path, shells8: Library) -> N
     nodes = list(all_nodes(lowered.graph.node))
     assert [n.op_type for n in nodes].count("WeightOnlyQuantMatmul") == 2
     assert "ReduceMean" in {n.op_type for n in nodes}
+
+
+FUNCTIONS = """
+<ir_version: 10, opset_import: ["" : {}, "local" : 1]>
+g (float[N, 4] x) => (float[N, 1] y) {{ [call] y = local.f(x) }}
+<domain: "local", opset_import: ["" : {}]> f (a) => (b) {{ {} }}
+"""
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_functions_of_another_opset(opset: int, tmp_path: Path) -> None:
+    """Exporters write functions at the opset of their own; an operator means there what it means at that."""
+    proto = onnx.parser.parse_model(FUNCTIONS.format(opset, 13, "b = ReduceMean<axes = [1]>(a)"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    lowered = for_tensorrt8(str(tmp_path / "m.onnx"), {}).model
+    assert lowered is not None
+    assert not lowered.functions
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    (y,) = outputs(lowered, {"x": x})
+    np.testing.assert_allclose(y, x.mean(1, keepdims=True), rtol=1e-6)
+    proto = onnx.parser.parse_model(FUNCTIONS.format(17, 20, "c = Gelu(a) b = Neg(c)"))
+    onnx.save(proto, tmp_path / "newer.onnx")
+    with pytest.raises(QpassError, match=r"model is of opset 17, its local functions are not \(f of 20\)"):
+        for_tensorrt8(str(tmp_path / "newer.onnx"), {})
+
+
+def test_defaults_are_constants(block: Path, tmp_path: Path, shells8: Library) -> None:
+    """Old files list every weight as an input too; TensorRT asks for none that has a value."""
+    proto = onnx.load(rewritten(block, "w8a8"))
+    for w in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(w.name, w.data_type, w.dims))
+    old = onnx.parser.parse_model("""<ir_version: 3, opset_import: ["" : 18]>
+    g (float[N, 4] x, int64[1] a) => (float[N, 1] y) { y = ReduceMean(x, a) }""")
+    old.graph.initializer.append(helper.make_tensor("a", TensorProto.INT64, [1], [1]))
+    for name, file, constants in (("listed.onnx", proto, len(proto.graph.initializer)), ("old.onnx", old, 1)):
+        onnx.save(file, tmp_path / name)
+        lowered = for_tensorrt8(str(tmp_path / name), shells8.ops).model
+        assert lowered is not None
+        assert [v.name for v in lowered.graph.input] == ["x"]
+        assert len(lowered.graph.initializer) == constants
+        assert 4 <= lowered.ir_version <= 8
+        if name == "old.onnx":
+            assert helper.get_attribute_value(lowered.graph.node[0].attribute[0]) == [1]
 
 
 def test_without_plugins_bodies_are_expanded(block: Path) -> None:
