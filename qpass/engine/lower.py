@@ -133,8 +133,8 @@ def _inlined_at_one_opset(model: ModelProto) -> ModelProto:
         mine = default_opset(model)
         others = [f"{f.name} of {default_opset(f)}" for f in model.functions if default_opset(f) not in (None, mine)]
         raise QpassError(
-            f"the model is of opset {mine}, its local functions are not ({', '.join(others)}), and onnx cannot bring them "
-            "to it; export the model with one opset"
+            f"the model is of opset {mine}, its local functions are not ({', '.join(others)}), and onnx cannot bring "
+            "them to it; export the model with one opset"
         ) from error
 
 
