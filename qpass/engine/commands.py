@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
@@ -141,9 +142,19 @@ def build(
         proof = f"all {promised} plugin nodes are plugin layers" if promised else "no plugin nodes"
         out.print(
             f"{finished.engine} {size(facts['engine']['bytes'])} by {what['name']} {what['version']} for "
-            f"{what['target']} in {facts['seconds']:.1f} s; {proof}\n{finished.sidecar}\n{facts['commands']['load']}",
+            f"{what['target']} in {facts['seconds']:.1f} s, {_settings(facts)}; {proof}\n"
+            f"{finished.sidecar}\n{facts['commands']['load']}",
             markup=False,
         )
+
+
+def _settings(facts: Mapping[str, Any]) -> str:
+    """How an engine was built, in words."""
+    told = ["the model's types" if facts["precision"] == "the model's" else facts["precision"]]
+    told.append("TensorRT's own level" if facts["level"] is None else f"level {facts['level']}")
+    if facts["workspace"] is not None:
+        told.append(f"workspace up to {size(facts['workspace'])}")
+    return ", ".join(told)
 
 
 def run(

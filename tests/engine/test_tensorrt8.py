@@ -6,6 +6,7 @@ The real one builds, runs and is measured in benchmarks/results/engines_*.json, 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,24 @@ def test_build(block: Path, run: Run) -> None:
     assert set(map(tuple, said["ranges"].values())) == {(-127.0, 127.0)}
     gemms = [a for n, a in said["attributes"].items() if facts["plugin_layers"][n] == "SmoothQuantGemm"]
     assert [a["int8_dims"] for a in gemms] == [[0, 2, 128, 64, 0, 0], [0, 2, 64, 128, 0, 0, 0]]
+
+
+def test_settings_are_told(block: Path, run: Run) -> None:
+    """In the line that is printed, in the sidecar, and in the command that builds the engine again."""
+    path = rewritten(block)
+    done = run("build", path, "--backend", "tensorrt", "--level", "0", "--workspace", "512MB", "--precision", "fp32")
+    assert ", fp32, level 0, workspace up to 512.0 MB; all 4 plugin nodes" in done.out, done.err
+    facts = json.loads(path.with_suffix(".engine.json").read_text())
+    assert (facts["precision"], facts["level"], facts["workspace"]) == ("fp32", 0, 512_000_000)
+    assert told(path.with_suffix(".engine"))["level"] == 0
+    command = shlex.split(facts["commands"]["build"])
+    path.with_suffix(".engine.json").unlink()
+    again = run(*command[1:], "--json")
+    assert again.code == 0, again.err
+    made = json.loads(again.out)
+    assert [made[k] for k in ("precision", "level", "workspace")] == ["fp32", 0, 512_000_000]
+    plain = run("build", path, "--backend", "tensorrt")
+    assert ", fp16, TensorRT's own level; all 4" in plain.out
 
 
 def test_precision(block: Path, run: Run) -> None:
