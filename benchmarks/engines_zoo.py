@@ -8,7 +8,7 @@ and types), `quantization` of the rewritten model from the original in ONNX Runt
 
 w8a8 is built twice, with activations in float16 and in float32. In float16 an int8 code is off by one where float32
 and float16 are on either side of half; `rounding` says what that does without any engine: it is the error of the
-rewritten model in ONNX Runtime, its activations rounded to float16, from the same model.
+model in ONNX Runtime, its activations rounded to float16, from the same model (`qpass.engine.rounding`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
-from onnx import TensorProto, helper
 
 import qpass
 from qpass import engine as engines
 from qpass import gpu
 from qpass.engine.verify import verify_engine
 from qpass.errors import QpassError
-from qpass.graph import Model
 from qpass.graph.commit import write
-from qpass.ops import DOMAIN, REGISTRY
-from qpass.verify import Difference
+from qpass.ops import REGISTRY
 
 RUNS: dict[str, tuple[str | None, int | None, str]] = {
     "unquantized": (None, None, "fp16"),
@@ -92,7 +87,7 @@ def one(
     shapes = {name: x.shape for name, x in feeds.items()}
     built = engines.build_files(built_of, backend=backend, opt_shapes=shapes, precision=precision, level=level).facts
     report = verify_engine(model, built_of.with_suffix(".engine"), rewritten=built_of, data=model.parent / "inputs.npz")
-    rounding = {"rounding": rounding_alone(built_of, feeds)} if preset == "w8a8" and precision == "fp16" else {}
+    rounding = {"rounding": max(o.relative_error for o in report.rounding)} if report.rounding else {}
     return {
         "engine": max(o.relative_error for o in report.arithmetic),
         "quantization": max(o.relative_error for o in report.quantization),
@@ -104,27 +99,6 @@ def one(
         "proof": built["proof"],
         "seconds": built["seconds"],
     }
-
-
-def rounding_alone(model: Path, feeds: dict[str, np.ndarray[Any, Any]]) -> float:
-    """What rounding every float32 activation to float16 does to a model's outputs, all else being ONNX Runtime's."""
-    exact, rounded = onnx.load(model), onnx.load(model)
-    kinds = {v.name: v.dtype for n in Model.load(model).nodes() for v in n.outputs}
-    final = {o.name for o in rounded.graph.output}
-    nodes = []
-    for node in rounded.graph.node:
-        nodes.append(node)
-        for i, name in enumerate(node.output):
-            if kinds.get(name) == np.float32 and name not in final and node.op_type not in ("Constant", "Cast"):
-                if node.domain == DOMAIN and i == 1:
-                    continue  # the scales of a quantizing op stay float32
-                node.output[i] = f"{name}.exact"
-                nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=TensorProto.FLOAT16))
-                nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
-    del rounded.graph.node[:]
-    rounded.graph.node.extend(nodes)
-    a, b = (ort.InferenceSession(m.SerializeToString()).run(None, feeds) for m in (exact, rounded))
-    return max(Difference.of(x, y).relative_error for x, y in zip(a, b, strict=True))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:

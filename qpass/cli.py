@@ -228,10 +228,17 @@ def verify(
         str | None, typer.Option(help="Input that says which tokens count. Default: attention_mask.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Of an engine: exit with 1 above this relative error from its own model.")
-    ] = 1e-2,
+        float | None,
+        typer.Option(
+            help="Of an engine: exit with 1 above this relative error from its own model. Default: 0.01, or in fp16 "
+            "twice what rounding to float16 does, if that is more."
+        ),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option("--rewritten", help="Of an engine: its model. Default: by its name, beside it.")
+    ] = None,
+    plugins: Annotated[
+        Path | None, typer.Option("--plugins", "-l", help="Of an engine: the library. Default: what it was built with.")
     ] = None,
     as_json: Json = False,
     no_progress: NoProgress = False,
@@ -246,10 +253,13 @@ def verify(
     is_engine = rewritten.suffix == ".engine" or sidecar.is_one(sidecar.of(rewritten))
     if is_engine and layers:
         raise QpassError("--layers: an engine shows no layer's output; compare the model that it was built of")
+    of_engines = {"--tolerance": tolerance, "--rewritten": model, "--plugins": plugins}
+    if not is_engine and (given := [flag for flag, value in of_engines.items() if value is not None]):
+        raise QpassError(f"{given[0]} is of engines, and {rewritten} is none; leave it out")
     with bar("verifying", not as_json and not no_progress) as progress:
         asked: dict[str, Any] = {"data": data, "minimum": minimum, "mask": mask, "progress": progress}
         found = (
-            verify_engine(original, rewritten, rewritten=model, tolerance=tolerance, **asked)
+            verify_engine(original, rewritten, rewritten=model, tolerance=tolerance, library=plugins, **asked)
             if is_engine
             else run(original, rewritten, layers=layers, **asked)
         )

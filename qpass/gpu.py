@@ -60,6 +60,33 @@ def capability() -> str:
     return f"{major}{minor}"
 
 
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
+
+
+def capabilities() -> tuple[str, ...]:
+    """Compute capabilities of all GPUs that CUDA shows to this process, the one that it uses first; none without any.
+
+    The driver is asked, without pycuda, which builds do not need; nvidia-smi is not there on Jetson, and elsewhere
+    knows nothing of CUDA_VISIBLE_DEVICES.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count, device = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+    found = []
+    for ordinal in range(count.value):
+        parts = [ctypes.c_int(), ctypes.c_int()]
+        failed = cuda.cuDeviceGet(ctypes.byref(device), ordinal)
+        for part, attribute in zip(parts, (_MAJOR, _MINOR), strict=True):
+            failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
+        if not failed:
+            found.append("".join(str(p.value) for p in parts))
+    return tuple(found)
+
+
 def l2_bytes() -> int:
     """Size of its L2 cache."""
     return int(device().get_attribute(driver().device_attribute.L2_CACHE_SIZE))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpass import cache, plugins, runtime
+from qpass import cache, gpu, plugins, runtime
 from qpass.engine import backends, sidecar
 from qpass.engine.backends import Backend
 from qpass.engine.job import Built, Job
@@ -68,7 +68,7 @@ def build_files(
     Args:
         model: an ONNX file. Only read.
         output: the engine, by default the model's name with `.engine`. Its sidecar is `<engine>.json`.
-        backend: "tensorrt_rtx", "tensorrt", or "auto" for the first that is installed.
+        backend: "tensorrt_rtx", "tensorrt", or "auto" for the first that is installed and builds for the GPU.
         library: the plugin library, by default `qpass.plugins.find()`.
         use_plugins: False builds the bodies of the plugin nodes from TensorRT's own layers.
         target_arch: compute capability of the GPU that it is for, such as "89"; by default this machine's, and where it
@@ -88,8 +88,7 @@ def build_files(
     """
     path = Path(model)
     engine = Path(output) if output is not None else path.with_suffix(".engine")
-    chosen = backends.choose(backend)
-    capability = capability_of(chosen, target_arch)
+    chosen, capability = backend_for(backend, target_arch)
     check_flags(chosen, timing_cache, precision, level, library, use_plugins)
     loaded = Model.load(path)
     inputs_of_build = [*loaded.weights.files(), ledger_of(path), *map(Path, keep)]
@@ -151,17 +150,21 @@ def build_files(
     return Finished(engine, beside, guessed, facts, warnings)
 
 
-def capability_of(backend: Backend, target: str | None) -> str | None:
-    """The compute capability that a user means by 89, 8.9 or sm_89; None for this machine's."""
+def backend_for(name: str, target: str | None) -> tuple[Backend, str | None]:
+    """The backend for a target that a user may call 89, 8.9 or sm_89, and its compute capability.
+
+    None is this machine's GPU, which "auto" goes by; where there is no GPU either, all that the backend builds for.
+    """
     if target is None or target == "current":
-        return None
+        return backends.choose(name, _this_gpu()), None
+    backend = backends.choose(name)
     wanted = re.sub(r"^(sm|compute)_?", "", target.lower()).removesuffix("a").replace(".", "")
     known = backend.capabilities()
     if not known:
         raise QpassError(f"--target-arch {target}: {backend.name} builds for the GPU of this machine alone")
     if wanted not in known:
         raise QpassError(f"--target-arch {target}: {backend.name} builds for {', '.join(known)}, or current")
-    return wanted
+    return backend, wanted
 
 
 def check_flags(
@@ -206,8 +209,7 @@ def check_library(backend: Backend, capability: str | None, named: str | Path | 
 
 def _this_gpu() -> str | None:
     """The compute capability of this machine's GPU."""
-    there = plugins.gpu_capabilities()
-    return there[0] if there else None
+    return next(iter(gpu.capabilities()), None)
 
 
 def check_places(engine: Path, inputs: Iterable[Path], timing_cache: Path | None) -> None:

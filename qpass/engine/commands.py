@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal as size
 
 import qpass.pipeline as pipeline
-from qpass.engine import backends, builder, sidecar
+from qpass.engine import builder, sidecar
 from qpass.engine.backends import NAMES
 from qpass.engine.profiles import parse, profiles_of
 from qpass.engine.run import Engine
@@ -37,7 +38,9 @@ from qpass.options import (
 from qpass.runtime import inputs_of, load
 
 Shapes = "Shapes of inputs, such as input_ids:1x8,attention_mask:1x8."
-BackendName = Annotated[str, typer.Option("--backend", help=f"auto, {', '.join(NAMES)}.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", help=f"auto (what builds for this machine's GPU), {', '.join(NAMES)}.")
+]
 PluginLibrary = Annotated[
     Path | None, typer.Option("--plugins", "-l", help="The plugin library. Default: the newest built.")
 ]
@@ -90,8 +93,7 @@ def build(
     if preset or spec or group_size or calibration or rules:
         # what can be said to be wrong is said before hours of rewriting
         chosen = chosen_spec(preset, spec, group_size)
-        tensorrt = backends.choose(backend)
-        capability = builder.capability_of(tensorrt, target_arch)
+        tensorrt, capability = builder.backend_for(backend, target_arch)
         builder.check_flags(tensorrt, timing_cache, precision, level, plugins, not no_plugins)
         inputs = {n: i for n, i in inputs_of(load(model)).items() if not i.optional}
         profiles_of(inputs, *shapes.values())
@@ -140,9 +142,19 @@ def build(
         proof = f"all {promised} plugin nodes are plugin layers" if promised else "no plugin nodes"
         out.print(
             f"{finished.engine} {size(facts['engine']['bytes'])} by {what['name']} {what['version']} for "
-            f"{what['target']} in {facts['seconds']:.1f} s; {proof}\n{finished.sidecar}\n{facts['commands']['load']}",
+            f"{what['target']} in {facts['seconds']:.1f} s, {_settings(facts)}; {proof}\n"
+            f"{finished.sidecar}\n{facts['commands']['load']}",
             markup=False,
         )
+
+
+def _settings(facts: Mapping[str, Any]) -> str:
+    """How an engine was built, in words."""
+    told = ["the model's types" if facts["precision"] == "the model's" else facts["precision"]]
+    told.append("TensorRT's own level" if facts["level"] is None else f"level {facts['level']}")
+    if facts["workspace"] is not None:
+        told.append(f"workspace up to {size(facts['workspace'])}")
+    return ", ".join(told)
 
 
 def run(

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 from onnx import (
     AttributeProto,
@@ -20,9 +19,9 @@ from onnx import (
     inliner,
 )
 
-from qpass.engine.opset import lower
-from qpass.graph import Model
-from qpass.graph.load import is_external
+from qpass.engine.opset import infer_types, lower
+from qpass.errors import QpassError
+from qpass.graph.load import default_opset, is_external
 from qpass.graph.walk import graphs_of
 from qpass.ops import DOMAIN
 from qpass.plugins import OpInfo
@@ -81,12 +80,13 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
         QpassError: an op needs a later opset than its parser knows.
     """
     model = onnx.load(path, load_external_data=False)
-    _tell_types(model, path)
+    _fix_defaults(model)
+    infer_types(model)  # while nodes have functions: behind plugins onnx knows no type
     kept = [f for f in model.functions if ops is None or f.domain != DOMAIN]
     del model.functions[:]
     if kept:
         model.functions.extend(kept)
-        model = inliner.inline_local_functions(model)
+        model = _inlined_at_one_opset(model)
     model = lower(model, 17)
     integers: set[str] = set()
     views: dict[int, TensorProto] = {}  # by identity: branches may have two weights of one name
@@ -115,13 +115,27 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
     return Lowered(model, frozenset(integers), precision)
 
 
-def _tell_types(model: ModelProto, path: str) -> None:
-    """Write down what plugin nodes return, so that onnx can infer types behind them without their functions."""
-    told = {v.name for v in (*model.graph.value_info, *model.graph.output)}
-    for value in (v for n in Model.load(Path(path)).graph.nodes if n.domain == DOMAIN for v in n.outputs):
-        if value.name not in told and value.dtype is not None:
-            kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
-            model.graph.value_info.append(helper.make_tensor_value_info(value.name, kind, value.shape))
+def _fix_defaults(model: ModelProto) -> None:
+    """Inputs that have a default become the constants that its parser takes them for; old files list all weights so."""
+    defaults = {w.name for w in model.graph.initializer}
+    needed = [v for v in model.graph.input if v.name not in defaults]
+    if len(needed) < len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(needed)
+        model.ir_version = max(model.ir_version, onnx.IR_VERSION_2019_1_22)  # before, a constant must be an input
+
+
+def _inlined_at_one_opset(model: ModelProto) -> ModelProto:
+    """The model without local functions, those of another opset brought to its own."""
+    try:
+        return inliner.inline_local_functions(model, convert_version=True)
+    except RuntimeError as error:
+        mine = default_opset(model)
+        others = [f"{f.name} of {default_opset(f)}" for f in model.functions if default_opset(f) not in (None, mine)]
+        raise QpassError(
+            f"the model is of opset {mine}, its local functions are not ({', '.join(others)}), and onnx cannot bring "
+            "them to it; export the model with one opset"
+        ) from error
 
 
 def _nodes(graph: GraphProto, outer: Weights) -> Iterator[tuple[NodeProto, GraphProto, Weights]]:

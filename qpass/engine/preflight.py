@@ -80,7 +80,7 @@ def check_ledger(path: Path, nodes: Sequence[Node]) -> None:
 
 
 def _arch_mend(targets: Sequence[str]) -> str:
-    wanted = {compiled_for(int(t[:-1]), int(t[-1])) for t in targets} - {""}
+    wanted = {compiled_for(t) for t in targets} - {""}
     if not wanted:
         return f"there are no kernels for {', '.join(targets)}; choose another --target-arch"
     return f"compile for it with `qpass plugins build {' '.join(f'--arch {a}' for a in sorted(wanted))}`"

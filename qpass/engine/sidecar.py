@@ -38,6 +38,8 @@ def facts(
         "qpass": version("qpass"),
         "backend": {"name": backend.name, "version": built.version, "target": job.capability or "current"},
         "precision": (job.precision or "fp16") if backend.weakly_typed else "the model's",
+        "level": job.level,  # None: TensorRT's own
+        "workspace": job.workspace,  # bytes at most, None: as much as there is
         "model": {"name": model.name, "sha256": digest(model)},
         "ledger": {"name": ledger.name, "sha256": digest(ledger)} if ledger.is_file() else None,
         "engine": {"name": engine.name, "sha256": digest(written), "bytes": written.stat().st_size},
@@ -72,9 +74,13 @@ def commands(model: Path, engine: Path, backend: Backend, library: Library | Non
         make = ["qpass", "build", str(model), "-o", str(engine), "--backend", backend.name]
         make += [f"--{key[:3]}={shapes[key]}" for key in shapes if shapes[key]]
         make += [f"--precision={job.precision}"] if job.precision else []
+        make += [f"--level={job.level}"] if job.level is not None else []
+        make += [f"--workspace={job.workspace}"] if job.workspace is not None else []
         return {"load": shlex.join(load), "build": shlex.join(make)}
     make = [backend.trtexec, f"--onnx={model}", f"--saveEngine={engine}", *plugins]
     make += [f"--{flag}={text}" for flag, text in shapes.items() if text]
+    make += [f"--builderOptimizationLevel={job.level}"] if job.level is not None else []
+    make += [f"--memPoolSize=workspace:{job.workspace / 2**20:g}"] if job.workspace is not None else []  # MiB
     if backend.needs_gpu:
         make.append("--stronglyTyped")
     return {"load": shlex.join(load), "build": shlex.join(make)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 
+from qpass import gpu
 from qpass.engine import backends, prove
 from qpass.engine.backends import Backend
 from qpass.engine.job import Built, Job, event
@@ -195,7 +196,7 @@ def _check(
 ) -> tuple[str, list[prove.Layer]]:
     """See the layers of the finished engine: how, and which."""
     loaded = None
-    if not backend.needs_gpu and not _has_gpu():
+    if not backend.needs_gpu and not gpu.capabilities():
         pass  # nothing can be loaded here, and trying writes errors
     else:
         loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
@@ -209,15 +210,6 @@ def _check(
     if job.plugins is not None and (gone := prove.unnamed(job.nodes, bytes(engine))):
         raise QpassError(f"plugin nodes are not in the finished engine: {_few(gone)}")
     return "names", parsed
-
-
-def _has_gpu() -> bool:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int()
-    return not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)) and count.value > 0
 
 
 def _tensors(trt: Any, network: Any) -> list[dict[str, Any]]:

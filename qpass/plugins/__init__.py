@@ -6,23 +6,25 @@ Python needs neither CUDA nor TensorRT for any of this but running: `build` want
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from qpass.errors import QpassError
 from qpass.plugins.compile import build, built, source_hash
 from qpass.plugins.library import DeviceTensor, Library, OpInfo
-from qpass.plugins.toolchain import ARCHITECTURES, INTERFACES, compiled_for, gpu_capabilities, runs_on
+from qpass.plugins.toolchain import ARCHITECTURES, INTERFACES, compiled_for, runs_on
 
 __all__ = [
     "ARCHITECTURES",
     "INTERFACES",
+    "Candidate",
     "DeviceTensor",
     "Library",
     "OpInfo",
     "build",
+    "candidates",
     "compiled_for",
     "find",
-    "gpu_capabilities",
     "runs_on",
 ]
 
@@ -44,16 +46,37 @@ def find(path: str | Path | None = None, capability: str | None = None, interfac
         if not Path(named).is_file():
             raise QpassError(f"{named}: no such plugin library; make one with `qpass plugins build`")
         return Library(Path(named).resolve())
-    sources = source_hash()
-    mine = [(file, facts) for file, facts in built() if facts.get("sources") == sources]
+    mine = [c for c in candidates(capability, interface) if c.of_this_version]
     if not mine:
         raise QpassError("the plugins are not compiled; compile them with `qpass plugins build`")
-    if interface is not None:
-        mine = [m for m in mine if m[1].get("interface") == interface] or mine
-    if capability is not None:
-        fitting = [m for m in mine if runs_on(tuple(map(str, _listed(m[1]["architectures"]))), capability)]
-        mine = fitting or mine
-    return Library(mine[0][0])
+    return Library(mine[0].path)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A library in the cache. `against` is what speaks against it, "" for nothing."""
+
+    path: Path
+    interface: str
+    architectures: tuple[str, ...]
+    of_this_version: bool
+    against: str
+
+
+def candidates(capability: str | None = None, interface: str | None = None) -> list[Candidate]:
+    """All libraries in the cache, those first that `find` prefers, of like ones the newer; arguments as there."""
+    sources = source_hash()
+    found = []
+    for path, facts in built():
+        made, whose = tuple(map(str, _listed(facts.get("architectures")))), str(facts.get("interface"))
+        wrong = {
+            "it is of another version's sources": facts.get("sources") != sources,
+            f"its plugins are not of {interface}": interface not in (None, whose),
+            f"it does not run on {capability}": capability is not None and not runs_on(made, capability),
+        }
+        against = "; ".join(why for why, is_so in wrong.items() if is_so)
+        found.append((list(wrong.values()), Candidate(path, whose, made, facts.get("sources") == sources, against)))
+    return [c for _, c in sorted(found, key=lambda f: f[0])]
 
 
 def _listed(value: object) -> list[object]:

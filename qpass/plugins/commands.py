@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qpass import plugins
+from qpass import gpu, plugins
 from qpass.errors import QpassError
-from qpass.graph.commit import check_place
+from qpass.graph.commit import check_place, write
 from qpass.ops import REGISTRY
 from qpass.options import NOT_MET, Json, Quiet, bar
 from qpass.plugins.library import Library
+from qpass.plugins.toolchain import installed_tensorrt
 
 app = typer.Typer(no_args_is_help=True, help="Compile, inspect, test and measure the CUDA plugins.")
 
@@ -48,6 +50,10 @@ def build(
 
     Example: `qpass plugins build --arch 90a`
     """
+    if output is not None:
+        check_place(output, own or ())
+        if not os.access(output.parent, os.W_OK):
+            raise QpassError(f"cannot write in {output.parent}; choose another place with -o")
     with bar("compiling", not quiet) as progress:
         library = plugins.build(
             arch or (),
@@ -59,17 +65,28 @@ def build(
             progress=progress,
         )
     if output is not None:
-        library = _copy(library, output)
+        check_place(output, [library.path])
+        write(output, library.path.read_bytes())
+        library = Library(output.resolve())
     if not quiet:
         typer.echo(f"{library.path} for {', '.join(library.architectures)}, {library.interface}")
 
 
 @app.command()
-def info(library: LibraryFile = None, as_json: Json = False) -> None:
+def info(
+    library: LibraryFile = None,
+    every: Annotated[bool, typer.Option("--all", help="List all libraries, and why one is taken by default.")] = False,
+    as_json: Json = False,
+) -> None:
     """List the ops of a library with their versions, attributes and tensors, and the architectures it runs on.
 
     Example: `qpass plugins info`
     """
+    if every:
+        if library is not None:
+            raise QpassError("--all and --library: give one of them")
+        _list_all(as_json)
+        return
     found = plugins.find(library)
     if as_json:
         typer.echo(json.dumps({"path": str(found.path)} | found.description, indent=1))
@@ -191,19 +208,38 @@ def bench(
         out.print(part)
 
 
+def _list_all(as_json: bool) -> None:
+    """Every library that there is for this machine's GPU and TensorRT, the one that builds take first."""
+    capability, interface = next(iter(gpu.capabilities()), None), plugins.INTERFACES[installed_tensorrt()]
+    known = plugins.candidates(capability, interface)
+    rows: list[dict[str, object]] = []
+    if named := os.environ.get("QPASS_PLUGINS"):
+        there = plugins.find(named)
+        whose = {"interface": there.interface, "architectures": list(there.architectures)}
+        rows.append({"path": str(there.path)} | whose | {"taken": True, "why": "QPASS_PLUGINS names it"})
+    for c in known:
+        taken = not rows and c.of_this_version
+        why = "; ".join(filter(None, ("nothing fits better" if taken and c.against else "", c.against)))
+        why = why or ("it is the newest that fits" if taken else "another comes before it")
+        row = {"path": str(c.path), "interface": c.interface, "architectures": list(c.architectures)}
+        rows.append(row | {"taken": taken, "why": why})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    if not rows:
+        out.print("the plugins are not compiled; compile them with `qpass plugins build`", markup=False)
+        return
+    for r in rows:
+        made = ", ".join(map(str, r["architectures"]))  # type: ignore[call-overload]
+        out.print(
+            f"{r['path']}\n  {r['interface']} for {made}; {'taken' if r['taken'] else 'not taken'}: {r['why']}",
+            markup=False,
+        )
+
+
 def _known(ops: list[str] | None) -> list[str]:
     for name in ops or ():
         if name not in REGISTRY:
             raise QpassError(f"--op {name}: there are {', '.join(REGISTRY)}")
     return ops or []
-
-
-def _copy(library: Library, target: Path) -> Library:
-    import shutil
-
-    check_place(target, [library.path])
-    try:
-        shutil.copyfile(library.path, target)
-    except OSError as error:
-        raise QpassError(f"{target}: cannot be written: {error.strerror}") from error
-    return Library(target.resolve())

@@ -12,12 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpass import gpu
 from qpass.errors import QpassError
 
 INSTALL = "pip install 'qpass[plugins]'"
-ARCHITECTURES = ("80", "86", "89", "90", "90a", "100a", "120")
-"""Compute capabilities that kernels are written for. 80 runs on every 8.x, 120 on every 12.x, others on their own.
-90 is Hopper by the kernels of the other architectures: slower than 90a, and how those can be tested on it."""
+ARCHITECTURES = ("80", "86", "87", "89", "90", "90a", "100a", "120")
+"""Compute capabilities that kernels are written for. 80 runs on every 8.x but 8.7, 120 on every 12.x, others on their
+own. 90 is Hopper by the kernels of the other architectures: slower than 90a, and how those can be tested on it."""
+JETSON = ("87",)
+"""Those of Jetson: their code runs nowhere else, and no other's runs there."""
 WITHOUT_GPU = ("80", "90a")
 """What is compiled where no GPU says what is wanted."""
 
@@ -81,37 +84,23 @@ def installed_tensorrt() -> str:
     return "10"
 
 
-def gpu_capabilities() -> tuple[str, ...]:
-    """Compute capabilities of this machine's GPUs, such as "89"; none where there is no GPU."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return ()
-    asked = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return tuple(a + b for a, b in re.findall(r"^(\d+)\.(\d)$", told.stdout, re.M)) if not told.returncode else ()
-
-
 def gpu_architectures() -> tuple[str, ...]:
     """What of `ARCHITECTURES` this machine's GPUs want; none where there is no GPU."""
-    return tuple(sorted({compiled_for(int(c[:-1]), int(c[-1])) for c in gpu_capabilities()} - {""}))
+    return tuple(sorted({compiled_for(c) for c in gpu.capabilities()} - {""}))
 
 
-def compiled_for(major: int, minor: int) -> str:
+def compiled_for(capability: str) -> str:
     """The best of `ARCHITECTURES` for a compute capability; "" where none runs there."""
-    exact = f"{major}{minor}"
-    if f"{exact}a" in ARCHITECTURES:
-        return f"{exact}a"
-    if exact in ARCHITECTURES:
-        return exact
-    family = [a for a in ARCHITECTURES if a.isdigit() and int(a) // 10 == major and int(a) % 10 <= minor]
-    return family[-1] if family else ""
+    return next((a for a in reversed(ARCHITECTURES) if runs_on((a,), capability)), "")
 
 
 def runs_on(architectures: tuple[str, ...], capability: str) -> bool:
     """Whether code compiled for `architectures` runs on a GPU of `capability`, such as "89"."""
     if capability in architectures or f"{capability}a" in architectures:
         return True
-    family = [a for a in architectures if a.isdigit() and int(a) // 10 == int(capability) // 10]
+    if capability in JETSON:
+        return False
+    family = [a for a in architectures if a.isdigit() and a not in JETSON and int(a) // 10 == int(capability) // 10]
     return any(int(a) <= int(capability) for a in family)
 
 

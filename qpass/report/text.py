@@ -205,12 +205,20 @@ def verified_engine(found: EngineReport) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("output", "of", "cosine", "worst", "relative error", "max abs", "equal"):
         table.add_column(name, justify="left" if name in ("output", "of") else "right")
-    for reports in zip(found.arithmetic, found.quantization, found.outputs, strict=True):
-        for what, o in zip(("the engine's arithmetic", "quantization", "both"), reports, strict=True):
+    kinds = {
+        "the engine's arithmetic": found.arithmetic,
+        "of rounding to float16": found.rounding,
+        "quantization": found.quantization,
+        "both": found.outputs,
+    }
+    there = {what: reports for what, reports in kinds.items() if reports}
+    for reports in zip(*there.values(), strict=True):
+        for what, o in zip(there, reports, strict=True):
             cosine = [f"{c:.6f}" if c is not None else "" for c in (o.cosine, o.worst_cosine)]
             errors = (f"{o.relative_error:.3g}", f"{o.max_abs:.3g}", f"{o.equal:.1%}")
             table.add_row(escape(o.name) if o is reports[0] else "", what, *cosine, *errors)
-    limits = f"cosines of both ≥ {found.minimum:g}, errors of the engine's arithmetic ≤ {found.tolerance:g}"
+    most = " and ".join(dict.fromkeys(f"{limit:.3g}" for limit in found.limits.values()))
+    limits = f"cosines of both ≥ {found.minimum:g}, errors of the engine's arithmetic ≤ {most}"
     verdict = f"passed: {limits}" if found.passed else "[red]failed:[/] " + escape("; ".join(found.failures))
     about = f"{escape(found.backend)}, {found.samples} samples: {escape(found.inputs)}"
     return Group(about, "", table, "", verdict, *(f"[dim]note:[/] {escape(n)}" for n in found.notes))

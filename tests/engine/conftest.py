@@ -64,6 +64,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
     """A GPU, TensorRT 10 on it, a plugin library, and no nvidia-smi."""
     there = FakeGpu()
     monkeypatch.setattr(gpu, "driver", lambda: there)
+    monkeypatch.setattr(gpu, "capabilities", lambda: (gpu.capability(),))
     monkeypatch.setattr(gpu, "Graph", there.Graph)
     monkeypatch.setattr("qpass.engine.bench.timing.monotonic", lambda: there.now * 1e-6)
     monkeypatch.setattr("qpass.engine.bench.machine.which", lambda name: None)

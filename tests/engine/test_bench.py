@@ -16,10 +16,10 @@ from onnx import numpy_helper
 
 import qpass
 from qpass import gpu, plugins
-from qpass.engine import sidecar
+from qpass.engine import backends, sidecar
 from qpass.engine.backends.tensorrt import TensorRT
 from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
-from qpass.engine.bench import Building, Method, bench, builds, machine, points, timing
+from qpass.engine.bench import Building, Method, bench, machine, points, timing
 from qpass.engine.run import Engine, Session
 from qpass.errors import QpassError
 from qpass.plugins import Library
@@ -275,13 +275,13 @@ def test_group_size_is_for_what_is_groupwise(block: Path, built: list[dict[str, 
 
 def test_the_backend_fits_the_gpu(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorRTRTX, "installed", lambda self: True)
-    assert builds.for_this_gpu("auto").name == "tensorrt_rtx"
+    assert backends.choose("auto", gpu.capability()).name == "tensorrt_rtx"
     fake.capability = (9, 0)
-    assert builds.for_this_gpu("auto").name == "tensorrt"
+    assert backends.choose("auto", gpu.capability()).name == "tensorrt"
     with pytest.raises(
         QpassError, match=r"tensorrt_rtx builds for compute capability 75, .*, this GPU's is 90; choose"
     ):
-        builds.for_this_gpu("tensorrt_rtx")
+        backends.choose("tensorrt_rtx", gpu.capability())
 
 
 # -- clocks
@@ -341,7 +341,7 @@ def real() -> None:
     try:
         gpu.driver()
         plugins.find(capability=gpu.capability())
-        builds.for_this_gpu("auto")
+        backends.choose("auto", gpu.capability())
     except QpassError as error:
         pytest.skip(str(error))
 

@@ -77,6 +77,12 @@ def test_unquantized_model(block: Path, library: Library, monkeypatch: pytest.Mo
     assert engines.build_files(block).facts["plugin_layers"] == {}
 
 
+def test_settings_of_the_command_of_tensorrts_own_tool(block: Path, library: Library) -> None:
+    facts = engines.build_files(block, level=1, workspace=3 << 29).facts
+    assert (facts["level"], facts["workspace"], facts["precision"]) == (1, 3 << 29, "the model's")
+    assert "--builderOptimizationLevel=1 --memPoolSize=workspace:1536" in facts["commands"]["build"]
+
+
 def test_shapes_and_target(block: Path, library: Library) -> None:
     path = rewritten(block)
     facts = engines.build_files(

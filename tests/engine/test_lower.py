@@ -12,14 +12,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qpass
-from qpass.engine.backends.tensorrt8 import TensorRT8
+from qpass.engine.backends.tensorrt8 import TensorRT8, _moved
 from qpass.engine.lower import DIMS, FLOAT_TYPE, Lowered, for_tensorrt8, inlined
 from qpass.engine.preflight import plugin_nodes
 from qpass.errors import QpassError
 from qpass.graph import Model
+from qpass.graph.walk import all_nodes
 from qpass.ops import DOMAIN
 from qpass.plugins import Library
-from qpass.testing import model
+from qpass.testing import model, outputs
 from tests import zoo
 from tests.zoo import FEW
 
@@ -162,6 +163,70 @@ def test_weights_that_others_read_too(block: Path, shells8: Library, tmp_path: P
     assert reader.op_type == "SmoothQuantGemm"
 
 
+def test_types_behind_plugins_in_branches(tmp_path: Path, shells8: Library) -> None:
+    """Nothing but its function says what a plugin in a branch returns; the norm behind it is expanded by that."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[B, 64] x, bool c) => (float[B, 32] y) <float[64, 32] w, float[32] s> {
+        y = If(c) <then_branch = g1 () => (float[B, 32] p) { [fc] m = MatMul(x, w) [norm] p = RMSNormalization(m, s) },
+                   else_branch = g2 () => (float[B, 32] q) { [other] q = MatMul(x, w) }>
+    }"""
+    onnx.save(model(text), tmp_path / "m.onnx")
+    file = rewritten(tmp_path / "m.onnx", "w8a16")
+    proto = onnx.load(file)
+    for n in proto.graph.node:
+        for a in n.attribute:
+            del a.g.value_info[:]
+    onnx.save(proto, file)
+    lowered = for_tensorrt8(str(file), shells8.ops).model
+    assert lowered is not None
+    nodes = list(all_nodes(lowered.graph.node))
+    assert [n.op_type for n in nodes].count("WeightOnlyQuantMatmul") == 2
+    assert "ReduceMean" in {n.op_type for n in nodes}
+
+
+FUNCTIONS = """
+<ir_version: 10, opset_import: ["" : {}, "local" : 1]>
+g (float[N, 4] x) => (float[N, 1] y) {{ [call] y = local.f(x) }}
+<domain: "local", opset_import: ["" : {}]> f (a) => (b) {{ {} }}
+"""
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_functions_of_another_opset(opset: int, tmp_path: Path) -> None:
+    """Exporters write functions at the opset of their own; an operator means there what it means at that."""
+    proto = onnx.parser.parse_model(FUNCTIONS.format(opset, 13, "b = ReduceMean<axes = [1]>(a)"))
+    onnx.save(proto, tmp_path / "m.onnx")
+    lowered = for_tensorrt8(str(tmp_path / "m.onnx"), {}).model
+    assert lowered is not None
+    assert not lowered.functions
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    (y,) = outputs(lowered, {"x": x})
+    np.testing.assert_allclose(y, x.mean(1, keepdims=True), rtol=1e-6)
+    proto = onnx.parser.parse_model(FUNCTIONS.format(17, 20, "c = Gelu(a) b = Neg(c)"))
+    onnx.save(proto, tmp_path / "newer.onnx")
+    with pytest.raises(QpassError, match=r"model is of opset 17, its local functions are not \(f of 20\)"):
+        for_tensorrt8(str(tmp_path / "newer.onnx"), {})
+
+
+def test_defaults_are_constants(block: Path, tmp_path: Path, shells8: Library) -> None:
+    """Old files list every weight as an input too; TensorRT asks for none that has a value."""
+    proto = onnx.load(rewritten(block, "w8a8"))
+    for w in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(w.name, w.data_type, w.dims))
+    old = onnx.parser.parse_model("""<ir_version: 3, opset_import: ["" : 18]>
+    g (float[N, 4] x, int64[1] a) => (float[N, 1] y) { y = ReduceMean(x, a) }""")
+    old.graph.initializer.append(helper.make_tensor("a", TensorProto.INT64, [1], [1]))
+    for name, file, constants in (("listed.onnx", proto, len(proto.graph.initializer)), ("old.onnx", old, 1)):
+        onnx.save(file, tmp_path / name)
+        lowered = for_tensorrt8(str(tmp_path / name), shells8.ops).model
+        assert lowered is not None
+        assert [v.name for v in lowered.graph.input] == ["x"]
+        assert len(lowered.graph.initializer) == constants
+        assert 4 <= lowered.ir_version <= 8
+        if name == "old.onnx":
+            assert helper.get_attribute_value(lowered.graph.node[0].attribute[0]) == [1]
+
+
 def test_without_plugins_bodies_are_expanded(block: Path) -> None:
     lowered = for_tensorrt8(str(rewritten(block, "w8a8")), None)
     assert lowered.model is not None
@@ -226,6 +291,20 @@ def test_only_what_plugins_make_is_int8() -> None:
     flags.clear()
     TensorRT8().configure(trt, config, network, Lowered(None, precision="fp32"))
     assert flags == ["not TF32"], "without int8 tensors there are no scales, which INT8 would ask for"
+
+
+def test_int8_through_if_and_loop() -> None:
+    """A tensor leads into a branch by a layer that comes behind those in the branch, and out of both by others."""
+    layers = [
+        _Layer("SHUFFLE", ["into"], ["turned"]),
+        _Layer("CONDITIONAL_INPUT", ["q"], ["into"]),
+        _Layer("CONDITIONAL_OUTPUT", ["turned", "q"], ["chosen"]),
+        _Layer("RECURRENCE", ["chosen"], ["state"]),
+        _Layer("LOOP_OUTPUT", ["state"], ["last"]),
+        _Layer("LOOP_OUTPUT", ["x"], ["other"]),
+        _Layer("PLUGIN_V2", ["last"], ["y"]),
+    ]
+    assert _moved({"q"}, layers) == {"q", "into", "turned", "chosen", "state", "last"}
 
 
 def test_a_helper_makes_int8_constants() -> None:

@@ -352,8 +352,8 @@ def test_what_tensorrt_misreads() -> None:
             "node d: DequantizeLinear needs opset 21, and is wanted at 17: it has block_size = 2",
         ),
         (
-            "(float[4] x) => (int8[4] y) <float s> { [q] y = QuantizeLinear<output_dtype = 3>(x, s) }",
-            "node q: QuantizeLinear needs opset 21, and is wanted at 17: it has output_dtype = 3",
+            "(float[4] x) => (int16[4] y) <float s> { [q] y = QuantizeLinear<output_dtype = 5>(x, s) }",
+            "node q: QuantizeLinear needs opset 21, and is wanted at 17: it has output_dtype = 5",
         ),
         (
             "(int8[4] x) => (float16[4] y) <float16 s> { [d] y = DequantizeLinear(x, s) }",
@@ -459,6 +459,53 @@ def test_integers_are_constants(opset: int) -> None:
     assert all(a.name == "value" for n in proto.graph.node if n.op_type == "Constant" for a in n.attribute)
 
 
+STALE = """(float[N, 4] x) => (float[N, 4] y, int64[2] s, int64[2] t) {
+    a = Neg(x) s = Shape(a) y = Identity(a) b = Abs(a) t = Shape(b)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"), [("a", [1, 4]), ("a", [3, 4]), ("a", [1, 1, 4]), ("b", [1, 4]), ("y", [2, 4])]
+)
+def test_shapes_that_are_not_true(name: str, dims: list[Any]) -> None:
+    """Exported at one batch, then opened: what was noted is no constant. One that is wrong discredits all."""
+    proto = written(STALE, 17)
+    wanted = outputs(proto, feeds(proto))
+    stale = helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+    if name == "y":
+        proto.graph.output[0].CopyFrom(stale)
+    else:
+        proto.graph.value_info.append(stale)
+    if name == "a":
+        proto.graph.value_info.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [7, 4]))
+    made = {o: n.op_type for n in lower(proto).graph.node for o in n.output}
+    assert (made["s"], made["t"]) == ("Shape", "Shape")
+    proto.graph.output[0].CopyFrom(written(STALE, 17).graph.output[0])
+    for want, got in zip(wanted, outputs(proto, feeds(proto)), strict=True):
+        compare(want, got, 0)
+
+
+def test_shapes_that_onnx_cannot_infer_are_believed() -> None:
+    """If nothing contradicts them: exporters know more."""
+    text = "(float[N, 4] x, int64[2] s) => (int64[2] y) { a = Reshape(x, s) y = Shape(a) }"
+    told: list[tuple[list[str | int | None], str]] = [([2, 6], "Constant"), (["M", 6], "Shape")]
+    for dims, op in told:
+        proto = written(text, 17)
+        proto.graph.value_info.append(helper.make_tensor_value_info("a", TensorProto.FLOAT, dims))
+        assert next(n.op_type for n in lower(proto).graph.node if "y" in n.output) == op
+
+
+def test_shapes_in_a_loop_that_are_not_true() -> None:
+    text = """(float[N, 4] x) => (float[N, 4] y, int64[K, 2] s) <int64 trips = {2}, bool go = {1}> {
+        y, s = Loop(trips, go, x) <body = g1 (int64 i, bool c, float[1, 4] h) => (bool d, float[1, 4] g, int64[2] t) {
+            d = Identity(c) g = Neg(h) t = Shape(g) }>
+    }"""
+    proto = written(text, 17)
+    lower(proto)
+    body = next(n for n in proto.graph.node if n.op_type == "Loop").attribute[0].g
+    assert [n.op_type for n in body.node] == ["Identity", "Neg", "Shape"]
+
+
 def test_a_real_model() -> None:
     """MiniLM's graph, whose axes are reshaped constants."""
     graph = Path(__file__).parents[2] / "samples" / "minilm" / "minilm.onnx"
@@ -476,6 +523,38 @@ def test_what_tensorrt_overlooks_is_refused() -> None:
         lower(written(text, 17))
     plain = text.replace('<reduction = "add">', '<reduction = "none">')
     assert [n.op_type for n in lower(written(plain, 17)).graph.node] == ["ScatterND"]
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_quantization_as_tensorrt_reads_it(opset: int) -> None:
+    """Its parser wants a zero point and takes no axis for 0; ONNX has neither, which means int8 zeros, and axis 1."""
+    text = """(float[N, 4] x) => (float[N, 4] y, float[4, 3] v) <float[4] s = {1, 2, 3, 4}, float t, int8[4, 3] w> {
+        z = Constant<value = int8[4] {0, 0, 0, 0}>()
+        q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s)
+        v = DequantizeLinear(w, t)
+    }"""
+    proto = written(text, opset)
+    check(proto)
+    nodes = {n.output[0]: n for n in proto.graph.node}
+    assert [len(nodes[n].input) for n in "qyv"] == [3, 3, 3]
+    axes = {n: [a.i for a in nodes[n].attribute if a.name == "axis"] for n in "qyv"}
+    assert axes == {"q": [1], "y": [1], "v": []}
+    zeros = [onnx.numpy_helper.to_array(nodes[nodes[n].input[2]].attribute[0].t) for n in "yv"]
+    assert [(z.dtype.name, z.shape, z.tolist()) for z in zeros] == [("int8", (4,), [0] * 4), ("int8", (), 0)]
+
+
+def test_quantization_to_the_type_of_an_attribute() -> None:
+    text = "(float[N] x) => (int8[N] y) <float s = {0.1}> { [q] y = QuantizeLinear<output_dtype = 3>(x, s) }"
+    assert check(written(text, 21)) == {"QuantizeLinear": 1, "Constant": 1}
+
+
+@pytest.mark.parametrize("zero", ["", ", z"])
+def test_uint8_is_refused(zero: str) -> None:
+    """TensorRT 8.6 would saturate at 127, and say nothing."""
+    weights = "<float s, uint8 z = {0}>" if zero else "<float s>"
+    text = f"(float[N] x) => (uint8[N] y) {weights} {{ [q] y = QuantizeLinear(x, s{zero}) }}"
+    with pytest.raises(QpassError, match=r"node q: TensorRT 8\.6 takes the uint8 of QuantizeLinear for int8; export"):
+        lower(written(text, 17))
 
 
 def test_a_branch_that_never_runs() -> None:

@@ -6,6 +6,7 @@ The real one builds, runs and is measured in benchmarks/results/engines_*.json, 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 
 import qpass
 from qpass import engine as engines
-from qpass.engine import backends
+from qpass.engine import backends, builder
+from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
 from qpass.errors import QpassError
 from qpass.plugins import Library
 from tests import zoo
@@ -53,6 +55,20 @@ def test_it_is_chosen_by_its_version() -> None:
     assert chosen.weakly_typed
 
 
+def test_auto_goes_by_the_gpu(block: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX, the first, does not build for Hopper; where nothing that is installed does, that is said."""
+    monkeypatch.setattr(TensorRTRTX, "installed", lambda self: True)
+    for here, name in (((), "tensorrt_rtx"), (("89",), "tensorrt_rtx"), (("90", "89"), "tensorrt")):
+        monkeypatch.setattr("qpass.gpu.capabilities", lambda here=here: here)
+        assert builder.backend_for("auto", None)[0].name == builder.backend_for("auto", "current")[0].name == name
+    assert builder.backend_for("auto", "sm_89") == (backends.choose("tensorrt_rtx"), "89")
+    done = run("build", rewritten(block), "--json")
+    assert json.loads(done.out)["backend"]["name"] == "tensorrt", done.err
+    refused = run("build", block, "--preset", "w8a8", "--backend", "tensorrt_rtx")
+    assert (refused.code, "this GPU's is 90; choose another --backend" in refused.err) == (2, True), refused.err
+    assert not block.with_name("block.qpass.onnx").exists()
+
+
 def test_build(block: Path, run: Run) -> None:
     done = run("build", block, "--preset", "w8a8", "--backend", "tensorrt", "--opt", "x:1x16x64", "--level", "2")
     assert done.code == 0, done.err
@@ -71,6 +87,24 @@ def test_build(block: Path, run: Run) -> None:
     assert set(map(tuple, said["ranges"].values())) == {(-127.0, 127.0)}
     gemms = [a for n, a in said["attributes"].items() if facts["plugin_layers"][n] == "SmoothQuantGemm"]
     assert [a["int8_dims"] for a in gemms] == [[0, 2, 128, 64, 0, 0], [0, 2, 64, 128, 0, 0, 0]]
+
+
+def test_settings_are_told(block: Path, run: Run) -> None:
+    """In the line that is printed, in the sidecar, and in the command that builds the engine again."""
+    path = rewritten(block)
+    done = run("build", path, "--backend", "tensorrt", "--level", "0", "--workspace", "512MB", "--precision", "fp32")
+    assert ", fp32, level 0, workspace up to 512.0 MB; all 4 plugin nodes" in done.out, done.err
+    facts = json.loads(path.with_suffix(".engine.json").read_text())
+    assert (facts["precision"], facts["level"], facts["workspace"]) == ("fp32", 0, 512_000_000)
+    assert told(path.with_suffix(".engine"))["level"] == 0
+    command = shlex.split(facts["commands"]["build"])
+    path.with_suffix(".engine.json").unlink()
+    again = run(*command[1:], "--json")
+    assert again.code == 0, again.err
+    made = json.loads(again.out)
+    assert [made[k] for k in ("precision", "level", "workspace")] == ["fp32", 0, 512_000_000]
+    plain = run("build", path, "--backend", "tensorrt")
+    assert ", fp16, TensorRT's own level; all 4" in plain.out
 
 
 def test_precision(block: Path, run: Run) -> None:

@@ -5,6 +5,8 @@ Nothing is compiled here, but for a stand-in library: the compiler's part is tha
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import shutil
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qpass import plugins
+from qpass import gpu, plugins
 from qpass.errors import QpassError
 from qpass.plugins import Library, toolchain
 from qpass.plugins import compile as building
@@ -101,9 +103,57 @@ def test_what_runs_where() -> None:
     assert not toolchain.runs_on(("89",), "86")
     assert not toolchain.runs_on(("80",), "90")
     assert toolchain.runs_on(("120",), "121")
-    assert [toolchain.compiled_for(*c) for c in ((8, 0), (8, 7), (8, 9), (9, 0), (10, 0), (12, 1), (7, 5))] == [
-        *("80", "86", "89", "90a", "100a", "120", "")
-    ]
+    wanted = {"80": "80", "86": "86", "87": "87", "88": "86", "89": "89", "90": "90a", "100": "100a", "121": "120"}
+    assert {c: toolchain.compiled_for(c) for c in wanted} == wanted
+    assert toolchain.compiled_for("75") == ""
+
+
+def test_jetson_is_on_its_own() -> None:
+    """CUDA promises binaries of one compute capability for later ones of the same major, but not to and from Jetson."""
+    assert toolchain.runs_on(("80", "87"), "87")
+    assert not toolchain.runs_on(("80", "86"), "87")
+    assert not toolchain.runs_on(("87",), "89")
+
+
+class Driver:
+    """libcuda with GPUs of these compute capabilities."""
+
+    def __init__(self, *gpus: tuple[int, int], fails: int = 0) -> None:
+        self.gpus, self.fails = gpus, fails
+
+    def cuInit(self, flags: int) -> int:
+        return self.fails
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        device._obj.value = 40 + ordinal
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = self.gpus[device.value - 40][{75: 0, 76: 1}[attribute]]
+        return 0
+
+
+def test_gpus_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No nvidia-smi and no pycuda is asked: Jetson has the former not, a machine that builds needs the latter not."""
+    for driver, capabilities, architectures in (
+        (Driver((8, 7)), ("87",), ("87",)),
+        (Driver((12, 0), (9, 0), (7, 5)), ("120", "90", "75"), ("120", "90a")),
+        (Driver(), (), ()),
+        (Driver((8, 7), fails=100), (), ()),
+    ):
+        monkeypatch.setattr("qpass.gpu.ctypes.CDLL", lambda name, driver=driver: driver)
+        assert gpu.capabilities() == capabilities
+        assert toolchain.gpu_architectures() == architectures
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("qpass.gpu.ctypes.CDLL", missing)
+    assert gpu.capabilities() == ()
 
 
 def build_beside(folder: str, done: Any) -> None:
@@ -205,6 +255,74 @@ def test_found_by_interface(compiled: list[Path], shells: Library, shells8: Libr
     new = plugins.build(["90a"], tensorrt="10")
     assert plugins.find(interface="IPluginV2DynamicExt").path == old.path
     assert plugins.find(interface="IPluginV3").path == new.path
+
+
+def test_output_is_checked_before_the_compile(
+    compiled: list[Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.cu"
+    own.write_text("// an op")
+    for output, said in (
+        (tmp_path / "no" / "where.so", "there is no folder"),
+        (tmp_path, "it is a folder"),
+        (own, "would overwrite the input"),
+    ):
+        refused = run("plugins", "build", "--with", own, "-o", output)
+        assert (refused.code, said in refused.err) == (2, True), refused.err
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot write in" in run("plugins", "build", "-o", tmp_path / "mine.so").err
+    assert not compiled
+
+
+def test_output_is_whole_or_not(
+    compiled: list[Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there stays where the disk is full; who has it open keeps it where not."""
+    mine = tmp_path / "mine.so"
+    mine.write_bytes(b"old")
+    plugins.build()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        refused = run("plugins", "build", "-o", mine)
+    assert (refused.code, "no space left" in refused.err) == (2, True), refused.err
+    assert mine.read_bytes() == b"old"
+    with mine.open("rb") as file:
+        assert run("plugins", "build", "-o", mine).code == 0
+        assert file.read() == b"old"
+    assert Library(mine).ops
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["cache", "mine.so"]
+
+
+def test_all_libraries(compiled: list[Path], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not compiled" in run("plugins", "info", "--all").out
+    monkeypatch.setattr("qpass.gpu.capabilities", lambda: ("89",))
+    monkeypatch.setattr("qpass.plugins.commands.installed_tensorrt", lambda: "10")
+    ours = plugins.build(["80"], tensorrt="10")
+    old = plugins.build(["80"], tensorrt="8.6")
+    hopper = plugins.build(["90a"], tensorrt="10")
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "source_hash", lambda: "other")
+        stale = plugins.build(["80"], tensorrt="10")
+    told = json.loads(run("plugins", "info", "--all", "--json").out)
+    assert [(r["path"], r["taken"], r["why"]) for r in told] == [
+        (str(ours.path), True, "it is the newest that fits"),
+        (str(hopper.path), False, "it does not run on 89"),
+        (str(old.path), False, "its plugins are not of IPluginV3"),
+        (str(stale.path), False, "it is of another version's sources"),
+    ]
+    assert plugins.find(capability="89", interface="IPluginV3").path == ours.path
+    monkeypatch.setattr("qpass.gpu.capabilities", lambda: ("120",))
+    said = run("plugins", "info", "--all").out
+    assert "taken: nothing fits better; it does not run on 120" in said
+    monkeypatch.setenv("QPASS_PLUGINS", str(old.path))
+    first, *rest = json.loads(run("plugins", "info", "--all", "--json").out)
+    assert (first["path"], first["why"]) == (str(old.path), "QPASS_PLUGINS names it")
+    assert not any(r["taken"] for r in rest)
+    assert "give one of them" in run("plugins", "info", "--all", "--library", old.path).err
 
 
 def test_commands(compiled: list[Path], run: Run, tmp_path: Path) -> None:

@@ -15,18 +15,29 @@ NAMES = tuple(dict.fromkeys(b.name for b in BACKENDS))
 __all__ = ["BACKENDS", "NAMES", "Backend", "choose"]
 
 
-def choose(name: str = "auto") -> Backend:
+def choose(name: str = "auto", capability: str | None = None) -> Backend:
     """The backend of this name that is installed, or the first of all that are.
 
+    Args:
+        capability: of this machine's GPU, such as "89", where engines are for it: who cannot build for it is passed
+            over. None for engines of any GPU.
+
     Raises:
-        QpassError: there is none of this name, or it is not installed; says what to install.
+        QpassError: there is none of this name, or it is not installed (says what to install), or none of those that are
+            builds for this GPU.
     """
     if name not in ("auto", *NAMES):
         raise QpassError(f"--backend {name}: there are auto, {', '.join(NAMES)}")
     named = [b for b in BACKENDS if name in ("auto", b.name)]
     installed = [b for b in named if b.installed()]
     if installed:
-        return installed[0]
+        fitting = [b for b in installed if capability is None or capability in (b.capabilities() or (capability,))]
+        if not fitting:
+            raise QpassError(
+                f"{installed[0].name} builds for compute capability {', '.join(installed[0].capabilities())}, this "
+                f"GPU's is {capability}; choose another --backend, or another GPU with `qpass build --target-arch`"
+            )
+        return fitting[0]
     first = next((b for b in named if b.module is not None), named[0])
     if name == "auto":
         raise QpassError(f"no TensorRT is installed: {named[0].install} (builds engines without a GPU)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from qpass.engine.backends.tensorrt import TensorRT
@@ -11,8 +12,12 @@ from qpass.engine.lower import Lowered, for_tensorrt8
 from qpass.errors import QpassError
 from qpass.plugins import Library
 
-MOVES = ("SHUFFLE", "SLICE", "GATHER", "CONCATENATION", "IDENTITY", "SELECT")
-"""Layers that change no number: behind a plugin's int8 output they are int8, too."""
+MOVES = (
+    *("SHUFFLE", "SLICE", "GATHER", "CONCATENATION", "IDENTITY", "SELECT"),
+    *("CONDITIONAL_INPUT", "CONDITIONAL_OUTPUT", "ITERATOR", "LOOP_OUTPUT", "RECURRENCE"),
+)
+"""Layers that change no number: behind a plugin's int8 output they are int8, too. Those of If and Loop may stand in a
+network behind layers that read them."""
 LIBRARIES = {
     "CUBLAS": ("libcublas.so.12", "libcublas.so.11"),
     "CUBLAS_LT": ("libcublasLt.so.12", "libcublasLt.so.11"),
@@ -63,20 +68,30 @@ class TensorRT8(TensorRT):
             config.set_flag(trt.BuilderFlag.FP16)
         if lowered.integers or left:  # it would miss scales where there is no int8
             config.set_flag(trt.BuilderFlag.INT8)
-        integers = set(lowered.integers)
-        for layer in layers:
-            outputs = [layer.get_output(o) for o in range(layer.num_outputs)]
-            inputs = [layer.get_input(i) for i in range(layer.num_inputs)] if layer.type.name in MOVES else []
-            moved = any(t is not None and t.name in integers for t in inputs)
-            for tensor in outputs:
-                if tensor is not None and (moved or tensor.name in integers):
-                    integers.add(tensor.name)
-                    tensor.set_dynamic_range(-127.0, 127.0)
+        made = {t.name: t for layer in layers for t in _outputs(layer)}
+        for name in _moved(lowered.integers, layers) & made.keys():
+            made[name].set_dynamic_range(-127.0, 127.0)
         sources = config.get_tactic_sources()
         for source, names in LIBRARIES.items():
             if not any(map(_loadable, names)):  # it would ask for its kernels, and fail
                 sources &= ~(1 << int(getattr(trt.TacticSource, source)))
         config.set_tactic_sources(sources)
+
+
+def _moved(integers: Iterable[str], layers: Iterable[Any]) -> set[str]:
+    """The tensors of these names, and those that layers which change no number make of them."""
+    found = set(integers)
+    moves = []
+    for layer in (x for x in layers if x.type.name in MOVES):
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        moves.append(({t.name for t in inputs if t is not None}, {t.name for t in _outputs(layer)}))
+    while grown := [made for read, made in moves if read & found and not made <= found]:
+        found.update(*grown)
+    return found
+
+
+def _outputs(layer: Any) -> list[Any]:
+    return [t for t in map(layer.get_output, range(layer.num_outputs)) if t is not None]
 
 
 def _loadable(name: str) -> bool:

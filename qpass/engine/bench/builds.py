@@ -14,7 +14,6 @@ import qpass.pipeline as pipeline
 from qpass import gpu, plugins
 from qpass.calibrate import Stats
 from qpass.engine import backends, builder, sidecar
-from qpass.engine.backends import BACKENDS, Backend
 from qpass.engine.bench import points
 from qpass.engine.bench.entries import Building, Entry
 from qpass.engine.bench.points import Point, Shapes
@@ -174,7 +173,7 @@ class Builds:
         Raises:
             QpassError: as `qpass.rewrite` and `qpass.engine.build_files`, or the backend cannot build for this GPU.
         """
-        backend = for_this_gpu(self._how.backend)
+        backend = backends.choose(self._how.backend, gpu.capability())
         if any(b.spec is not None for b in self._builds):
             builder.check_library(backend, None, self._how.library)
         for b in self._builds:
@@ -210,7 +209,7 @@ class Builds:
     def notes(self) -> list[str]:
         """What one must know of how the engines were made."""
         told = [self.guessed] if self.guessed is not None else []
-        backend = for_this_gpu(self._how.backend)
+        backend = backends.choose(self._how.backend, gpu.capability())
         first = self._builds[0]
         if first.kind == "unquantized, float32" and not backend.weakly_typed:
             told.append(
@@ -218,26 +217,6 @@ class Builds:
                 "--baseline takes a float16 export of it"
             )
         return told
-
-
-def for_this_gpu(name: str) -> Backend:
-    """The backend of this name, or of "auto" the first that is installed and builds for this machine's GPU.
-
-    Raises:
-        QpassError: it does not build for this GPU, or is not installed.
-    """
-    here = gpu.capability()
-    chosen = backends.choose(name)
-    fitting = [b for b in BACKENDS if b.installed() and here in (b.capabilities() or (here,))]
-    if chosen not in fitting:
-        others = [b for b in fitting if name in ("auto", b.name)]
-        if not others:
-            known = ", ".join(chosen.capabilities())
-            raise QpassError(
-                f"{chosen.name} builds for compute capability {known}, this GPU's is {here}; choose another --backend"
-            )
-        chosen = others[0]
-    return chosen
 
 
 def float_type(proto: ModelProto) -> str:

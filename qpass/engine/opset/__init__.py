@@ -5,5 +5,6 @@ for most operators that it lacks.
 """
 
 from qpass.engine.opset.lowering import lower
+from qpass.engine.opset.scope import infer_types
 
-__all__ = ["lower"]
+__all__ = ["infer_types", "lower"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from qpass.engine.opset.schemas import Schema, is_default, schema_of, unlike
 from qpass.engine.opset.scope import Scope, get_attribute, has_input
@@ -168,9 +168,32 @@ def _reduce_sum(site: Site) -> None:
             del node.input[1:], node.attribute[:]
 
 
+def _quantization(site: Site) -> None:
+    """Its parser wants a zero point, and takes no axis for axis 0 where ONNX means 1."""
+    node, dims = site.node, site.scope.dims(site.node.input[1])
+    if not has_input(node, 2) and dims is not None and None not in dims and _integers_of(site) == TensorProto.INT8:
+        zero = site.add("Constant", value=numpy_helper.from_array(np.zeros([d or 0 for d in dims], np.int8)))
+        node.input[:] = [*node.input[:2], zero]
+        set_attribute(node, "output_dtype", None)
+    if dims not in ([], [1]) and get_attribute(node, "axis") is None:
+        set_attribute(node, "axis", 1)
+
+
+def _integers_of(site: Site) -> int:
+    """The type of a QuantizeLinear's output or DequantizeLinear's input; 0 where it is not known."""
+    node = site.node
+    if has_input(node, 2):
+        return int(site.scope.type(node.input[2]).tensor_type.elem_type)
+    if node.op_type == "QuantizeLinear":
+        return get_attribute(node, "output_dtype") or TensorProto.UINT8
+    return int(site.scope.type(node.input[0]).tensor_type.elem_type)
+
+
 SPELLINGS: dict[str, Callable[[Site], None]] = {
     "CastLike": _cast_like,  # not known to it
     "Constant": _constant,  # value_int and value_ints are read as zeros
+    "DequantizeLinear": _quantization,
+    "QuantizeLinear": _quantization,
     "ReduceSum": _reduce_sum,
     "Shape": _shape,  # start and end are overlooked
 }
@@ -187,12 +210,15 @@ MISREAD: dict[tuple[str, str], Sequence[bytes | int]] = {
 """Attributes that the parser overlooks, with the values that this changes nothing of."""
 
 
-def misread(node: NodeProto) -> str | None:
-    """The attribute of a node that TensorRT 8.6's parser would overlook; None where there is none."""
+def misread(site: Site) -> str | None:
+    """What TensorRT 8.6's parser would take for something else, and say nothing; None where there is no such thing."""
+    node = site.node
     for a in node.attribute:
         harmless = MISREAD.get((node.op_type, a.name))
         if harmless is not None and helper.get_attribute_value(a) not in harmless:
-            return str(helper.printable_attribute(a))
+            return f"overlooks {helper.printable_attribute(a)} of {node.op_type}"
+    if node.op_type == "QuantizeLinear" and _integers_of(site) == TensorProto.UINT8:
+        return "takes the uint8 of QuantizeLinear for int8"
     return None
 
 

@@ -8,7 +8,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from qpass.engine.opset.adapters import SPELLINGS, Site, adapt, hold, misread
 from qpass.engine.opset.schemas import Schema, function_of, schema_of
-from qpass.engine.opset.scope import DEFAULT, FOLDED, Scope, complete_types, get_attribute, inferred_of
+from qpass.engine.opset.scope import DEFAULT, FOLDED, Scope, get_attribute, infer_types, inferred_of
 from qpass.errors import QpassError
 from qpass.graph.functions import every_call, expand
 from qpass.graph.load import default_opset, tensors
@@ -42,7 +42,7 @@ def lower(model: ModelProto, version: int = 17) -> ModelProto:
     for f in model.functions:
         if (default_opset(f) or 0) > version:
             raise QpassError(f"the function {f.name} needs opset {default_opset(f)}; inline it first (onnx.inliner)")
-    complete_types(model)
+    infer_types(model)
     lowering = _Lowering(min(version, opset), names(model.graph))
     lowering.graph(model.graph, opset)
     for entry in model.opset_import:
@@ -72,9 +72,8 @@ class _Lowering:
                 self.graph(inner, opset, Scope(inner, scope, scope.own), f"{site.path}/")
             if node.domain in DEFAULT:
                 self._node(site, opset)
-                if overlooked := misread(node):
-                    what = f"{overlooked} of {node.op_type}"
-                    raise QpassError(f"node {site.path}: TensorRT 8.6 overlooks {what}; export the model without it")
+                if wrong := misread(site):
+                    raise QpassError(f"node {site.path}: TensorRT 8.6 {wrong}; export the model without it")
             for new in site.before:
                 graph.node.insert(place, new)
                 place += 1

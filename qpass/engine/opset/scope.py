@@ -8,9 +8,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TypeProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+    shape_inference,
+)
 from onnx.reference import ReferenceEvaluator
 
+from qpass.graph.importing import infer_shapes
 from qpass.graph.load import is_external
 from qpass.graph.walk import all_nodes, graphs_of
 
@@ -109,20 +120,57 @@ class Scope:
         return value.astype(dtype) if dtype.kind in "bif" else None
 
 
-def complete_types(model: ModelProto) -> None:
-    """Infer the types that a model does not tell."""
-    if all(o in told for g in _graphs(model.graph) for told in [_told(g)] for n in g.node for o in n.output if o):
-        return
-    light = GraphProto(name=model.graph.name, node=model.graph.node)
-    for field in ("input", "output", "value_info"):
-        getattr(light, field).extend(getattr(model.graph, field))
+def infer_types(model: ModelProto) -> None:
+    """Write down the types of all tensors: those that onnx infers, and what a model tells beyond, if that is true.
+
+    A model may tell shapes of another batch than its inputs', or of a time before it was changed, and a Shape of them
+    would become a wrong constant. Where one contradicts what onnx infers without them, none counts, but those of nodes
+    that onnx knows nothing of.
+    """
+    light = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    light.graph.name = model.graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(light.graph, field).extend(getattr(model.graph, field))
     for t in model.graph.initializer:  # onnx infers on a copy, which needs no weights
         small = prod(t.dims) <= SMALL
-        light.initializer.append(t if small else TensorProto(name=t.name, data_type=t.data_type, dims=t.dims))
-    inferred = inferred_of(light, list(model.opset_import))
+        light.graph.initializer.append(t if small else TensorProto(name=t.name, data_type=t.data_type, dims=t.dims))
+    told = [_told(g) for g in _graphs(model.graph)]
+    _forget_shapes(light)
+    symbols = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}  # open ones
+    inferred = infer_shapes(light).graph
+    pairs = [(t, known) for t, g in zip(told, _graphs(inferred), strict=True) for known in (*g.value_info, *g.output)]
+    if not any(_contradict(t[k.name], k.type, symbols) for t, k in pairs if k.name in t):
+        for graph, types in zip(_graphs(light.graph), told, strict=True):
+            del graph.value_info[:]
+            graph.value_info.extend(ValueInfoProto(name=n, type=t) for n, t in types.items())
+        inferred = infer_shapes(light).graph
     for graph, twin in zip(_graphs(model.graph), _graphs(inferred), strict=True):
-        told = _told(graph)
-        graph.value_info.extend(v for v in (*twin.value_info, *twin.output) if v.name not in told)
+        inner = () if graph is model.graph else twin.input
+        del graph.value_info[:]
+        graph.value_info.extend((*twin.value_info, *twin.output, *inner))
+
+
+def _forget_shapes(model: ModelProto) -> None:
+    """Take out the shapes of what nodes make, if onnx has a way to infer them."""
+    known = {*DEFAULT, *(f.domain for f in model.functions)}
+    for graph in _graphs(model.graph):
+        kept = {o for n in graph.node if n.domain not in known for o in n.output} | {t.name for t in graph.initializer}
+        inner = () if graph is model.graph else graph.input
+        for value in (*graph.value_info, *graph.output, *inner):
+            if value.name not in kept and value.type.HasField("tensor_type"):
+                value.type.tensor_type.ClearField("shape")
+
+
+def _contradict(told: TypeProto, inferred: TypeProto, symbols: set[str]) -> bool:
+    """Whether shapes differ in rank or in a fixed dim, or a dim is told that is inferred to be one of `symbols`."""
+    if not (told.tensor_type.HasField("shape") and inferred.tensor_type.HasField("shape")):
+        return False
+    mine, theirs = told.tensor_type.shape.dim, inferred.tensor_type.shape.dim
+    fixed = [
+        (a.dim_value, b) for a, b in zip(mine, theirs, strict=False) if a.HasField("dim_value") and a.dim_value >= 0
+    ]
+    differ = (d.dim_value != size if d.HasField("dim_value") else d.dim_param in symbols for size, d in fixed)
+    return len(mine) != len(theirs) or any(differ)
 
 
 def inferred_of(graph: GraphProto, opsets: list[Any]) -> GraphProto:
@@ -141,7 +189,7 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def _told(graph: GraphProto) -> dict[str, TypeProto]:
-    infos = (*graph.value_info, *graph.output, *graph.input)
+    infos = (*graph.input, *graph.output, *graph.value_info)  # the last are inferred
     return {v.name: v.type for v in infos if v.HasField("type")}
 
 

@@ -197,6 +197,10 @@ class _Config:
     def clear_flag(self, flag: BuilderFlag) -> None:
         self.flags.remove(flag.name)
 
+    def set_memory_pool_limit(self, pool: MemoryPoolType, size: int) -> None:
+        assert pool == MemoryPoolType.WORKSPACE
+        assert size > 0
+
     def get_tactic_sources(self) -> int:
         return 0b11111
 
