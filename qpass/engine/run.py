@@ -62,6 +62,12 @@ class Engine:
 
     def _tensors(self, mode: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         mine = [t for t in self.facts["tensors"] if t["mode"] == mode]
+        for t in mine:
+            if t["dtype"] not in _DTYPES:
+                raise QpassError(
+                    f"{sidecar.of(self.path)}: '{t['name']}' is of the dtype {t['dtype']}, which qpass cannot feed or "
+                    f"fetch; it knows {', '.join(_DTYPES)}: cast it to one of them in the model, and build that"
+                )
         return {t["name"]: (_DTYPES[t["dtype"]], tuple(t["shape"])) for t in mine}
 
     def check(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -114,7 +120,8 @@ class Engine:
             QpassError: there is no usable GPU, or TensorRT refuses the engine or has no memory for it.
         """
         if self._session is None:
-            self._session = Session(self)
+            with gpu.explained():
+                self._session = Session(self)
         return self._session
 
 
@@ -169,7 +176,11 @@ def _register(trt: Any, backend: str, library: Path, said: list[str]) -> None:
 
 
 class Session:
-    """A loaded engine with its context. Feeds are what `Engine.check` gives."""
+    """A loaded engine with its context. Feeds are what `Engine.check` gives.
+
+    Raises:
+        QpassError: CUDA or TensorRT failed, in any of the methods.
+    """
 
     def __init__(self, engine: Engine) -> None:
         facts = engine.facts
@@ -207,6 +218,7 @@ class Session:
         self._buffers = {name: _Buffers() for name in (*engine.inputs, *engine.outputs)}
         self._graphs: dict[tuple[tuple[int, ...], ...], gpu.Graph] = {}
 
+    @gpu.explained()
     def run(self, feeds: Mapping[str, Array], cuda_graph: bool) -> dict[str, Array]:
         results = self._place(feeds)
         for name, x in feeds.items():
@@ -223,6 +235,7 @@ class Session:
                 self._graphs[key] = gpu.Graph(partial(self._work, feeds, results))
         return {n: self._buffers[n].view(d, s).copy() for n, (d, s) in results.items()}
 
+    @gpu.explained()
     def prepare(self, feeds: Mapping[str, Array]) -> Callable[[Any], None]:
         """Put the inputs on the GPU. What is returned enqueues the engine, and no copies, on a pycuda stream; it may be
         called until the next `prepare` or `run`."""

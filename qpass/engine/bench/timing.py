@@ -105,6 +105,7 @@ class _Overwrite:
 class Lane:
     """One engine at one point, warmed up and ready to be timed."""
 
+    @gpu.explained()
     def __init__(self, session: Session, feeds: Feeds, method: Method, overwrite: _Overwrite | None) -> None:
         enqueue = session.prepare(feeds)
         self._overwrite, self._took = overwrite, 0.0
@@ -129,6 +130,7 @@ class Lane:
             self._took = self.time()
             runs -= 1
 
+    @gpu.explained()
     def time(self) -> float:
         """µs of one execution. What goes before it on the GPU keeps the time of its launch out."""
         if self._overwrite is not None:
@@ -140,8 +142,9 @@ class Lane:
     @contextmanager
     def busy(self, seconds: float = 0.5, most: int = 500) -> Iterator[None]:
         """Keep the GPU at work meanwhile, for about so long and at most so many executions."""
-        for _ in range(min(most, math.ceil(seconds * 1e6 / max(self._took, 1.0)))):
-            self._work()
+        with gpu.explained():
+            for _ in range(min(most, math.ceil(seconds * 1e6 / max(self._took, 1.0)))):
+                self._work()
         yield
         gpu.synchronize()
 
@@ -157,6 +160,7 @@ class LayerTime:
     share: float
 
 
+@gpu.explained()
 def layer_times(session: Session, feeds: Feeds, ops: Mapping[str, str], runs: int) -> list[LayerTime]:
     """The layers by the time that they take, the longest first. TensorRT's profiler stays on the engine's context.
 
