@@ -106,7 +106,10 @@ class Buffer:
         try:
             self._allocation = cuda.mem_alloc(max(size, 1))
         except cuda.MemoryError as error:
-            raise QpassError(f"the GPU is out of memory: {size} bytes were asked for, {free_bytes()} free") from error
+            raise QpassError(
+                f"the GPU is out of memory: {size} bytes were asked for, {free_bytes()} free; "
+                "use smaller shapes, or end what else is on it"
+            ) from error
         self.address = int(self._allocation)
 
     def fill(self, byte: int, start: int = 0, size: int | None = None) -> None:

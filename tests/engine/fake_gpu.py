@@ -160,6 +160,7 @@ class Context(Shaped):
     def __init__(self, gpu: FakeGpu, told: dict[str, Any]) -> None:
         self._gpu, self._told = gpu, told
         self._times: Iterator[float] = cycle(told["us"])
+        self._executions = 0
         self.profiler: Any = None
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -172,9 +173,11 @@ class Context(Shaped):
             if self.profiler is not None:
                 for name, share in self._told["layers"].items():
                     self.profiler.report_layer_time(name, us * share * 1e-3)
-        if "breaks" in self._told:
+        ill = self._executions >= self._told.get("after", 0)
+        self._executions += 1
+        if "breaks" in self._told and ill:
             self._gpu.broken = CudaError(self._told["breaks"])
-        return not self._told.get("fails")
+        return not (self._told.get("fails") and ill)
 
 
 def tensorrt(gpu: FakeGpu) -> Any:
@@ -187,9 +190,9 @@ def tensorrt(gpu: FakeGpu) -> Any:
 
     def loaded(data: bytes) -> Any:
         told = json.loads(data)
-        gpu.free -= told["memory"]
-        if gpu.free < 0:
+        if gpu.free < told["memory"]:
             return None
+        gpu.free -= told["memory"]
         layers = [{"Name": n, "LayerType": "PluginV3", "Metadata": f"[ONNX Layer: {o}]"} for n, o in told["of"].items()]
         inspector = types.SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": layers}))
         return types.SimpleNamespace(
@@ -230,6 +233,7 @@ def write_engine(
     library: Path | None = None,
     fails: bool = False,
     breaks: str | None = None,
+    after: int = 0,
     **changes: Any,
 ) -> Path:
     """An engine's two files.
@@ -242,10 +246,11 @@ def write_engine(
         layers: what TensorRT calls its layers → their share of the time.
         fails: TensorRT refuses to run it.
         breaks: what CUDA says once it has run, and to everything after that.
+        after: so many executions go well before it fails or breaks.
         changes: keys of the sidecar.
     """
     told = {"name": path.stem, "us": us, "memory": memory, "layers": layers or {}, "fails": fails, "of": {}}
-    told |= {"breaks": breaks} if breaks is not None else {}
+    told |= {"after": after} | ({"breaks": breaks} if breaks is not None else {})
     path.write_text(json.dumps(told))
     facts = {
         "version": 1,

@@ -169,43 +169,55 @@ class Builds:
             builder.check_places(b.engine(folder), self.reads, None)
 
     def make(self, folder: Path, stage: Stage) -> list[Entry]:
-        """Rewrite what is to be rewritten, then build, for this machine's GPU.
+        """Rewrite what is to be rewritten, then build, for this machine's GPU. What fails is an entry that says why.
 
         Raises:
-            QpassError: as `qpass.rewrite` and `qpass.engine.build_files`, or the backend cannot build for this GPU.
+            QpassError: the backend, or the library, is not for this GPU.
         """
         backend = for_this_gpu(self._how.backend)
         if any(b.spec is not None for b in self._builds):
             builder.check_library(backend, None, self._how.library)
+        errors: dict[str, str] = {}
         for b in self._builds:
             if b.spec is not None:
-                with stage(f"rewriting {b.name}", True) as progress:
-                    pipeline.rewrite(
-                        b.model,
-                        b.rewritten(folder),
-                        spec=b.spec,
-                        calibration=self._how.calibration,
-                        progress=progress,
-                    )
+                try:
+                    self._rewrite(b, b.spec, folder, stage)
+                except QpassError as error:
+                    errors[b.name] = f"it could not be rewritten: {error}"
         entries = []
         for b in self._builds:
-            with stage(f"building {b.name}", False) as progress:
-                done = builder.build_files(
-                    b.rewritten(folder),
-                    b.engine(folder),
-                    backend=backend.name,
-                    library=self._how.library,
-                    min_shapes=self._least,
-                    opt_shapes=self._usual,
-                    max_shapes=self._most,
-                    keep=self.reads,
-                    progress=progress,
-                )
             kind = b.kind
             if b.name == BASELINE and backend.weakly_typed:
                 kind += ", FP16 where TensorRT finds it faster"
-            entries.append(Entry(b.name, kind, Engine(done.engine, library=self._how.library), done.facts["seconds"]))
+            if b.name not in errors:
+                try:
+                    entries.append(self._built(b, kind, backend, folder, stage))
+                    continue
+                except QpassError as error:
+                    errors[b.name] = f"it could not be built: {error}"
+            entries.append(Entry(b.name, kind, None, error=errors[b.name]))
         return entries
+
+    def _rewrite(self, b: _Build, spec: QuantSpec, folder: Path, stage: Stage) -> None:
+        with stage(f"rewriting {b.name}", True) as progress:
+            pipeline.rewrite(
+                b.model, b.rewritten(folder), spec=spec, calibration=self._how.calibration, progress=progress
+            )
+
+    def _built(self, b: _Build, kind: str, backend: Backend, folder: Path, stage: Stage) -> Entry:
+        with stage(f"building {b.name}", False) as progress:
+            done = builder.build_files(
+                b.rewritten(folder),
+                b.engine(folder),
+                backend=backend.name,
+                library=self._how.library,
+                min_shapes=self._least,
+                opt_shapes=self._usual,
+                max_shapes=self._most,
+                keep=self.reads,
+                progress=progress,
+            )
+        return Entry(b.name, kind, Engine(done.engine, library=self._how.library), done.facts["seconds"])
 
     def notes(self) -> list[str]:
         """What one must know of how the engines were made."""

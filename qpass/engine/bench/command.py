@@ -15,12 +15,13 @@ import qpass.pipeline as pipeline
 from qpass.engine.bench import plot, tables
 from qpass.engine.bench.entries import Building
 from qpass.engine.bench.job import bench as measure
+from qpass.engine.bench.report import Report
 from qpass.engine.bench.timing import Method
 from qpass.engine.commands import BackendName, Least, Most, PluginLibrary, Shapes, Usual
 from qpass.engine.profiles import parse
 from qpass.errors import QpassError
 from qpass.graph.commit import write
-from qpass.options import Calibration, GroupSize, Json, NoProgress, Quiet, bar
+from qpass.options import NOT_MET, Calibration, GroupSize, Json, NoProgress, Quiet, bar
 from qpass.spec import PRESETS
 
 PROFILED = 20
@@ -88,6 +89,11 @@ def bench(
     if picture is not None:
         plot.check(picture)
     show = not (quiet or as_json or no_progress)
+    command = shlex.join(["qpass", *sys.argv[1:]])
+
+    def told(report: Report) -> str:
+        return json.dumps({"command": command} | report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
     report = measure(
         files,
         building,
@@ -96,17 +102,16 @@ def bench(
         inputs=inputs,
         outputs=[p for p in (document, picture) if p is not None],
         stage=lambda what, data: bar(what, show, data),
+        save=lambda report: write(document, told(report).encode()) if document is not None else None,
     )
-    command = shlex.join(["qpass", *sys.argv[1:]])
-    told = json.dumps({"command": command} | report.to_dict(), indent=1, ensure_ascii=False)
     if as_json:
-        typer.echo(told)
+        typer.echo(told(report), nl=False)
     elif not quiet:
         Console(highlight=False, soft_wrap=True).print(tables.shown(report))
-    if document is not None:
-        write(document, f"{told}\n".encode())
     if picture is not None:
         write(picture, plot.drawn(report, picture.suffix, command))
+    if report.failed:
+        raise typer.Exit(NOT_MET)
 
 
 def _document(output: Path) -> Path:

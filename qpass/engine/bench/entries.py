@@ -40,12 +40,18 @@ class Building:
 
 @dataclass(frozen=True)
 class Entry:
-    """An engine to measure. `seconds` is what its build took, None where it was there."""
+    """An engine to measure.
+
+    Args:
+        engine: None where it could not be built, and why in `error`.
+        seconds: what its build took, None where it was there.
+    """
 
     name: str
     kind: str
-    engine: Engine
-    seconds: float | None
+    engine: Engine | None
+    seconds: float | None = None
+    error: str | None = None
 
 
 def existing(paths: Sequence[Path], how: Building) -> list[Entry]:
@@ -67,5 +73,5 @@ def existing(paths: Sequence[Path], how: Building) -> list[Entry]:
         layers = engine.facts["plugin_layers"]
         outputs = ", ".join(sorted({dtype.name for dtype, _ in engine.outputs.values()}))
         kind = f"{'quantized' if layers else 'no plugins'}, {outputs} outputs"
-        entries.append(Entry(path.stem if len(stems) == len(paths) else str(path), kind, engine, None))
+        entries.append(Entry(path.stem if len(stems) == len(paths) else str(path), kind, engine))
     return entries

@@ -64,36 +64,38 @@ class Method:
         return told
 
 
-def warmed_up(sessions: Sequence[Session], feeds: Sequence[Feeds], method: Method) -> list[Lane]:
-    """Engines made ready for one point; they are until their sessions are used for something else.
+class Failure(QpassError):
+    """An engine failed in its turn: the lane `at` this place."""
 
-    Args:
-        feeds: of each engine, as its `Engine.check` gives them.
-
-    Raises:
-        QpassError: TensorRT or CUDA failed, or an engine cannot be captured.
-    """
-    overwrite = _Overwrite() if method.cold_l2 else None
-    return [Lane(s, f, method, overwrite) for s, f in zip(sessions, feeds, strict=True)]
+    def __init__(self, at: int, why: str) -> None:
+        super().__init__(why)
+        self.at = at
 
 
 def take_turns(lanes: Sequence[Lane], runs: int, progress: Progress | None = None) -> list[tuple[float, ...]]:
     """µs of every execution of each engine: A B C, A B C, …, so that a drift of the clocks hits all alike.
 
     Raises:
-        QpassError: TensorRT or CUDA failed.
+        Failure: TensorRT or CUDA failed.
     """
     times: list[list[float]] = [[] for _ in lanes]
     for done in range(runs):
-        for lane, taken in zip(lanes, times, strict=True):
-            taken.append(lane.time())
+        for at, (lane, taken) in enumerate(zip(lanes, times, strict=True)):
+            try:
+                taken.append(lane.time())
+            except QpassError as error:
+                raise Failure(at, str(error)) from error
         if progress is not None:
             progress(done + 1, runs)
     return [tuple(t) for t in times]
 
 
-class _Overwrite:
-    """Makes the L2 cache hold nothing that an engine wants."""
+class Overwrite:
+    """Makes the L2 cache hold nothing that an engine wants. Shared by all engines.
+
+    Raises:
+        QpassError: there is no memory for it.
+    """
 
     def __init__(self) -> None:
         self._buffer = gpu.Buffer(2 * gpu.l2_bytes())
@@ -103,10 +105,18 @@ class _Overwrite:
 
 
 class Lane:
-    """One engine at one point, warmed up and ready to be timed."""
+    """One engine at one point, warmed up and ready to be timed until its session is used for something else.
+
+    Args:
+        feeds: as its `Engine.check` gives them.
+        overwrite: None to leave the L2 cache warm.
+
+    Raises:
+        QpassError: TensorRT or CUDA failed, or the engine cannot be captured.
+    """
 
     @gpu.explained()
-    def __init__(self, session: Session, feeds: Feeds, method: Method, overwrite: _Overwrite | None) -> None:
+    def __init__(self, session: Session, feeds: Feeds, method: Method, overwrite: Overwrite | None) -> None:
         enqueue = session.prepare(feeds)
         self._overwrite, self._took = overwrite, 0.0
         self._use(gpu.driver().Stream(), enqueue)
