@@ -319,6 +319,22 @@ def test_a_weakly_typed_backend_may_compute_in_float16(
     assert "guessed (min … opt … max): batch 1 … 1 … 8, length 1 … 128 … 512" in note
 
 
+def test_flags_of_builds_are_passed_on(
+    block: Path, built: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(TensorRT, "weakly_typed", True)
+    flags: dict[str, Any] = {
+        "timing_cache": tmp_path / "learned.bin",
+        "workspace": 1 << 20,
+        "precision": "fp32",
+        "level": 0,
+    }
+    how = Building(["w8a8"], backend="tensorrt", **flags)
+    report = bench(block, how, quick(runs=1))
+    assert [{flag: asked[flag] for flag in flags} for asked in built] == [flags] * 2
+    assert report.engines[0].kind == "unquantized, float32", "and no FP16"
+
+
 def test_a_rewritten_model_beside_its_original(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
     half = tmp_path / "half.onnx"
     proto = onnx.load(block)

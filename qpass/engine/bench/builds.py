@@ -65,20 +65,27 @@ class Builds:
 
     def __init__(self, model: Path, how: Building, shapes: Sequence[Shapes] = (), file: Path | None = None) -> None:
         self._model, self._how = model, how
-        interface = backends.choose(how.backend).interface
+        backend = backends.choose(how.backend)
+        self._check_flags(backend)
         specs = self._specs()
         loaded = Model.load(model)
         base = loaded if how.baseline is None else Model.load(how.baseline)
         self._builds = self._listed(loaded, base, specs)
-        library = plugins.find(how.library, interface=interface).path
+        library = plugins.find(how.library, interface=backend.interface).path
         recipes = [Path(p) for p in how.presets if p.endswith((".yaml", ".yml"))]
         given = [*recipes, *(f for f in (how.calibration, file) if f is not None)]
         self.reads = [*loaded.weights.files(), *base.weights.files(), pipeline.ledger_of(model), *given, library]
         self._plan(loaded.proto, base.proto, shapes, file)
         if how.keep is not None:
             self._check_keep(how.keep)
+        if how.timing_cache is not None:
+            check_place(how.timing_cache, self.reads)
         if how.calibration is not None:
             Stats.load(how.calibration).check(model)
+
+    def _check_flags(self, backend: Backend) -> None:
+        how = self._how
+        builder.check_flags(backend, how.timing_cache, how.precision, how.level, how.library, use_plugins=True)
 
     def _listed(self, loaded: Model, base: Model, specs: Mapping[str, QuantSpec]) -> list[_Build]:
         """The baseline and the others."""
@@ -160,13 +167,19 @@ class Builds:
                 found += [b.rewritten(folder), pipeline.ledger_of(b.rewritten(folder))]
         return found
 
+    def written(self) -> list[Path]:
+        """All that is written and stays."""
+        how = self._how
+        kept = self.files(how.keep) if how.keep is not None else []
+        return kept if how.timing_cache is None else [*kept, how.timing_cache]
+
     def _check_keep(self, folder: Path) -> None:
         if not folder.is_dir():
             raise QpassError(f"--keep {folder}: there is no such folder; make it first")
         for path in self.files(folder):
             check_place(path, self.reads)
         for b in self._builds:
-            builder.check_places(b.engine(folder), self.reads, None)
+            builder.check_places(b.engine(folder), self.reads, self._how.timing_cache)
 
     def make(self, folder: Path, stage: Stage) -> list[Entry]:
         """Rewrite what is to be rewritten, then build, for this machine's GPU. What fails is an entry that says why.
@@ -175,6 +188,7 @@ class Builds:
             QpassError: the backend, or the library, is not for this GPU.
         """
         backend = for_this_gpu(self._how.backend)
+        self._check_flags(backend)  # of "auto" it may be another than the first that is installed
         if any(b.spec is not None for b in self._builds):
             builder.check_library(backend, None, self._how.library)
         errors: dict[str, str] = {}
@@ -187,7 +201,7 @@ class Builds:
         entries = []
         for b in self._builds:
             kind = b.kind
-            if b.name == BASELINE and backend.weakly_typed:
+            if b.name == BASELINE and backend.weakly_typed and self._how.precision != "fp32":
                 kind += ", FP16 where TensorRT finds it faster"
             if b.name not in errors:
                 try:
@@ -214,6 +228,10 @@ class Builds:
                 min_shapes=self._least,
                 opt_shapes=self._usual,
                 max_shapes=self._most,
+                timing_cache=self._how.timing_cache,
+                workspace=self._how.workspace,
+                precision=self._how.precision,
+                level=self._how.level,
                 keep=self.reads,
                 progress=progress,
             )

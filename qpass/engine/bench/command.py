@@ -17,11 +17,22 @@ from qpass.engine.bench.entries import Building
 from qpass.engine.bench.job import bench as measure
 from qpass.engine.bench.report import Report
 from qpass.engine.bench.timing import Method
-from qpass.engine.commands import BackendName, Least, Most, PluginLibrary, Shapes, Usual
+from qpass.engine.commands import (
+    BackendName,
+    Least,
+    Level,
+    Most,
+    PluginLibrary,
+    Precision,
+    Shapes,
+    TimingCache,
+    Usual,
+    Workspace,
+)
 from qpass.engine.profiles import parse
 from qpass.errors import QpassError
 from qpass.graph.commit import write
-from qpass.options import NOT_MET, Calibration, GroupSize, Json, NoProgress, Quiet, bar
+from qpass.options import NOT_MET, Calibration, GroupSize, Json, NoProgress, Quiet, bar, bytes_of
 from qpass.spec import PRESETS
 
 PROFILED = 20
@@ -52,6 +63,10 @@ def bench(
     least: Least = None,
     usual: Usual = None,
     most: Most = None,
+    timing_cache: TimingCache = None,
+    workspace: Workspace = None,
+    precision: Precision = None,
+    level: Level = None,
     keep: Annotated[Path | None, typer.Option(help="A folder to leave the engines and rewritten models in.")] = None,
     shapes: Annotated[
         list[str] | None,
@@ -84,7 +99,20 @@ def bench(
     """
     method = Method(runs, cuda_graph, not warm_l2, profiled_runs=PROFILED if profile else 0)
     spans = {f"{flag}_shapes": parse(text, flag) for flag, text in (("min", least), ("opt", usual), ("max", most))}
-    building = Building(preset or (), group_size, calibration, baseline, backend, plugins, **spans, keep=keep)
+    building = Building(
+        preset or (),
+        group_size,
+        calibration,
+        baseline,
+        backend,
+        plugins,
+        **spans,
+        timing_cache=timing_cache,
+        workspace=bytes_of("workspace", workspace),
+        precision=precision,
+        level=level,
+        keep=keep,
+    )
     document = _document(output) if output is not None else None
     if picture is not None:
         plot.check(picture)

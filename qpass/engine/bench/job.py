@@ -69,8 +69,7 @@ def bench(
     with ExitStack() as stack:
         if models:
             builds = Builds(models[0], building, shapes, file)
-            kept = builds.files(building.keep) if building.keep is not None else []
-            _check_outputs(outputs, builds.reads, kept)
+            _check_outputs(outputs, builds.reads, builds.written())
             gpu.driver()
             notes = builds.notes()
             folder = building.keep or Path(stack.enter_context(TemporaryDirectory(prefix="qpass-bench-")))
