@@ -176,7 +176,7 @@ def _register(trt: Any, backend: str, library: Path, said: list[str]) -> None:
 
 
 class Session:
-    """A loaded engine with its context. Feeds are what `Engine.check` gives.
+    """A loaded engine with its context. Feeds are what `Engine.check` gives; `library` are its plugins, if any.
 
     Raises:
         QpassError: CUDA or TensorRT failed, in any of the methods.
@@ -204,9 +204,10 @@ class Session:
                     said.append(" ".join(text.split()))
 
         self._said, self._logger = said, Logger()
+        self.library: Path | None = None
         if facts["plugins"] is not None:
-            library = _library(facts["plugins"], engine.library, backend.interface)
-            _register(trt, backend.name, library, said)
+            self.library = _library(facts["plugins"], engine.library, backend.interface)
+            _register(trt, backend.name, self.library, said)
         self._runtime = trt.Runtime(self._logger)
         self._loaded = self._runtime.deserialize_cuda_engine(engine.path.read_bytes())
         if self._loaded is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from qpass import gpu, pipeline, plugins
 from qpass.engine import builder, sidecar
 from qpass.engine.backends.tensorrt import TensorRT
 from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
-from qpass.engine.bench import Building, Method, Report, bench, builds, machine, points, timing
+from qpass.engine.bench import Building, Method, Report, bench, builds, machine, points, provenance, timing
 from qpass.engine.bench.statistics import Timing
 from qpass.engine.run import Engine, Session
 from qpass.errors import QpassError
 from qpass.plugins import Library
+from qpass.spec import QuantSpec
 from tests.conftest import Run
 from tests.engine import fake_gpu
 from tests.engine.fake_gpu import L2, MEMSET_US, FakeGpu, quick, write_engine
@@ -335,6 +337,86 @@ def test_flags_of_builds_are_passed_on(
     assert report.engines[0].kind == "unquantized, float32", "and no FP16"
 
 
+def test_provenance(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Whoever reads the JSON can tell what was measured, and can do it again."""
+    (tmp_path / "mine.yaml").write_text("preset: w8a16\nexclude: ['fc2']\n")
+    how = Building([str(tmp_path / "mine.yaml")], backend="tensorrt", level=2, workspace=1 << 20)
+    before = datetime.now(UTC).replace(microsecond=0)
+    told = json.loads(json.dumps(bench(block, how, quick(runs=1), shapes=[{"x": (1, 8, 64)}]).to_dict()))
+    date = datetime.fromisoformat(told["date"])
+    assert date.tzinfo == UTC
+    assert before <= date <= datetime.now(UTC)
+    assert told["model"] == told["baseline"]
+    assert told["model"]["path"] == str(block)
+    assert told["model"]["sha256"] == sidecar.digest(block)
+    span = {"x": {"min": [1, 8, 64], "opt": [1, 8, 64], "max": [1, 8, 64]}}
+    assert told["building"] == {
+        "backend": "tensorrt", "timing_cache": None, "precision": None, "level": 2, "workspace": 1 << 20,
+        "shapes": span,
+    }  # fmt: skip
+    base, mine = told["engines"]
+    assert (base["recipe"], base["library"]) == (None, None)
+    (tmp_path / "again.yaml").write_text(mine["recipe"])
+    recipes = [QuantSpec.from_yaml(tmp_path / f"{name}.yaml").to_dict() for name in ("mine", "again")]
+    assert recipes[0] == recipes[1]
+    assert mine["library"] == {"name": "plugins.so", "sha256": sidecar.digest(tmp_path / "plugins.so")}
+    assert mine["built"]["profiles"] == span
+    assert len(mine["built"]["sha256"]) == 64
+
+
+def test_what_is_kept_is_used_again(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
+    keep = tmp_path / "kept"
+    keep.mkdir()
+
+    def again(*presets: str, **changes: Any) -> list[str]:
+        """The engines that had to be built."""
+        built.clear()
+        report = bench(block, Building(presets or ("w8a16", "w8a8"), backend="tensorrt", keep=keep, **changes), quick())
+        names = [b["engine"].name.split(".")[1] for b in built]
+        reused = [s.name for s in report.engines if s.reused]
+        assert sorted([*names, *reused]) == sorted(s.name for s in report.engines)
+        told = [note for note in report.notes if note.startswith(f"used again from {keep}, not built: ")]
+        assert told == ([f"{told[0].partition(': ')[0]}: {', '.join(reused)}; model, recipe, flags, shapes, plugins, "
+                         "GPU, TensorRT and qpass are the same"] if reused else [])  # fmt: skip
+        return names
+
+    assert again() == ["baseline", "w8a16", "w8a8"]
+    assert again() == []
+    assert again(level=1) == ["baseline", "w8a16", "w8a8"], "other flags"
+    assert again("w8a16", level=1, max_shapes={"x": (2, 256, 64)}) == ["baseline", "w8a16"], "other shapes"
+    assert again(level=1) == ["baseline", "w8a16"]
+    (tmp_path / "w8a8.yaml").write_text("preset: w8a8\nexclude: ['fc2']\n")
+    assert again("w8a16", str(tmp_path / "w8a8.yaml"), level=1) == ["w8a8"], "another recipe of that name"
+    (tmp_path / "plugins.so").write_text("newer plugins")
+    assert again("w8a16", level=1) == ["w8a16"], "the baseline has none"
+    (keep / "block.w8a16.engine").write_text("damaged")
+    assert again("w8a16", level=1) == ["w8a16"]
+    proto = onnx.load(block)
+    proto.graph.initializer[1].CopyFrom(
+        numpy_helper.from_array(2 * numpy_helper.to_array(proto.graph.initializer[1]), "w1")
+    )
+    onnx.save(proto, block)
+    assert again("w8a16", level=1) == ["baseline", "w8a16"], "other weights"
+
+
+@pytest.mark.parametrize("what", ["gpu", "tensorrt", "qpass"])
+def test_what_another_machine_kept_is_not(
+    block: Path, built: list[dict[str, Any]], fake: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    how = Building(["w8a8"], backend="tensorrt", keep=tmp_path)
+    bench(block, how, quick())
+    if what == "gpu":
+        fake.capability = (8, 6)
+    elif what == "qpass":
+        monkeypatch.setattr(provenance, "_sources", lambda: "others")
+    else:
+        for name in ("baseline", "w8a8"):
+            facts = tmp_path / f"block.{name}.engine.json"
+            facts.write_text(facts.read_text().replace('"version": "10.0"', '"version": "10.1"'))
+    bench(block, how, quick())
+    assert len(built) == 4
+
+
 def test_a_rewritten_model_beside_its_original(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
     half = tmp_path / "half.onnx"
     proto = onnx.load(block)
@@ -440,7 +522,11 @@ def test_built_for_real_and_played(
     monkeypatch.setattr(TensorRTRTX, "load", lambda self: module)
     monkeypatch.setattr(TensorRTRTX, "preload", lambda self: None)
     args = ("bench", block, "--preset", "w8a16", "--preset", "w8a8", "--backend", "tensorrt_rtx", "--runs", 2)
-    told = json.loads(run(*args, "--json").out)
+    told, again = (json.loads(run(*args, "--keep", tmp_path, "--json").out) for _ in range(2))
+    assert [e["reused"] for e in again["engines"]] == [True] * 3
+    assert [e["built"]["sha256"] for e in again["engines"]] == [e["built"]["sha256"] for e in told["engines"]]
+    shown = {"name", "sha256", "architectures", "interface"}
+    assert [set(e["library"] or ()) for e in told["engines"]] == [set(), shown, shown]
     assert [(e["name"], e["plugin_layers"]) for e in told["engines"]] == [("baseline", 0), ("w8a16", 2), ("w8a8", 4)]
     assert all(e["build_seconds"] > 0 and e["engine_bytes"] > 1000 for e in told["engines"])
     assert told["points"][0]["shapes"] == {"x": [1, 128, 64]}

@@ -45,7 +45,7 @@ def test_json_of_a_model(block: Path, built: list[dict[str, Any]], run: Run, tmp
     assert [e["name"] for e in told["engines"]] == ["baseline", "w8a8"]
     assert set(told["engines"][0]) == {
         "name", "kind", "error", "backend", "engine_bytes", "activation_bytes", "memory_bytes", "build_seconds",
-        "plugin_layers",
+        "plugin_layers", "reused", "recipe", "built", "library",
     }  # fmt: skip
     (point,) = told["points"]
     assert (point["shapes"], point["batch"]) == ({"x": [2, 8, 64]}, 2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, TensorProto
 
@@ -15,7 +16,7 @@ from qpass import gpu, plugins
 from qpass.calibrate import Stats
 from qpass.engine import backends, builder, sidecar
 from qpass.engine.backends import BACKENDS, Backend
-from qpass.engine.bench import points
+from qpass.engine.bench import points, provenance
 from qpass.engine.bench.entries import Building, Entry
 from qpass.engine.bench.points import Point, Shapes
 from qpass.engine.preflight import plugin_nodes
@@ -45,6 +46,10 @@ class _Build:
     stem: str
     spec: QuantSpec | None = None
 
+    @property
+    def recipe(self) -> str | None:
+        return self.spec.to_yaml() if self.spec is not None else None
+
     def rewritten(self, folder: Path) -> Path:
         return folder / f"{self.stem}.onnx" if self.spec is not None else self.model
 
@@ -72,6 +77,8 @@ class Builds:
         base = loaded if how.baseline is None else Model.load(how.baseline)
         self._builds = self._listed(loaded, base, specs)
         library = plugins.find(how.library, interface=backend.interface).path
+        self._reused: list[str] = []
+        self._models: dict[Path, dict[str, Any]] = {}
         recipes = [Path(p) for p in how.presets if p.endswith((".yaml", ".yml"))]
         given = [*recipes, *(f for f in (how.calibration, file) if f is not None)]
         self.reads = [*loaded.weights.files(), *base.weights.files(), pipeline.ledger_of(model), *given, library]
@@ -191,9 +198,11 @@ class Builds:
         self._check_flags(backend)  # of "auto" it may be another than the first that is installed
         if any(b.spec is not None for b in self._builds):
             builder.check_library(backend, None, self._how.library)
+        found = self._kept(backend, folder) if self._how.keep is not None else {}
+        self._reused = list(found)
         errors: dict[str, str] = {}
         for b in self._builds:
-            if b.spec is not None:
+            if b.spec is not None and b.name not in found:
                 try:
                     self._rewrite(b, b.spec, folder, stage)
                 except QpassError as error:
@@ -203,14 +212,53 @@ class Builds:
             kind = b.kind
             if b.name == BASELINE and backend.weakly_typed and self._how.precision != "fp32":
                 kind += ", FP16 where TensorRT finds it faster"
-            if b.name not in errors:
+            engine, seconds = found.get(b.name), None
+            if engine is None and b.name not in errors:
                 try:
-                    entries.append(self._built(b, kind, backend, folder, stage))
-                    continue
+                    engine, seconds = self._built(b, backend, folder, stage)
                 except QpassError as error:
                     errors[b.name] = f"it could not be built: {error}"
-            entries.append(Entry(b.name, kind, None, error=errors[b.name]))
+            entries.append(Entry(b.name, kind, engine, seconds, errors.get(b.name), b.recipe, b.name in found))
         return entries
+
+    def about(self) -> dict[str, Any]:
+        """What is built of what and how, for JSON."""
+        how = self._how
+        base = next((b.model for b in self._builds if b.name == BASELINE), None)
+        asked = {"backend": how.backend, "timing_cache": str(how.timing_cache) if how.timing_cache else None}
+        return {
+            "model": self._told_of(self._model),
+            "baseline": self._told_of(base) if base is not None else None,
+            "calibration": str(how.calibration) if how.calibration is not None else None,
+            "building": asked | self._asked(),
+        }
+
+    def _asked(self) -> dict[str, Any]:
+        """Flags and shapes, of all engines alike."""
+        how, spans = self._how, {"min": self._least, "opt": self._usual, "max": self._most}
+        shapes = {n: {key: list(span[n]) for key, span in spans.items()} for n in self._usual}
+        return {"precision": how.precision, "level": how.level, "workspace": how.workspace, "shapes": shapes}
+
+    def _origin(self, b: _Build) -> Any:
+        return provenance.origin(self._told_of(b.model), b.recipe, self._how.calibration, self._asked())
+
+    def _told_of(self, model: Path) -> dict[str, Any]:
+        if model not in self._models:
+            self._models[model] = provenance.of_model(model)
+        return self._models[model]
+
+    def _kept(self, backend: Backend, folder: Path) -> dict[str, Engine]:
+        """What an earlier bench left here and would be built the same now."""
+        library = plugins.find(self._how.library, gpu.capability(), backend.interface).path
+        found = {}
+        for b in self._builds:
+            try:
+                engine = Engine(b.engine(folder), library=self._how.library)
+            except QpassError:  # none, or half of a pair
+                continue
+            if provenance.fits(engine, self._origin(b), backend, library):
+                found[b.name] = engine
+        return found
 
     def _rewrite(self, b: _Build, spec: QuantSpec, folder: Path, stage: Stage) -> None:
         with stage(f"rewriting {b.name}", True) as progress:
@@ -218,7 +266,7 @@ class Builds:
                 b.model, b.rewritten(folder), spec=spec, calibration=self._how.calibration, progress=progress
             )
 
-    def _built(self, b: _Build, kind: str, backend: Backend, folder: Path, stage: Stage) -> Entry:
+    def _built(self, b: _Build, backend: Backend, folder: Path, stage: Stage) -> tuple[Engine, float]:
         with stage(f"building {b.name}", False) as progress:
             done = builder.build_files(
                 b.rewritten(folder),
@@ -233,13 +281,19 @@ class Builds:
                 precision=self._how.precision,
                 level=self._how.level,
                 keep=self.reads,
+                origin=self._origin(b),
                 progress=progress,
             )
-        return Entry(b.name, kind, Engine(done.engine, library=self._how.library), done.facts["seconds"])
+        return Engine(done.engine, library=self._how.library), done.facts["seconds"]
 
     def notes(self) -> list[str]:
         """What one must know of how the engines were made."""
         told = [self.guessed] if self.guessed is not None else []
+        if self._reused:
+            told.append(
+                f"used again from {self._how.keep}, not built: {', '.join(self._reused)}; model, recipe, flags, "
+                "shapes, plugins, GPU, TensorRT and qpass are the same"
+            )
         backend = for_this_gpu(self._how.backend)
         first = self._builds[0]
         if first.kind == "unquantized, float32" and not backend.weakly_typed:

@@ -48,6 +48,8 @@ class Entry:
 
     Args:
         engine: None where it could not be built, and why in `error`.
+        recipe: of what was rewritten, as YAML.
+        reused: whether it was built by an earlier bench.
         seconds: what its build took, None where it was there.
     """
 
@@ -56,6 +58,8 @@ class Entry:
     engine: Engine | None
     seconds: float | None = None
     error: str | None = None
+    recipe: str | None = None
+    reused: bool = False
 
 
 def existing(paths: Sequence[Path], how: Building) -> list[Entry]:

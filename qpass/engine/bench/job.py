@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +13,7 @@ from qpass.engine import sidecar
 from qpass.engine.bench import points
 from qpass.engine.bench.builds import Builds, Progress, Stage
 from qpass.engine.bench.entries import Building, existing
+from qpass.engine.bench.machine import Machine
 from qpass.engine.bench.measuring import Measuring
 from qpass.engine.bench.points import Point, Shapes
 from qpass.engine.bench.report import Report
@@ -58,6 +60,7 @@ def bench(
     Raises:
         QpassError: something is missing or does not fit, which is said first; or no engine could be measured at all.
     """
+    began = datetime.now(UTC)
     building, method = building or Building(), method or Method()
     paths = [Path(files)] if isinstance(files, str | Path) else [Path(f) for f in files]
     file = Path(inputs) if inputs is not None else None
@@ -71,16 +74,18 @@ def bench(
             builds = Builds(models[0], building, shapes, file)
             _check_outputs(outputs, builds.reads, builds.written())
             gpu.driver()
-            notes = builds.notes()
             folder = building.keep or Path(stack.enter_context(TemporaryDirectory(prefix="qpass-bench-")))
-            entries, measured_at = builds.make(folder, stage), builds.points
+            entries, measured_at, about = builds.make(folder, stage), builds.points, builds.about()
+            notes = builds.notes()
         else:
-            entries, notes = existing(paths, building), []
+            entries, notes, about = existing(paths, building), [], {}
             reads = [f for p in paths for f in (p, sidecar.of(p))]
             _check_outputs(outputs, [*reads, *(f for f in (file, building.library) if f is not None)], [])
             measured_at = _points_of([e.engine for e in entries if e.engine is not None], shapes, file)
+        about = {"date": began.isoformat(timespec="seconds")} | about
         told = str(file) if file is not None else MADE_UP
-        return Measuring(entries, method, told, notes, stage, save or (lambda _: None)).run(measured_at)
+        empty = Report(Machine.here(), method, told, (), (), tuple(notes), about, complete=False)
+        return Measuring(empty, entries, stage, save or (lambda _: None)).run(measured_at)
 
 
 def _points_of(engines: Sequence[Engine], shapes: Sequence[Shapes], file: Path | None) -> list[Point]:

@@ -7,33 +7,30 @@ from dataclasses import replace
 from typing import Any
 
 from qpass import gpu
-from qpass.engine.bench import points
+from qpass.engine.bench import points, provenance
 from qpass.engine.bench.builds import Progress, Stage
 from qpass.engine.bench.entries import Entry
-from qpass.engine.bench.machine import Clocks, Machine
+from qpass.engine.bench.machine import Clocks
 from qpass.engine.bench.points import Point
 from qpass.engine.bench.report import Measured, Report, Subject
 from qpass.engine.bench.statistics import Timing
-from qpass.engine.bench.timing import Failure, Lane, LayerTime, Method, Overwrite, layer_times, take_turns
+from qpass.engine.bench.timing import Failure, Lane, LayerTime, Overwrite, layer_times, take_turns
 from qpass.errors import QpassError
 
 
 class Measuring:
-    """The measuring part of a bench; arguments as `Report` and `bench` have them."""
+    """The measuring part of a bench.
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        method: Method,
-        inputs: str,
-        notes: Sequence[str],
-        stage: Stage,
-        save: Callable[[Report], None],
-    ) -> None:
-        self._entries, self._method, self._stage, self._save = entries, method, stage, save
+    Args:
+        report: what is known before; it is filled.
+        stage, save: as `bench` has them.
+    """
+
+    def __init__(self, report: Report, entries: Sequence[Entry], stage: Stage, save: Callable[[Report], None]) -> None:
+        self._report, self._entries, self._stage, self._save = report, entries, stage, save
+        self._method = report.method
         self._lost: str | None = None
         """Set once CUDA works no more in this process."""
-        self._report = Report(Machine.here(), method, inputs, (), (), tuple(notes), complete=False)
 
     def run(self, at: Sequence[Point]) -> Report:
         """Load all engines, then measure at each point, then profile if that is asked for.
@@ -65,7 +62,9 @@ class Measuring:
         self._save(self._report)
 
     def _load(self, entry: Entry) -> Subject:
-        subject = Subject(entry.name, entry.kind, entry.error, build_seconds=entry.seconds)
+        subject = Subject(
+            entry.name, entry.kind, entry.error, build_seconds=entry.seconds, reused=entry.reused, recipe=entry.recipe
+        )
         if entry.engine is None:
             return subject
         facts = entry.engine.facts
@@ -74,6 +73,7 @@ class Measuring:
             backend=f"{facts['backend']['name']} {facts['backend']['version']}",
             engine_bytes=entry.engine.path.stat().st_size,
             plugin_layers=len(facts["plugin_layers"]),
+            built=provenance.of_engine(entry.engine),
         )
         try:
             with gpu.explained():
@@ -83,7 +83,8 @@ class Measuring:
         except QpassError as error:
             self._check_gpu(entry, "was loaded")
             return replace(subject, error=self._why(error))
-        return replace(subject, activation_bytes=session.activation_bytes, memory_bytes=taken)
+        library = provenance.of_library(session.library) if session.library is not None else None
+        return replace(subject, activation_bytes=session.activation_bytes, memory_bytes=taken, library=library)
 
     def _measure(self, point: Point, overwrite: Overwrite | None) -> Measured:
         errors = [s.error for s in self._report.engines]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -29,7 +29,10 @@ class Subject:
         engine_bytes: its size on disk.
         activation_bytes: device memory that it asks for beside its weights.
         memory_bytes: device memory that was taken when it was loaded, with its context.
-        build_seconds: None where it was there already.
+        build_seconds: None where it was there already, as one of an earlier bench that is `reused`.
+        recipe: of what was rewritten, as YAML.
+        built: what the sidecar tells of its build: sha256 of the engine, model, precision, level, workspace, profiles.
+        library: the plugins that it runs with: name, sha256, architectures, interface.
     """
 
     name: str
@@ -41,6 +44,10 @@ class Subject:
     memory_bytes: int | None = None
     build_seconds: float | None = None
     plugin_layers: int | None = None
+    reused: bool = False
+    recipe: str | None = None
+    built: Mapping[str, Any] | None = None
+    library: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Report:
     Args:
         inputs: what the engines were fed, in words.
         notes: what else one must know of how the engines were made.
+        about: for JSON alone: when it began, and what engines were built of and how.
         complete: whether the bench has ended; a report is told after every point.
     """
 
@@ -90,6 +98,7 @@ class Report:
     engines: tuple[Subject, ...]
     points: tuple[Measured, ...]
     notes: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = True
 
     @property
@@ -129,6 +138,7 @@ class Report:
         return {
             "version": VERSION,
             "complete": self.complete,
+            **self.about,
             "device": asdict(self.machine),
             "versions": {
                 "qpass": version("qpass"),
