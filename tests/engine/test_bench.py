@@ -137,6 +137,7 @@ def test_layers(fake: FakeGpu, tmp_path: Path) -> None:
     ]
     assert [t.us for t in layers] == pytest.approx([500, 400, 100])
     assert [t.share for t in layers] == pytest.approx([0.5, 0.4, 0.1])
+    assert report.points[0].layers_us(0) == pytest.approx(1000)
     (timed,) = report.points[0].timings
     assert timed is not None
     assert timed.p50 == 1000
@@ -480,15 +481,32 @@ def test_the_backend_fits_the_gpu(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch
 # -- clocks
 
 
-@pytest.mark.parametrize("knows", ["clocks_event_reasons", "clocks_throttle_reasons", "neither"])
-def test_clocks(fake: FakeGpu, two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows: str) -> None:
-    """Drivers call the reason by one name or another, and say [N/A] of what they do not know."""
+@pytest.mark.parametrize(
+    ("knows", "bits", "held_by"),
+    [
+        ("clocks_event_reasons", 0x002, ("applications clocks setting",)),
+        ("clocks_throttle_reasons", 0x024, ("software power cap", "software thermal slowdown")),
+        ("clocks_event_reasons", 0x001, ("idle",)),
+        ("clocks_event_reasons", 0x408, ("hardware slowdown", "reason 0x400")),
+        ("neither", 0, None),
+    ],
+)
+def test_clocks(
+    fake: FakeGpu,
+    two: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    knows: str,
+    bits: int,
+    held_by: tuple[str, ...] | None,
+) -> None:
+    """Drivers call the reasons by one name or another, and say [N/A] of what they do not know."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
         f"""#!/bin/sh
 case "$1" in
   *driver_version*) echo 580.1 ;;
-  *{knows}*) echo "1980, 1980, 41, [N/A], Active" ;;
+  *{knows}.active*) echo "1980, 1980, 41, [N/A], 0x0000000000000{bits:03x}" ;;
   *reasons*) echo 'Field is not a valid field to query.'; exit 2 ;;
   *) echo "1980, 1980, 41, [N/A]" ;;
 esac
@@ -498,11 +516,19 @@ esac
     monkeypatch.setattr("qpass.engine.bench.machine.which", lambda name: str(smi))
     report = bench(two, method=quick(runs=1))
     before, after = report.points[0].clocks
-    assert before == after == machine.Clocks(1980, 1980, 41, None, None if knows == "neither" else True)
+    assert before == after == machine.Clocks(1980, 1980, 41, None, held_by)
+    by = f"the runs at x 2x4, by {', '.join(held_by or ())}"
+    notes = [f"the clock was held down {when} {by}" for when in ("before", "after")]
+    assert report.remarks() == (notes if held_by not in (None, ("idle",)) else [])
+    clocks = report.to_dict()["points"][0]["clocks"]["before"]
+    assert clocks["held_by"] == held_by
     assert report.machine.driver == "580.1"
     told = "SM at 1980 MHz, 1980 MHz at most, 41 °C before the first run"
     assert told in report.described()["clocks"]
-    assert ("the clock is locked" in report.described()["clocks"]) == (knows != "neither")
+    locked = {None: "whether it is locked is not told", True: "the clock is locked", False: "the clock is not locked"}
+    assert (
+        locked[held_by if held_by is None else "applications clocks setting" in held_by] in report.described()["clocks"]
+    )
 
 
 # -- engines that TensorRT-RTX builds for real, and a GPU

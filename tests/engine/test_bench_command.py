@@ -55,7 +55,7 @@ def test_json_of_a_model(block: Path, built: list[dict[str, Any]], run: Run, tmp
     assert base["runs_us"] == [1000.0] * 3
     assert quantized["times_baseline"] == pytest.approx(5)
     assert quantized["items_per_second"] == pytest.approx(10_000)
-    assert quantized["layers"] == []
+    assert (quantized["layers"], quantized["layers_us"]) == ([], 0)
     kept = {f.name for f in tmp_path.iterdir() if f.name.startswith("block.")}
     assert kept == {
         "block.onnx", "block.baseline.engine", "block.baseline.engine.json", "block.w8a8.engine",
@@ -74,6 +74,8 @@ def test_tables(fake: FakeGpu, tmp_path: Path, run: Run) -> None:
     assert ["SmoothQuantGemm", "(plugin)", "1", "40.0", "100.0%"] in rows
     assert ["all", "others", "10", "50.0", "50.0%"] in rows, "ten layers are shown, the rest is summed up"
     assert sum(row[:1] == ["layer"] and len(row) == 5 for row in rows) == 20
+    assert "a at x 4x4, layer by layer: 100.0 µs together, a run in one go (p50) 100.0 µs" in done.out
+    assert "so compare shares and not µs with p50" in done.out
     assert "x 4x4: µs of 2 runs" in done.out
     assert "overwritten by a memset of twice its size" in done.out
     assert "clocks: not known" in done.out

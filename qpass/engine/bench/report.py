@@ -75,6 +75,10 @@ class Measured:
         baseline, other = self.timings[0], self.timings[engine]
         return statistics.ratio(baseline, other) if baseline is not None and other is not None else None
 
+    def layers_us(self, engine: int) -> float:
+        """What its layers take together when they are timed one by one: more than a run, and not to be compared."""
+        return sum(layer.us for layer in self.layers[engine])
+
     def items_per_second(self, engine: int) -> float | None:
         """Batch items a second at the median."""
         timing = self.timings[engine]
@@ -107,8 +111,14 @@ class Report:
         return any(s.error for s in self.engines) or any(e for p in self.points for e in p.errors)
 
     def remarks(self) -> list[str]:
-        """What one must know to read the numbers: the notes, and what failed."""
-        return [*self.notes, *dict.fromkeys(self._failures())]
+        """What one must know to read the numbers: the notes, what failed, and what held the clocks down."""
+        return [*self.notes, *dict.fromkeys(self._failures()), *self._throttling()]
+
+    def _throttling(self) -> Iterator[str]:
+        for p in self.points:
+            for when, clocks in zip(("before", "after"), p.clocks, strict=True):
+                if clocks is not None and clocks.throttled:
+                    yield f"the clock was held down {when} the runs at {p}, by {', '.join(clocks.throttled)}"
 
     def _failures(self) -> Iterator[str]:
         for s in self.engines:
@@ -166,6 +176,7 @@ class Report:
                     "runs_us": [round(us, 3) for us in timing.runs],
                 }
             if point.layers:
+                row["layers_us"] = round(point.layers_us(i), 3)
                 row["layers"] = [asdict(layer) for layer in point.layers[i]]
             rows.append(row)
         clocks = [asdict(c) if c is not None else None for c in point.clocks]

@@ -27,9 +27,9 @@ def shown(report: Report) -> RenderableType:
     ]
     for point in report.points:
         parts += ["", *_point(report, point)]
-        for engine, layers in zip(report.engines, point.layers, strict=False):
+        for i, layers in enumerate(point.layers):
             if layers:
-                parts += ["", _layers(engine.name, layers)]
+                parts += ["", _layers(report.engines[i].name, point, i)]
     parts.append("")
     parts += [f"[dim]{key}:[/] {escape(text)}" for key, text in report.described().items()]
     parts += [f"[dim]note:[/] {escape(line)}" for line in report.remarks()]
@@ -68,9 +68,12 @@ def _point(report: Report, point: Measured) -> Iterator[RenderableType]:
             yield f"{escape(engine.name)} failed: {escape(error)}"
 
 
-def _layers(engine: str, layers: Sequence[LayerTime]) -> Table:
-    table = _table(f"{engine}: where its time goes", ("layer",), ("layers", "µs", "share"))
-    for name, count, us, share in _longest(layers):
+def _layers(name: str, point: Measured, engine: int) -> Table:
+    timing = point.timings[engine]
+    whole = f", a run in one go (p50) {timing.p50:.1f} µs" if timing is not None else ""
+    title = f"{name} at {point}, layer by layer: {point.layers_us(engine):.1f} µs together{whole}"
+    table = _table(title, ("layer",), ("layers", "µs", "share"))
+    for name, count, us, share in _longest(point.layers[engine]):
         table.add_row(escape(name), str(count), f"{us:.1f}", f"{share:.1%}")
     return table
 

@@ -60,7 +60,10 @@ class Method:
             "runs": f"{self.runs} per engine and shape, the engines in turns, after at least {warm_up}; {flushed}",
         }
         if self.profiled_runs:
-            told["layers"] = f"by TensorRT's profiler, the mean of {self.profiled_runs} enqueued runs of their own"
+            told["layers"] = (
+                f"by TensorRT's profiler, the mean of {self.profiled_runs} runs of their own, enqueued layer by layer: "
+                "together they take longer than a run, so compare shares and not µs with p50"
+            )
         return told
 
 
