@@ -262,6 +262,7 @@ def write_engine(
             {"name": "x", "mode": "input", "dtype": dtype, "shape": [-1, 4]},
             {"name": "y", "mode": "output", "dtype": dtype, "shape": [-1, 4]},
         ],
+        "dims": {"x": ["batch", 4]},
         "plugin_layers": plugins or {},
         "seconds": 1.5,
     }

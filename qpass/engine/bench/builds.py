@@ -145,7 +145,7 @@ class Builds:
         how, inputs = self._how, points.required(proto)
         given = [points.of_file(file, inputs)] if file is not None else []
         wanted = [p.shapes for p in given] or [points.complete(s, inputs) for s in shapes]
-        span = points.spanned(wanted, how.min_shapes, how.opt_shapes, how.max_shapes)
+        span = points.spanned(wanted, inputs, how.min_shapes, how.opt_shapes, how.max_shapes)
         profiles = profiles_of(inputs, *span)
         points.check_within(wanted, profiles)
         self.guessed = None if wanted else builder.guesses(profiles, inputs)

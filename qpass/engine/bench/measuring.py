@@ -46,20 +46,22 @@ class Measuring:
         for point in at:
             if self._lost is None:
                 self._tell(points=(*self._report.points, self._measure(point, overwrite)))
+                self._save(self._report)
         if self._method.profiled_runs:  # last of all: the profilers stay
             for i, point in enumerate(at[: len(self._report.points)]):
                 measured = self._profile(i, point)
                 self._tell(points=(*self._report.points[:i], measured, *self._report.points[i + 1 :]))
+                self._save(self._report)
         if self._lost is not None:
             self._tell(notes=(*self._report.notes, self._lost))
         self._tell(complete=self._lost is None)
+        self._save(self._report)
         if not any(t for m in self._report.points for t in m.timings):
             raise QpassError(f"no engine could be measured: {'; '.join(self._report.remarks())}")
         return self._report
 
     def _tell(self, **news: Any) -> None:
         self._report = replace(self._report, **news)
-        self._save(self._report)
 
     def _load(self, entry: Entry) -> Subject:
         subject = Subject(

@@ -55,13 +55,14 @@ class Measured:
     """All engines at one point, in their order.
 
     Args:
+        batch: None where no dim is known to be it.
         timings: None for an engine that failed, and why in `errors`.
         clocks: under load, before and after the timed runs; None where nvidia-smi tells nothing.
         layers: of each engine; empty unless they were profiled.
     """
 
     shapes: dict[str, Shape]
-    batch: int
+    batch: int | None
     timings: tuple[Timing | None, ...]
     errors: tuple[str | None, ...]
     clocks: tuple[Clocks | None, Clocks | None]
@@ -80,9 +81,9 @@ class Measured:
         return sum(layer.us for layer in self.layers[engine])
 
     def items_per_second(self, engine: int) -> float | None:
-        """Batch items a second at the median."""
+        """Batch items a second at the median; None where no dim is known to be the batch."""
         timing = self.timings[engine]
-        return self.batch / (timing.p50 * 1e-6) if timing is not None else None
+        return self.batch / (timing.p50 * 1e-6) if timing is not None and self.batch is not None else None
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,17 @@ def _engines(report: Report) -> Table:
 
 
 def _point(report: Report, point: Measured) -> Iterator[RenderableType]:
-    title = f"{point}: µs of {report.method.runs} runs, and batch items a second at the median"
+    items = ", and batch items a second at the median" if point.batch is not None else ""
+    title = f"{point}: µs of {report.method.runs} runs{items}"
     known = {name for timing in point.timings if timing is not None for name in timing.to_dict()}
     columns = [name for name in ("p50", "p90", "p99", "min", "mean") if name in known] or ["p50"]
-    table = _table(title, ("engine",), (*columns, "items/s", "× baseline"))
+    table = _table(title, ("engine",), (*columns, *(["items/s"] if items else []), "× baseline"))
     for i, (engine, timing) in enumerate(zip(report.engines, point.timings, strict=True)):
         if timing is None:
             table.add_row(escape(engine.name), "failed")
             continue
         us, rate, times = timing.to_dict(), point.items_per_second(i), point.times_baseline(i)
-        told = (f"{rate:.1f}" if rate is not None else "", str(times) if times is not None and i else "")
+        told = (*([f"{rate:.1f}"] if rate is not None else []), str(times) if times is not None and i else "")
         table.add_row(escape(engine.name), *(f"{us[name]:.1f}" for name in columns), *told)
     yield table
     for engine, error in zip(report.engines, point.errors, strict=True):
