@@ -201,6 +201,19 @@ def test_group_size_is_for_what_is_groupwise(block: Path, built: list[dict[str, 
     assert kinds[1:] == ["int8 weights per channel", "int4 weights in groups of 64, symmetric, mse scales"]
 
 
+def test_flags_are_checked_against_the_backend_that_fits(
+    block: Path, built: list[dict[str, Any]], fake: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorRTRTX, "installed", lambda self: True)
+    how = Building(["w8a8"], timing_cache=tmp_path / "learned.bin")
+    with pytest.raises(QpassError, match="--timing-cache: tensorrt_rtx times nothing"):
+        bench(block, how, quick())
+    assert not built
+    fake.capability = (9, 0)
+    bench(block, how, quick())
+    assert {asked["backend"] for asked in built} == {"tensorrt"}
+
+
 def test_the_backend_fits_the_gpu(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorRTRTX, "installed", lambda self: True)
     assert builds.for_this_gpu("auto").name == "tensorrt_rtx"

@@ -71,7 +71,8 @@ class Builds:
     def __init__(self, model: Path, how: Building, shapes: Sequence[Shapes] = (), file: Path | None = None) -> None:
         self._model, self._how = model, how
         backend = backends.choose(how.backend)
-        self._check_flags(backend)
+        if how.backend != "auto":  # which of them that is the GPU decides
+            self._check_flags(backend)
         specs = self._specs()
         loaded = Model.load(model)
         base = loaded if how.baseline is None else Model.load(how.baseline)
@@ -195,7 +196,7 @@ class Builds:
             QpassError: the backend, or the library, is not for this GPU.
         """
         backend = for_this_gpu(self._how.backend)
-        self._check_flags(backend)  # of "auto" it may be another than the first that is installed
+        self._check_flags(backend)
         if any(b.spec is not None for b in self._builds):
             builder.check_library(backend, None, self._how.library)
         found = self._kept(backend, folder) if self._how.keep is not None else {}

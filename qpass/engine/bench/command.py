@@ -67,7 +67,10 @@ def bench(
     workspace: Workspace = None,
     precision: Precision = None,
     level: Level = None,
-    keep: Annotated[Path | None, typer.Option(help="A folder to leave the engines and rewritten models in.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A folder for engines and rewritten models; what is the same there is used again."),
+    ] = None,
     shapes: Annotated[
         list[str] | None,
         typer.Option(help=f"Measure at these; may be given several times. {Shapes} Default: the usual ones."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Ratio:
         return f"{self.times:.2f}x ({low:.2f}-{high:.2f})" + (" ~" if self.may_be_one else "")
 
 
-@cache
+@lru_cache(1024)  # results are written after every point
 def ratio(baseline: Timing, other: Timing) -> Ratio:
     """The median of the baseline's runs over that of another engine's, of runs in turns and so of the same number.
 
