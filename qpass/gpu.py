@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -43,10 +44,16 @@ def driver() -> Any:
             raise QpassError("there is no CUDA GPU on this machine")
         context = cuda.Device(0).retain_primary_context()
         context.push()
-        atexit.register(context.pop)  # pycuda aborts the process where one is left
+        atexit.register(_leave, context, cuda.Error)
     except cuda.Error as error:
         raise QpassError(f"there is no usable CUDA GPU on this machine: {error}") from error
     return cuda
+
+
+def _leave(context: Any, refused: type[Exception]) -> None:
+    """At the process's end: pycuda aborts it where a context is left."""
+    with suppress(refused):
+        context.pop()
 
 
 def device() -> Any:
@@ -97,6 +104,22 @@ def free_bytes() -> int:
     return int(driver().mem_get_info()[0])
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what CUDA raises meanwhile into a QpassError. A decorator, too.
+
+    A failure of a kernel is sticky: whatever this process asks of the GPU after it fails, too.
+    """
+    try:
+        yield
+    except QpassError:
+        raise
+    except driver().MemoryError as error:
+        raise QpassError(f"the GPU is out of memory: {error}; use smaller shapes, or end what else is on it") from error
+    except driver().Error as error:
+        raise QpassError(f"CUDA: {error}; compute-sanitizer, put before the command, names the kernel") from error
+
+
 class Buffer:
     """GPU memory, given back with the object.
 
@@ -110,7 +133,10 @@ class Buffer:
         try:
             self._allocation = cuda.mem_alloc(max(size, 1))
         except cuda.MemoryError as error:
-            raise QpassError(f"the GPU is out of memory: {size} bytes were asked for, {free_bytes()} free") from error
+            raise QpassError(
+                f"the GPU is out of memory: {size} bytes were asked for, {free_bytes()} free; "
+                "use smaller shapes, or end what else is on it"
+            ) from error
         self.address = int(self._allocation)
 
     def fill(self, byte: int, start: int = 0, size: int | None = None) -> None:
@@ -140,11 +166,8 @@ def synchronize() -> None:
     Raises:
         QpassError: something enqueued before has failed.
     """
-    cuda = driver()
-    try:
-        cuda.Context.synchronize()
-    except cuda.Error as error:
-        raise QpassError(f"CUDA: {error}") from error
+    with explained():
+        driver().Context.synchronize()
 
 
 class Stopwatch:
@@ -160,15 +183,12 @@ class Stopwatch:
         Raises:
             QpassError: something enqueued has failed.
         """
-        cuda = driver()
-        try:
+        with explained():
             self._start.record(self._stream)
             work()
             self._end.record(self._stream)
             self._end.synchronize()
             return float(self._start.time_till(self._end)) * 1e3
-        except cuda.Error as error:
-            raise QpassError(f"CUDA: {error}") from error
 
 
 class Graph:

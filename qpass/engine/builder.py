@@ -60,6 +60,7 @@ def build_files(
     precision: str | None = None,
     level: int | None = None,
     keep: Iterable[str | Path] = (),
+    origin: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Finished:
@@ -76,6 +77,7 @@ def build_files(
         min_shapes, opt_shapes, max_shapes: input → shape; what is left out is guessed, see `qpass.engine.profiles`.
         timing_cache: a file to read and to add to, by default one in the cache per backend, version and GPU.
         keep: files that the output must not overwrite, besides the model's own and the library.
+        origin: what the caller wants the sidecar to tell, too, for JSON.
         workspace: bound in bytes on the memory that layers may use.
         precision: "fp16" or "fp32", for a backend that types networks weakly; others take the types of the model.
         level: 0 to 5, how long TensorRT searches for fast kernels; by default its own 3.
@@ -140,6 +142,7 @@ def build_files(
                     raise
                 raise QpassError(f"{error}. The shapes were {guessed}") from error
             facts = sidecar.facts(path, ledger_of(path), engine, fresh.path, chosen, found, job, built)
+            facts |= {"dims": {n: list(i.shape or ()) for n, i in inputs.items()}, "origin": origin}
             os.write(facts_file.fd, (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
             folder.commit([(facts_file, beside), (fresh, engine)], iter(()))
             if built.wrote_timing and tuned is not None:

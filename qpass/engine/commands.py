@@ -47,6 +47,14 @@ PluginLibrary = Annotated[
 Least = Annotated[str | None, typer.Option("--min", "--minShapes", help=f"Smallest. {Shapes}")]
 Usual = Annotated[str | None, typer.Option("--opt", "--optShapes", help=f"Usual. {Shapes}")]
 Most = Annotated[str | None, typer.Option("--max", "--maxShapes", help=f"Largest. {Shapes}")]
+TimingCache = Annotated[Path | None, typer.Option(help="A file that builds learn from. Default: one in the cache.")]
+Workspace = Annotated[str | None, typer.Option(help="Bound on the memory of layers, such as 2GB.")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp16 or fp32, of TensorRT 8.6; a later one takes the model's types.")
+]
+Level = Annotated[
+    int | None, typer.Option(help="0 to 5: how long TensorRT searches for fast kernels. Default: its own.")
+]
 
 
 def build(
@@ -63,16 +71,10 @@ def build(
     least: Least = None,
     usual: Usual = None,
     most: Most = None,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="A file that builds learn from. Default: one in the cache.")
-    ] = None,
-    workspace: Annotated[str | None, typer.Option(help="Bound on the memory of layers, such as 2GB.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp16 or fp32, of TensorRT 8.6; a later one takes the model's types.")
-    ] = None,
-    level: Annotated[
-        int | None, typer.Option(help="0 to 5: how long TensorRT searches for fast kernels. Default: its own.")
-    ] = None,
+    timing_cache: TimingCache = None,
+    workspace: Workspace = None,
+    precision: Precision = None,
+    level: Level = None,
     preset: Preset = None,
     spec: SpecFile = None,
     group_size: GroupSize = None,

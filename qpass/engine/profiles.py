@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qpass.engine import dims
 from qpass.errors import QpassError
 from qpass.runtime import Input
 
@@ -55,7 +56,8 @@ def profiles_of(
     """A profile for every input that has a dynamic dim.
 
     What is given of min, opt and max for an input stands for what is not: opt for max and max for opt, and opt for
-    min. A dim of which nothing is said anywhere is guessed, the same for all dims of one name.
+    min. Dims of one name are the same, and some are sums of others, see `qpass.engine.dims`. A dim of which nothing is
+    said anywhere is guessed, the same for all dims of one name.
 
     Raises:
         QpassError: an input that is not there, or shapes that contradict the model or each other.
@@ -64,7 +66,7 @@ def profiles_of(
     for flag, shapes in (("min", least), ("opt", usual), ("max", most)):
         for name, shape in shapes.items():
             check(flag, name, shape, inputs)
-    known = _symbols(inputs, least, usual, most)
+    known, guessed = _symbols(inputs, least, usual, most)
     found = {}
     for name, given in inputs.items():
         if given.shape is None:
@@ -77,7 +79,7 @@ def profiles_of(
         elif name in least:
             profile = Profile(least[name], least[name], least[name])
         else:
-            profile = _guess(given, known)
+            profile = _guess(given, known, guessed)
         if not all(a <= b <= c for a, b, c in zip(profile.min, profile.opt, profile.max, strict=True)):
             raise QpassError(f"the shapes of '{name}' are not min ≤ opt ≤ max: {profile}")
         found[name] = profile
@@ -88,39 +90,50 @@ def check(flag: str, name: str, shape: Shape, inputs: Mapping[str, Input]) -> No
     """Raise QpassError where a shape that a flag gives fits no input."""
     if name not in inputs:
         raise QpassError(f"--{flag} {name}: the model has no such input; it has {', '.join(inputs)}")
-    dims = inputs[name].shape
-    wrong = dims is not None and (
-        len(dims) != len(shape) or any(isinstance(d, int) and d != s for d, s in zip(dims, shape, strict=True))
-    )
-    if wrong or not all(0 < s < 2**31 for s in shape):
+    wanted = inputs[name].shape
+    if wanted is None:
+        fits = all(0 < s < 2**31 for s in shape)
+    else:
+        fits = len(wanted) == len(shape) and all(
+            d == s if isinstance(d, int) else dims.least(d) <= s < 2**31 for d, s in zip(wanted, shape, strict=True)
+        )
+    if not fits:
         raise QpassError(f"--{flag} {name}:{'x'.join(map(str, shape))} does not fit the input {inputs[name]}")
 
 
-def _symbols(inputs: Mapping[str, Input], *given: Mapping[str, Shape]) -> dict[str, tuple[int, int, int]]:
-    """What is said of dims by their names, by way of the shapes of any input."""
-    said: dict[str, list[list[int]]] = {}
-    for i, shapes in enumerate(given):
-        for name, shape in shapes.items():
-            for dim, size in zip(inputs[name].shape or (), shape, strict=False):
-                if isinstance(dim, str):
-                    said.setdefault(dim, [[], [], []])[i].append(size)
+def _symbols(
+    inputs: Mapping[str, Input], *given: Mapping[str, Shape]
+) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
+    """What is said of dims by their names, by way of the shapes of any input; sums with parts that had to be guessed,
+    which are told, too."""
+    said = [dims.sizes(flag, shapes, inputs) for flag, shapes in zip(("min", "opt", "max"), given, strict=True)]
+    low, mid, high = said
     known = {}
-    for dim, (low, mid, high) in said.items():
-        opt = (mid or high or low)[0]
-        known[dim] = min(low or [opt]), opt, max(high or [opt])
-    return known
+    for dim in dict.fromkeys(d for sizes in said for d in sizes):
+        opt = next(sizes[dim] for sizes in (mid, high, low) if dim in sizes)
+        known[dim] = low.get(dim, opt), opt, high.get(dim, opt)
+    guessed: set[str] = set()
+    for name, parts in dims.sums(inputs.values()).items():
+        if name not in known:
+            guessed |= {p for p in parts if isinstance(p, str) and p not in known}
+            known |= dict.fromkeys(guessed - known.keys(), LENGTH)
+            spans = [(p, p, p) if isinstance(p, int) else known[p] for p in parts]
+            known[name] = sum(s[0] for s in spans), sum(s[1] for s in spans), sum(s[2] for s in spans)
+            guessed |= {name} if guessed & set(parts) else set()
+    return known, guessed
 
 
-def _guess(given: Input, known: Mapping[str, tuple[int, int, int]]) -> Profile:
-    dims: list[Sequence[int]] = []
+def _guess(given: Input, known: Mapping[str, tuple[int, int, int]], of_sums: set[str]) -> Profile:
+    spans: list[Sequence[int]] = []
     guessed = []
     for axis, dim in enumerate(given.shape or ()):
         if isinstance(dim, int):
-            dims.append((dim, dim, dim))
+            spans.append((dim, dim, dim))
         elif dim is not None and dim in known:
-            dims.append(known[dim])
+            spans.append(known[dim])
+            guessed += [dim] if dim in of_sums else []
         else:
-            dims.append(LENGTH if axis else BATCH)
+            spans.append(LENGTH if axis else BATCH)
             guessed.append(dim or f"axis {axis}")
-    low, mid, high = (tuple(d[i] for d in dims) for i in range(3))
+    low, mid, high = (tuple(s[i] for s in spans) for i in range(3))
     return Profile(low, mid, high, tuple(guessed))

@@ -63,6 +63,12 @@ class Engine:
 
     def _tensors(self, mode: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         mine = [t for t in self.facts["tensors"] if t["mode"] == mode]
+        for t in mine:
+            if t["dtype"] not in _DTYPES:
+                raise QpassError(
+                    f"{sidecar.of(self.path)}: '{t['name']}' is of the dtype {t['dtype']}, which qpass cannot feed or "
+                    f"fetch; it knows {', '.join(_DTYPES)}: cast it to one of them in the model, and build that"
+                )
         return {t["name"]: (_DTYPES[t["dtype"]], tuple(t["shape"])) for t in mine}
 
     def check(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -115,7 +121,8 @@ class Engine:
             QpassError: there is no usable GPU, or TensorRT refuses the engine or has no memory for it.
         """
         if self._session is None:
-            self._session = Session(self)
+            with gpu.explained():
+                self._session = Session(self)
         return self._session
 
 
@@ -192,7 +199,11 @@ def _register(trt: Any, backend: str, library: Path, said: Iterable[str]) -> Non
 
 
 class Session:
-    """A loaded engine with its context. Feeds are what `Engine.check` gives."""
+    """A loaded engine with its context. Feeds are what `Engine.check` gives; `library` are its plugins, if any.
+
+    Raises:
+        QpassError: CUDA or TensorRT failed, in any of the methods.
+    """
 
     def __init__(self, engine: Engine) -> None:
         facts = engine.facts
@@ -208,9 +219,10 @@ class Session:
         self._logger = logger_of(trt, backend.name)
         self._said = said = self._logger.said
         said.clear()
+        self.library: Path | None = None
         if facts["plugins"] is not None:
-            library = _library(facts["plugins"], engine.library, backend.interface)
-            _register(trt, backend.name, library, said)
+            self.library = _library(facts["plugins"], engine.library, backend.interface)
+            _register(trt, backend.name, self.library, said)
         self._runtime = trt.Runtime(self._logger)
         self._loaded = self._runtime.deserialize_cuda_engine(engine.path.read_bytes())
         if self._loaded is None:
@@ -222,6 +234,7 @@ class Session:
         self._buffers = {name: _Buffers() for name in (*engine.inputs, *engine.outputs)}
         self._graphs: dict[tuple[tuple[int, ...], ...], gpu.Graph] = {}
 
+    @gpu.explained()
     def run(self, feeds: Mapping[str, Array], cuda_graph: bool) -> dict[str, Array]:
         results = self._place(feeds)
         for name, x in feeds.items():
@@ -238,6 +251,7 @@ class Session:
                 self._graphs[key] = gpu.Graph(partial(self._work, feeds, results))
         return {n: self._buffers[n].view(d, s).copy() for n, (d, s) in results.items()}
 
+    @gpu.explained()
     def prepare(self, feeds: Mapping[str, Array]) -> Callable[[Any], None]:
         """Put the inputs on the GPU. What is returned enqueues the engine, and no copies, on a pycuda stream; it may be
         called until the next `prepare` or `run`."""

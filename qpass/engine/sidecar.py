@@ -49,6 +49,7 @@ def facts(
             "path": str(library.path),
             "sha256": digest(library.path),
             "architectures": list(library.architectures),
+            "interface": library.interface,
             "cuda": library.description["cuda"],
         },
         "profiles": {n: {"min": list(p.min), "opt": list(p.opt), "max": list(p.max)} for n, p in job.profiles.items()},

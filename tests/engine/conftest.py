@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ def built(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
             output,
             [1000.0 / (1 + len(nodes))],
             plugins=nodes,
+            library=Path(os.environ["QPASS_PLUGINS"]) if nodes else None,
+            origin=keywords["origin"],
+            dims={n: list(i.shape or ()) for n, i in inputs.items()},
             profiles={n: {k: getattr(p, k) for k in ("min", "opt", "max")} for n, p in profiles.items()},
             tensors=tensors + [t | {"name": "y", "mode": "output"} for t in tensors[:1]],
         )

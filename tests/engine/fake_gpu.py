@@ -32,7 +32,10 @@ class CudaMemoryError(CudaError):
 
 
 class FakeGpu:
-    """What qpass uses of pycuda.driver. `now` is its clock in µs, `log` what was done, `free` the bytes left."""
+    """What qpass uses of pycuda.driver.
+
+    `now` is its clock in µs, `log` what was done, `free` the bytes left, `broken` what it answers once a kernel failed.
+    """
 
     Error, MemoryError = CudaError, CudaMemoryError
     device_attribute = types.SimpleNamespace(L2_CACHE_SIZE="l2")
@@ -44,18 +47,21 @@ class FakeGpu:
         self.capability = (8, 9)
         self.capturing = False
         self.captures = True
+        self.broken: Exception | None = None
         gpu = self
 
         class Stream:
             handle = 7
 
-            def synchronize(self) -> None: ...
+            def synchronize(self) -> None:
+                gpu.check()
 
         class Event:
             def record(self, stream: Stream) -> None:
                 self.at = gpu.now
 
-            def synchronize(self) -> None: ...
+            def synchronize(self) -> None:
+                gpu.check()
 
             def time_till(self, end: Event) -> float:
                 return (end.at - self.at) * 1e-3
@@ -89,7 +95,12 @@ class FakeGpu:
                 self._work(self.stream)
 
         self.Stream, self.Event, self.mem_alloc, self.Graph = Stream, Event, Allocation, Graph
-        self.Context = types.SimpleNamespace(synchronize=lambda: None)
+        self.Context = types.SimpleNamespace(synchronize=self.check)
+
+    def check(self) -> None:
+        """Raise what has failed before, as CUDA does from then on."""
+        if self.broken is not None:
+            raise self.broken
 
     def done(self, what: str, us: float) -> None:
         self.log.append(what)
@@ -99,7 +110,13 @@ class FakeGpu:
         self.done(f"memset {size}", MEMSET_US)
 
     def memcpy_htod(self, address: int, array: Any) -> None:
+        self.check()
         self.done("copy", COPY_US)
+
+    def memcpy_htod_async(self, address: int, array: Any, stream: Any) -> None:
+        self.done("copy", COPY_US)
+
+    memcpy_dtoh_async = memcpy_htod_async
 
     def pagelocked_empty(self, size: int, dtype: Any) -> Any:
         return np.empty(size, dtype)
@@ -144,6 +161,7 @@ class Context(Shaped):
     def __init__(self, gpu: FakeGpu, told: dict[str, Any]) -> None:
         self._gpu, self._told = gpu, told
         self._times: Iterator[float] = cycle(told["us"])
+        self._executions = 0
         self.profiler: Any = None
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -156,7 +174,11 @@ class Context(Shaped):
             if self.profiler is not None:
                 for name, share in self._told["layers"].items():
                     self.profiler.report_layer_time(name, us * share * 1e-3)
-        return not self._told.get("fails")
+        ill = self._executions >= self._told.get("after", 0)
+        self._executions += 1
+        if "breaks" in self._told and ill:
+            self._gpu.broken = CudaError(self._told["breaks"])
+        return not (self._told.get("fails") and ill)
 
 
 def tensorrt(gpu: FakeGpu) -> Any:
@@ -169,9 +191,9 @@ def tensorrt(gpu: FakeGpu) -> Any:
 
     def loaded(data: bytes) -> Any:
         told = json.loads(data)
-        gpu.free -= told["memory"]
-        if gpu.free < 0:
+        if gpu.free < told["memory"]:
             return None
+        gpu.free -= told["memory"]
         layers = [{"Name": n, "LayerType": "PluginV3", "Metadata": f"[ONNX Layer: {o}]"} for n, o in told["of"].items()]
         inspector = types.SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": layers}))
         return types.SimpleNamespace(
@@ -217,6 +239,8 @@ def write_engine(
     layers: dict[str, float] | None = None,
     library: Path | None = None,
     fails: bool = False,
+    breaks: str | None = None,
+    after: int = 0,
     **changes: Any,
 ) -> Path:
     """An engine's two files.
@@ -227,9 +251,13 @@ def write_engine(
         dtype: of its one input, x of up to 8 rows of 4, and its output y.
         plugins: plugin node → op.
         layers: what TensorRT calls its layers → their share of the time.
+        fails: TensorRT refuses to run it.
+        breaks: what CUDA says once it has run, and to everything after that.
+        after: so many executions go well before it fails or breaks.
         changes: keys of the sidecar.
     """
     told = {"name": path.stem, "us": us, "memory": memory, "layers": layers or {}, "fails": fails, "of": {}}
+    told |= {"after": after} | ({"breaks": breaks} if breaks is not None else {})
     path.write_text(json.dumps(told))
     facts = {
         "version": 1,
@@ -241,6 +269,7 @@ def write_engine(
             {"name": "x", "mode": "input", "dtype": dtype, "shape": [-1, 4]},
             {"name": "y", "mode": "output", "dtype": dtype, "shape": [-1, 4]},
         ],
+        "dims": {"x": ["batch", 4]},
         "plugin_layers": plugins or {},
         "seconds": 1.5,
     }

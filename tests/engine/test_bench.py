@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import types
@@ -10,16 +11,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
+from rich.console import Console
 
-import qpass
 from qpass import gpu, plugins
 from qpass.engine import backends, sidecar
-from qpass.engine.backends.tensorrt import TensorRT
 from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
-from qpass.engine.bench import Building, Method, bench, machine, points, timing
+from qpass.engine.bench import Method, bench, machine, points, tables, timing
+from qpass.engine.bench.statistics import Timing
 from qpass.engine.run import Engine, Session
 from qpass.errors import QpassError
 from qpass.plugins import Library
@@ -65,7 +64,7 @@ def test_warm_up_is_long_and_often_enough(fake: FakeGpu, tmp_path: Path) -> None
         fake.log.clear()
         engine = Engine(write_engine(tmp_path / "a.engine", [us]))
         feeds = engine.check({"x": np.zeros((2, 4), np.float32)})
-        timing.warmed_up([engine.load()], [feeds], Method(cuda_graph=False))
+        timing.Lane(engine.load(), feeds, Method(cuda_graph=False), timing.Overwrite())
         assert least <= len(executions(fake.log)) <= least + 1
 
 
@@ -78,10 +77,14 @@ def test_numbers(fake: FakeGpu, tmp_path: Path) -> None:
     report = bench(files, method=quick(runs=100), shapes=[{"x": (8, 4)}, {"x": (1, 4)}])
     first, second = report.points
     assert [p.shapes for p in report.points] == [{"x": (8, 4)}, {"x": (1, 4)}]
-    us = first.timings[0].to_dict()
+    timed = first.timings[0]
+    assert timed is not None
+    us = timed.to_dict()
     assert us == {"min": 1, "mean": 50.5, "p50": 50.5, "p90": 90.1, "p99": 99.01}
-    assert first.times_baseline(0) == 1
-    assert first.times_baseline(1) == pytest.approx(2)
+    ratio = first.times_baseline(1)
+    assert ratio is not None
+    assert ratio.times == pytest.approx(2)
+    assert us.keys() - Timing(timed.runs[:99]).to_dict().keys() == {"p99"}, "99 runs do not tell it"
     assert (first.batch, second.batch) == (8, 1)
     assert first.items_per_second(1) == pytest.approx(8 / 25.25e-6)
     a, b = report.engines
@@ -89,6 +92,21 @@ def test_numbers(fake: FakeGpu, tmp_path: Path) -> None:
     assert (a.kind, b.kind) == ("no plugins, float32 outputs", "quantized, float32 outputs")
     assert (a.plugin_layers, b.plugin_layers, a.build_seconds) == (0, 1, None)
     assert a.engine_bytes == files[0].stat().st_size
+
+
+def test_items_are_counted_where_the_batch_is_known(fake: FakeGpu, tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "a.engine", [5.0], dims={"x": ["tokens", 4]})
+    report = bench(path, method=quick())
+    assert (report.points[0].batch, report.points[0].items_per_second(0)) == (None, None)
+    told = report.to_dict()["points"][0]
+    assert (told["batch"], told["results"][0]["items_per_second"]) == (None, None)
+    out = io.StringIO()
+    screen = Console(file=out, width=200)
+    screen.print(tables.shown(report))
+    assert "items" not in out.getvalue()
+    write_engine(path, [5.0], dims={"x": ["batch", 4]})
+    screen.print(tables.shown(bench(path, method=quick())))
+    assert "items/s" in out.getvalue()
 
 
 def test_progress_is_told(fake: FakeGpu, two: list[Path]) -> None:
@@ -130,31 +148,10 @@ def test_layers(fake: FakeGpu, tmp_path: Path) -> None:
     ]
     assert [t.us for t in layers] == pytest.approx([500, 400, 100])
     assert [t.share for t in layers] == pytest.approx([0.5, 0.4, 0.1])
-    assert report.points[0].timings[0].p50 == 1000
-
-
-def test_memory_that_does_not_suffice(fake: FakeGpu, tmp_path: Path) -> None:
-    files = [write_engine(tmp_path / f"{n}.engine", [1.0], memory=5 << 30) for n in "ab"]
-    with pytest.raises(QpassError, match=r"b\.engine cannot be loaded .*out of memory.*bench fewer presets or smaller"):
-        bench(files)
-    fake.free = L2
-    with pytest.raises(QpassError, match=r"the GPU is out of memory: 2097152 bytes .*bench fewer presets"):
-        bench(write_engine(tmp_path / "c.engine", [1.0], memory=0), method=quick(runs=1))
-
-
-def test_an_engine_that_fails(fake: FakeGpu, tmp_path: Path) -> None:
-    with pytest.raises(QpassError, match=r"a\.engine failed: TensorRT does not say why"):
-        bench(write_engine(tmp_path / "a.engine", [1.0], fails=True), method=quick(runs=1))
-
-
-def test_plugins_are_loaded_once(fake: FakeGpu, tmp_path: Path) -> None:
-    """TensorRT refuses a library the second time, so engines of one process share it; two libraries cannot be."""
-    library, other = tmp_path / "plugins.so", tmp_path / "other.so"
-    files = [write_engine(tmp_path / f"{n}.engine", [1.0], library=library) for n in "ab"]
-    assert len(bench(files, method=quick(runs=1)).engines) == 2
-    other.write_text("others")
-    with pytest.raises(QpassError, match=r"does not take those of .*other\.so too; name one library"):
-        bench(write_engine(tmp_path / "c.engine", [1.0], library=other))
+    assert report.points[0].layers_us(0) == pytest.approx(1000)
+    (timed,) = report.points[0].timings
+    assert timed is not None
+    assert timed.p50 == 1000
 
 
 # -- inputs
@@ -187,115 +184,35 @@ def test_inputs_of_a_file(fake: FakeGpu, two: list[Path], tmp_path: Path) -> Non
     assert report.inputs == str(file)
 
 
-# -- engines built of a model
-
-
-def test_a_baseline_and_an_engine_a_preset(block: Path, built: list[dict[str, Any]]) -> None:
-    how = Building(["w8a16", "w8a8"], backend="tensorrt")
-    report = bench(block, how, quick(runs=2), shapes=[{"x": (4, 32, 64)}, {"x": (1, 128, 64)}])
-    assert [(s.name, s.plugin_layers, s.build_seconds) for s in report.engines] == [
-        ("baseline", 0, 1.5),
-        ("w8a16", 2, 1.5),
-        ("w8a8", 4, 1.5),
-    ]
-    assert report.engines[0].kind == "unquantized, float32"
-    assert report.engines[1].kind == "int8 weights per channel"
-    assert [round(report.points[0].times_baseline(i), 6) for i in range(3)] == [1, 3, 5]
-    assert report.notes == (
-        "the baseline computes in float32, as block.onnx does: tensorrt keeps a model's types; "
-        "--baseline takes a float16 export of it",
-    )
-    for asked in built:  # the shapes span the measured ones, the first of which is the usual one
-        assert asked["min_shapes"] == {"x": (1, 32, 64)}
-        assert asked["opt_shapes"] == {"x": (4, 32, 64)}
-        assert asked["max_shapes"] == {"x": (4, 128, 64)}
-        assert not asked["engine"].exists(), "the folder was temporary"
-    assert {f.name for f in block.parent.glob("*.onnx")} == {"block.onnx"}
-
-
-def test_a_weakly_typed_backend_may_compute_in_float16(
-    block: Path, built: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TensorRT, "weakly_typed", True)
-    report = bench(block, Building(backend="tensorrt"), quick(runs=1))
-    assert report.engines[0].kind == "unquantized, float32, FP16 where TensorRT finds it faster"
-    assert [s.name for s in report.engines] == ["baseline", "w8a16"], "the preset that rewrite has, too"
-    (note,) = report.notes
-    assert "guessed (min … opt … max): batch 1 … 1 … 8, length 1 … 128 … 512" in note
-
-
-def test_a_rewritten_model_beside_its_original(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
-    half = tmp_path / "half.onnx"
-    proto = onnx.load(block)
-    for t in proto.graph.initializer:
-        t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float16), t.name))
-    onnx.save(proto, half)
-    path = qpass.rewrite(block, spec="w8a8").output
-    how = Building(backend="tensorrt", baseline=half, max_shapes={"x": (2, 128, 64)})
-    report = bench(path, how, quick(runs=1))
-    assert [(s.name, s.kind) for s in report.engines] == [
-        ("baseline", "unquantized, float16"),
-        ("block.qpass", "rewritten before"),
-    ]
-    assert [a["model"] for a in built] == [half, path]
-    assert built[0]["max_shapes"] == {"x": (2, 128, 64)}
-    assert not report.notes
-    alone = bench(path, Building(backend="tensorrt"), quick(runs=1))
-    assert [s.name for s in alone.engines] == ["block.qpass"]
-
-
-def test_an_unfit_library_is_said_first(
-    block: Path, built: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unfit(*_: Any) -> None:
-        raise QpassError("has plugins of another interface")
-
-    monkeypatch.setattr("qpass.engine.builder.check_library", unfit)
-    (tmp_path / "kept").mkdir()
-    with pytest.raises(QpassError, match="of another interface"):
-        bench(block, Building(["w8a16"], backend="tensorrt", keep=tmp_path / "kept"), quick(runs=1))
-    assert not built
-    assert not list((tmp_path / "kept").iterdir())
-
-
-def test_recipes(block: Path, built: list[dict[str, Any]], tmp_path: Path) -> None:
-    """A recipe is measured as a preset is, under the name of its file."""
-    (tmp_path / "mine.yaml").write_text("preset: w8a16\nexclude: ['fc2']\n")
-    how = Building(["w8a16", str(tmp_path / "mine.yaml")], backend="tensorrt")
-    report = bench(block, how, quick(runs=1))
-    assert [e.name for e in report.engines] == ["baseline", "w8a16", "mine"]
-    assert [e.plugin_layers for e in report.engines] == [0, 2, 1]
-
-
-def test_group_size_is_for_what_is_groupwise(block: Path, built: list[dict[str, Any]]) -> None:
-    how = Building(["w8a16", "w4a16-g128"], group_size=64, backend="tensorrt")
-    kinds = [s.kind for s in bench(block, how, quick(runs=1)).engines]
-    assert kinds[1:] == ["int8 weights per channel", "int4 weights in groups of 64, symmetric, mse scales"]
-
-
-def test_the_backend_fits_the_gpu(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorRTRTX, "installed", lambda self: True)
-    assert backends.choose("auto", gpu.capability()).name == "tensorrt_rtx"
-    fake.capability = (9, 0)
-    assert backends.choose("auto", gpu.capability()).name == "tensorrt"
-    with pytest.raises(
-        QpassError, match=r"tensorrt_rtx builds for compute capability 75, .*, this GPU's is 90; choose"
-    ):
-        backends.choose("tensorrt_rtx", gpu.capability())
-
-
 # -- clocks
 
 
-@pytest.mark.parametrize("knows", ["clocks_event_reasons", "clocks_throttle_reasons", "neither"])
-def test_clocks(fake: FakeGpu, two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows: str) -> None:
-    """Drivers call the reason by one name or another, and say [N/A] of what they do not know."""
+@pytest.mark.parametrize(
+    ("knows", "bits", "held_by"),
+    [
+        ("clocks_event_reasons", 0x002, ("applications clocks setting",)),
+        ("clocks_throttle_reasons", 0x024, ("software power cap", "software thermal slowdown")),
+        ("clocks_event_reasons", 0x001, ("idle",)),
+        ("clocks_event_reasons", 0x408, ("hardware slowdown", "reason 0x400")),
+        ("neither", 0, None),
+    ],
+)
+def test_clocks(
+    fake: FakeGpu,
+    two: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    knows: str,
+    bits: int,
+    held_by: tuple[str, ...] | None,
+) -> None:
+    """Drivers call the reasons by one name or another, and say [N/A] of what they do not know."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
         f"""#!/bin/sh
 case "$1" in
   *driver_version*) echo 580.1 ;;
-  *{knows}*) echo "1980, 1980, 41, [N/A], Active" ;;
+  *{knows}.active*) echo "1980, 1980, 41, [N/A], 0x0000000000000{bits:03x}" ;;
   *reasons*) echo 'Field is not a valid field to query.'; exit 2 ;;
   *) echo "1980, 1980, 41, [N/A]" ;;
 esac
@@ -305,11 +222,19 @@ esac
     monkeypatch.setattr("qpass.engine.bench.machine.which", lambda name: str(smi))
     report = bench(two, method=quick(runs=1))
     before, after = report.points[0].clocks
-    assert before == after == machine.Clocks(1980, 1980, 41, None, None if knows == "neither" else True)
+    assert before == after == machine.Clocks(1980, 1980, 41, None, held_by)
+    by = f"the runs at x 2x4, by {', '.join(held_by or ())}"
+    notes = [f"the clock was held down {when} {by}" for when in ("before", "after")]
+    assert report.remarks() == (notes if held_by not in (None, ("idle",)) else [])
+    clocks = report.to_dict()["points"][0]["clocks"]["before"]
+    assert clocks["held_by"] == held_by
     assert report.machine.driver == "580.1"
     told = "SM at 1980 MHz, 1980 MHz at most, 41 °C before the first run"
     assert told in report.described()["clocks"]
-    assert ("the clock is locked" in report.described()["clocks"]) == (knows != "neither")
+    locked = {None: "whether it is locked is not told", True: "the clock is locked", False: "the clock is not locked"}
+    assert (
+        locked[held_by if held_by is None else "applications clocks setting" in held_by] in report.described()["clocks"]
+    )
 
 
 # -- engines that TensorRT-RTX builds for real, and a GPU
@@ -329,7 +254,11 @@ def test_built_for_real_and_played(
     monkeypatch.setattr(TensorRTRTX, "load", lambda self: module)
     monkeypatch.setattr(TensorRTRTX, "preload", lambda self: None)
     args = ("bench", block, "--preset", "w8a16", "--preset", "w8a8", "--backend", "tensorrt_rtx", "--runs", 2)
-    told = json.loads(run(*args, "--json").out)
+    told, again = (json.loads(run(*args, "--keep", tmp_path, "--json").out) for _ in range(2))
+    assert [e["reused"] for e in again["engines"]] == [True] * 3
+    assert [e["built"]["sha256"] for e in again["engines"]] == [e["built"]["sha256"] for e in told["engines"]]
+    shown = {"name", "sha256", "architectures", "interface"}
+    assert [set(e["library"] or ()) for e in told["engines"]] == [set(), shown, shown]
     assert [(e["name"], e["plugin_layers"]) for e in told["engines"]] == [("baseline", 0), ("w8a16", 2), ("w8a8", 4)]
     assert all(e["build_seconds"] > 0 and e["engine_bytes"] > 1000 for e in told["engines"])
     assert told["points"][0]["shapes"] == {"x": [1, 128, 64]}
@@ -384,7 +313,8 @@ def test_events_and_graphs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     sessions: list[Any] = [Memset(size) for size in sizes]
     for method in (Method(runs=20), Method(runs=20, cuda_graph=False), Method(runs=20, cold_l2=False)):
-        lanes = timing.warmed_up(sessions, [{}, {}], method)
+        overwrite = timing.Overwrite() if method.cold_l2 else None
+        lanes = [timing.Lane(s, {}, method, overwrite) for s in sessions]
         with lanes[0].busy():
             pass
         small, large = (float(np.median(t)) for t in timing.take_turns(lanes, method.runs))

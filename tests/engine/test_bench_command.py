@@ -17,7 +17,8 @@ import pytest
 import qpass
 from qpass import gpu
 from qpass.engine.backends.tensorrt import TensorRT
-from qpass.engine.bench import plot
+from qpass.engine.bench import plot, points
+from qpass.engine.run import Engine
 from qpass.errors import QpassError
 from qpass.testing import model
 from tests.conftest import Run
@@ -35,7 +36,7 @@ def test_json_of_a_model(block: Path, built: list[dict[str, Any]], run: Run, tmp
     told = json.loads(done.out)
     assert told == json.loads((tmp_path / "out" / "bench.json").read_text())
     assert told["command"].startswith(f"qpass bench {block} --preset w8a8")
-    assert told["version"] == 1
+    assert (told["version"], told["complete"]) == (2, True)
     assert told["device"]["name"] == "Fake GPU"
     assert told["device"]["l2_bytes"] == L2
     assert told["versions"] == {"qpass": "0.1.0", "tensorrt": ["tensorrt 10.0"], "driver": "unknown", "cuda": "13.0"}
@@ -43,17 +44,18 @@ def test_json_of_a_model(block: Path, built: list[dict[str, Any]], run: Run, tmp
     assert told["method"]["cold_l2"] is told["method"]["cuda_graph"] is True
     assert [e["name"] for e in told["engines"]] == ["baseline", "w8a8"]
     assert set(told["engines"][0]) == {
-        "name", "kind", "backend", "engine_bytes", "activation_bytes", "memory_bytes", "build_seconds", "plugin_layers",
+        "name", "kind", "error", "backend", "engine_bytes", "activation_bytes", "memory_bytes", "build_seconds",
+        "plugin_layers", "reused", "recipe", "built", "library",
     }  # fmt: skip
     (point,) = told["points"]
     assert (point["shapes"], point["batch"]) == ({"x": [2, 8, 64]}, 2)
     assert point["clocks"] == {"before": None, "after": None}
     base, quantized = point["results"]
-    assert base["us"] == dict.fromkeys(("min", "mean", "p50", "p90", "p99"), 1000.0)
+    assert base["us"] == dict.fromkeys(("min", "mean", "p50", "p90"), 1000.0)
     assert base["runs_us"] == [1000.0] * 3
     assert quantized["times_baseline"] == pytest.approx(5)
     assert quantized["items_per_second"] == pytest.approx(10_000)
-    assert quantized["layers"] == []
+    assert (quantized["layers"], quantized["layers_us"]) == ([], 0)
     kept = {f.name for f in tmp_path.iterdir() if f.name.startswith("block.")}
     assert kept == {
         "block.onnx", "block.baseline.engine", "block.baseline.engine.json", "block.w8a8.engine",
@@ -67,15 +69,59 @@ def test_tables(fake: FakeGpu, tmp_path: Path, run: Run) -> None:
     done = run("bench", a, b, "--runs", 2, "--profile", "--shapes", "x:4x4", "--shapes", "x:1x4")
     assert done.code == 0, done.err
     rows = [line.split() for line in done.out.splitlines()]
-    assert ["b", "40.0", "40.0", "40.0", "40.0", "40.0", "100000.0", "2.50"] in rows
-    assert ["a", "100.0", "100.0", "100.0", "100.0", "100.0", "10000.0", "1.00"] in rows
+    assert ["b", "40.0", "40.0", "40.0", "40.0", "100000.0", "2.50x"] in rows
+    assert ["a", "100.0", "100.0", "100.0", "100.0", "10000.0"] in rows
     assert ["SmoothQuantGemm", "(plugin)", "1", "40.0", "100.0%"] in rows
     assert ["all", "others", "10", "50.0", "50.0%"] in rows, "ten layers are shown, the rest is summed up"
     assert sum(row[:1] == ["layer"] and len(row) == 5 for row in rows) == 20
+    assert "a at x 4x4, layer by layer: 100.0 µs together, a run in one go (p50) 100.0 µs" in done.out
+    assert "so compare shares and not µs with p50" in done.out
     assert "x 4x4: µs of 2 runs" in done.out
     assert "overwritten by a memset of twice its size" in done.out
     assert "clocks: not known" in done.out
     assert run("bench", a, b, "--runs", 2, "--quiet").out == ""
+
+
+def test_a_failure_is_a_row_and_exit_code_1(fake: FakeGpu, tmp_path: Path, run: Run) -> None:
+    files = [
+        write_engine(tmp_path / f"{n}.engine", [us], fails=n == "b") for n, us in (("a", 9.0), ("b", 5.0), ("c", 3.0))
+    ]
+    done = run("bench", *files, "--runs", 2, "-o", tmp_path / "bench.json")
+    assert (done.code, done.err) == (1, "")
+    rows = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert "a 9.0 9.0 9.0 9.0 222222.2" in rows
+    assert "b failed" in rows
+    assert "b failed: b.engine failed: TensorRT does not say why" in rows
+    assert "c 3.0 3.0 3.0 3.0 666666.7 3.00x" in rows
+    assert "note: b failed at x 2x4: b.engine failed: TensorRT does not say why" in rows
+    told = json.loads((tmp_path / "bench.json").read_text())
+    (point,) = told["points"]
+    assert [r["error"] for r in point["results"]] == [None, "b.engine failed: TensorRT does not say why", None]
+    assert ["us" in r for r in point["results"]] == [True, False, True]
+    assert told["notes"] == ["b failed at x 2x4: b.engine failed: TensorRT does not say why"]
+    alone = run("bench", files[1], "--json")
+    assert (alone.code, alone.err.count("\n"), "no engine could be measured" in alone.err) == (2, 1, True)
+
+
+def test_what_was_measured_is_kept(
+    fake: FakeGpu, two: list[Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended in its third point, a bench leaves two."""
+    fit, asked = points.fit, []
+
+    def interrupted(point: points.Point, engine: Engine) -> Any:
+        asked.append(point.shapes["x"][0])
+        if asked.count(4) > 2:  # the first two are its check
+            raise KeyboardInterrupt
+        return fit(point, engine)
+
+    monkeypatch.setattr(points, "fit", interrupted)
+    shapes = [word for rows in (1, 2, 4) for word in ("--shapes", f"x:{rows}x4")]
+    assert run("bench", *two, "--runs", 2, *shapes, "-o", tmp_path).code == 130
+    told = json.loads((tmp_path / "bench.json").read_text())
+    assert told["complete"] is False
+    assert [p["shapes"]["x"] for p in told["points"]] == [[1, 4], [2, 4]]
+    assert [r["runs_us"] for r in told["points"][1]["results"]] == [[100.0, 120.0], [50.0, 50.0]]
 
 
 def said_of(*shapes: str) -> list[str]:
@@ -103,6 +149,13 @@ def test_mistakes_are_said_before_anything_long(
         ((engine, "--preset", "w8a8"), "--preset is for a model of which engines are built"),
         ((engine, "--keep", tmp_path), "--keep is for a model"),
         ((engine, "--min", "x:1x4"), "--min is for a model"),
+        ((engine, "--level", "0"), "--level is for a model"),
+        ((engine, "--timing-cache", tmp_path / "c"), "--timing-cache is for a model"),
+        ((block, "--level", "6"), "--level 6: TensorRT has 0 to 5"),
+        ((block, "--precision", "fp16"), "--precision: tensorrt 10.0 takes the types of the model"),
+        ((block, "--workspace", "2 elephants"), "--workspace 2 elephants: wants a size such as 256MB"),
+        ((block, "--timing-cache", block), "would overwrite the input"),
+        ((block, "--timing-cache", tmp_path / "c.json", "-o", tmp_path / "c.json"), "would be written twice"),
         ((engine, other), "b.engine needs its input 'z'"),
         ((engine, "--shapes", "x:9x4"), "'x' has shape [9, 4], the engine was built for from [1, 4] to [8, 4]"),
         ((engine, "--shapes", "z:9x4"), "--shapes z: the model has no such input; it has x"),
@@ -220,7 +273,7 @@ def test_what_is_drawn(
     bars = [args for name, args in drawn if name == "barh"]
     assert bars == [([0, 1], [110.0, 50.0])] * 2
     notes = [args[0] for name, args in drawn if name == "annotate"]
-    assert notes == ["110.0 µs", "50.0 µs  ×2.20"] * 2
+    assert notes == ["110.0 µs", "50.0 µs  2.20x"] * 2
     if suffix == ".html":
         page = picture.read_text()
         assert "<svg>picture</svg>" in page

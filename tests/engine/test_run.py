@@ -22,7 +22,7 @@ from qpass.engine import Engine, sidecar
 from qpass.engine.backends.tensorrt import TensorRT
 from qpass.errors import QpassError
 from tests.conftest import Run
-from tests.engine.fake_gpu import FakeGpu, Shaped, write_engine
+from tests.engine.fake_gpu import CudaError, CudaMemoryError, FakeGpu, Shaped, write_engine
 
 
 @pytest.fixture
@@ -119,6 +119,42 @@ def test_words_are_of_the_engine_that_failed(fake: FakeGpu, two: list[Path], tmp
     later = Engine(two[1]).load()
     assert not later._said
     assert later._said is other._said
+
+
+ILLEGAL = "cuStreamSynchronize failed: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("flags", [(), ("--cuda-graph",)])
+def test_cuda_errors_are_said_in_a_line(fake: FakeGpu, tmp_path: Path, run: Run, flags: tuple[str, ...]) -> None:
+    """Of a kernel, of memory of either side, and of copies: no traceback, and no output."""
+    np.savez(tmp_path / "x.npz", x=X)
+    good = write_engine(tmp_path / "good.engine", [1.0])
+    bad = write_engine(tmp_path / "bad.engine", [1.0], breaks=ILLEGAL)
+
+    def refused(engine: Path) -> str:
+        done = run("run", engine, "--inputs", tmp_path / "x.npz", "-o", tmp_path / "y.npz", *flags)
+        assert (done.code, done.err.count("\n"), done.out) == (2, 1, "")
+        assert not (tmp_path / "y.npz").exists()
+        return done.err
+
+    fake.free = 1 << 20  # as much as the engine takes
+    assert "the GPU is out of memory: 32 bytes were asked for, 0 free" in refused(good)
+    fake.free = 1 << 30
+    assert refused(bad) == f"error: CUDA: {ILLEGAL}; compute-sanitizer, put before the command, names the kernel\n"
+    fake.broken = CudaError("cuLaunchKernel failed: unspecified launch failure")
+    assert "CUDA: cuLaunchKernel failed: unspecified launch failure" in refused(good)
+    fake.broken = CudaMemoryError("cuStreamSynchronize failed: out of memory")
+    assert "the GPU is out of memory: cuStreamSynchronize failed: out of memory; use smaller shapes" in refused(good)
+
+
+def test_a_dtype_that_is_not_known(fake: FakeGpu, tmp_path: Path, run: Run) -> None:
+    np.savez(tmp_path / "x.npz", x=X)
+    path = write_engine(tmp_path / "a.engine", [1.0], dtype="fp8")
+    for args in (("run", path, "--inputs", tmp_path / "x.npz", "-o", tmp_path / "y.npz"), ("bench", path)):
+        refused = run(*args)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "a.engine.json: '" in refused.err
+        assert "' is of the dtype fp8, which qpass cannot feed or fetch; it knows float" in refused.err
 
 
 class Context(Shaped):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto, TensorProto
 
@@ -14,7 +15,8 @@ import qpass.pipeline as pipeline
 from qpass import gpu, plugins
 from qpass.calibrate import Stats
 from qpass.engine import backends, builder, sidecar
-from qpass.engine.bench import points
+from qpass.engine.backends import Backend
+from qpass.engine.bench import points, provenance
 from qpass.engine.bench.entries import Building, Entry
 from qpass.engine.bench.points import Point, Shapes
 from qpass.engine.preflight import plugin_nodes
@@ -44,6 +46,10 @@ class _Build:
     stem: str
     spec: QuantSpec | None = None
 
+    @property
+    def recipe(self) -> str | None:
+        return self.spec.to_yaml() if self.spec is not None else None
+
     def rewritten(self, folder: Path) -> Path:
         return folder / f"{self.stem}.onnx" if self.spec is not None else self.model
 
@@ -64,20 +70,30 @@ class Builds:
 
     def __init__(self, model: Path, how: Building, shapes: Sequence[Shapes] = (), file: Path | None = None) -> None:
         self._model, self._how = model, how
-        interface = backends.choose(how.backend).interface
+        backend = backends.choose(how.backend)
+        if how.backend != "auto":  # which of them that is the GPU decides
+            self._check_flags(backend)
         specs = self._specs()
         loaded = Model.load(model)
         base = loaded if how.baseline is None else Model.load(how.baseline)
         self._builds = self._listed(loaded, base, specs)
-        library = plugins.find(how.library, interface=interface).path
+        library = plugins.find(how.library, interface=backend.interface).path
+        self._reused: list[str] = []
+        self._models: dict[Path, dict[str, Any]] = {}
         recipes = [Path(p) for p in how.presets if p.endswith((".yaml", ".yml"))]
         given = [*recipes, *(f for f in (how.calibration, file) if f is not None)]
         self.reads = [*loaded.weights.files(), *base.weights.files(), pipeline.ledger_of(model), *given, library]
         self._plan(loaded.proto, base.proto, shapes, file)
         if how.keep is not None:
             self._check_keep(how.keep)
+        if how.timing_cache is not None:
+            check_place(how.timing_cache, self.reads)
         if how.calibration is not None:
             Stats.load(how.calibration).check(model)
+
+    def _check_flags(self, backend: Backend) -> None:
+        how = self._how
+        builder.check_flags(backend, how.timing_cache, how.precision, how.level, how.library, use_plugins=True)
 
     def _listed(self, loaded: Model, base: Model, specs: Mapping[str, QuantSpec]) -> list[_Build]:
         """The baseline and the others."""
@@ -130,7 +146,7 @@ class Builds:
         how, inputs = self._how, points.required(proto)
         given = [points.of_file(file, inputs)] if file is not None else []
         wanted = [p.shapes for p in given] or [points.complete(s, inputs) for s in shapes]
-        span = points.spanned(wanted, how.min_shapes, how.opt_shapes, how.max_shapes)
+        span = points.spanned(wanted, inputs, how.min_shapes, how.opt_shapes, how.max_shapes)
         profiles = profiles_of(inputs, *span)
         points.check_within(wanted, profiles)
         self.guessed = None if wanted else builder.guesses(profiles, inputs)
@@ -159,56 +175,126 @@ class Builds:
                 found += [b.rewritten(folder), pipeline.ledger_of(b.rewritten(folder))]
         return found
 
+    def written(self) -> list[Path]:
+        """All that is written and stays."""
+        how = self._how
+        kept = self.files(how.keep) if how.keep is not None else []
+        return kept if how.timing_cache is None else [*kept, how.timing_cache]
+
     def _check_keep(self, folder: Path) -> None:
         if not folder.is_dir():
             raise QpassError(f"--keep {folder}: there is no such folder; make it first")
         for path in self.files(folder):
             check_place(path, self.reads)
         for b in self._builds:
-            builder.check_places(b.engine(folder), self.reads, None)
+            builder.check_places(b.engine(folder), self.reads, self._how.timing_cache)
 
     def make(self, folder: Path, stage: Stage) -> list[Entry]:
-        """Rewrite what is to be rewritten, then build, for this machine's GPU.
+        """Rewrite what is to be rewritten, then build, for this machine's GPU. What fails is an entry that says why.
 
         Raises:
-            QpassError: as `qpass.rewrite` and `qpass.engine.build_files`, or the backend cannot build for this GPU.
+            QpassError: the backend, or the library, is not for this GPU.
         """
         backend = backends.choose(self._how.backend, gpu.capability())
+        self._check_flags(backend)
         if any(b.spec is not None for b in self._builds):
             builder.check_library(backend, None, self._how.library)
+        found = self._kept(backend, folder) if self._how.keep is not None else {}
+        self._reused = list(found)
+        errors: dict[str, str] = {}
         for b in self._builds:
-            if b.spec is not None:
-                with stage(f"rewriting {b.name}", True) as progress:
-                    pipeline.rewrite(
-                        b.model,
-                        b.rewritten(folder),
-                        spec=b.spec,
-                        calibration=self._how.calibration,
-                        progress=progress,
-                    )
+            if b.spec is not None and b.name not in found:
+                try:
+                    self._rewrite(b, b.spec, folder, stage)
+                except QpassError as error:
+                    errors[b.name] = f"it could not be rewritten: {error}"
         entries = []
         for b in self._builds:
-            with stage(f"building {b.name}", False) as progress:
-                done = builder.build_files(
-                    b.rewritten(folder),
-                    b.engine(folder),
-                    backend=backend.name,
-                    library=self._how.library,
-                    min_shapes=self._least,
-                    opt_shapes=self._usual,
-                    max_shapes=self._most,
-                    keep=self.reads,
-                    progress=progress,
-                )
             kind = b.kind
-            if b.name == BASELINE and backend.weakly_typed:
+            if b.name == BASELINE and backend.weakly_typed and self._how.precision != "fp32":
                 kind += ", FP16 where TensorRT finds it faster"
-            entries.append(Entry(b.name, kind, Engine(done.engine, library=self._how.library), done.facts["seconds"]))
+            engine, seconds = found.get(b.name), None
+            if engine is None and b.name not in errors:
+                try:
+                    engine, seconds = self._built(b, backend, folder, stage)
+                except QpassError as error:
+                    errors[b.name] = f"it could not be built: {error}"
+            entries.append(Entry(b.name, kind, engine, seconds, errors.get(b.name), b.recipe, b.name in found))
         return entries
+
+    def about(self) -> dict[str, Any]:
+        """What is built of what and how, for JSON."""
+        how = self._how
+        base = next((b.model for b in self._builds if b.name == BASELINE), None)
+        asked = {"backend": how.backend, "timing_cache": str(how.timing_cache) if how.timing_cache else None}
+        return {
+            "model": self._told_of(self._model),
+            "baseline": self._told_of(base) if base is not None else None,
+            "calibration": str(how.calibration) if how.calibration is not None else None,
+            "building": asked | self._asked(),
+        }
+
+    def _asked(self) -> dict[str, Any]:
+        """Flags and shapes, of all engines alike."""
+        how, spans = self._how, {"min": self._least, "opt": self._usual, "max": self._most}
+        shapes = {n: {key: list(span[n]) for key, span in spans.items()} for n in self._usual}
+        return {"precision": how.precision, "level": how.level, "workspace": how.workspace, "shapes": shapes}
+
+    def _origin(self, b: _Build) -> Any:
+        return provenance.origin(self._told_of(b.model), b.recipe, self._how.calibration, self._asked())
+
+    def _told_of(self, model: Path) -> dict[str, Any]:
+        if model not in self._models:
+            self._models[model] = provenance.of_model(model)
+        return self._models[model]
+
+    def _kept(self, backend: Backend, folder: Path) -> dict[str, Engine]:
+        """What an earlier bench left here and would be built the same now."""
+        library = plugins.find(self._how.library, gpu.capability(), backend.interface).path
+        found = {}
+        for b in self._builds:
+            try:
+                engine = Engine(b.engine(folder), library=self._how.library)
+            except QpassError:  # none, or half of a pair
+                continue
+            if provenance.fits(engine, self._origin(b), backend, library):
+                found[b.name] = engine
+        return found
+
+    def _rewrite(self, b: _Build, spec: QuantSpec, folder: Path, stage: Stage) -> None:
+        with stage(f"rewriting {b.name}", True) as progress:
+            pipeline.rewrite(
+                b.model, b.rewritten(folder), spec=spec, calibration=self._how.calibration, progress=progress
+            )
+
+    def _built(self, b: _Build, backend: Backend, folder: Path, stage: Stage) -> tuple[Engine, float]:
+        with stage(f"building {b.name}", False) as progress:
+            done = builder.build_files(
+                b.rewritten(folder),
+                b.engine(folder),
+                backend=backend.name,
+                library=self._how.library,
+                min_shapes=self._least,
+                opt_shapes=self._usual,
+                max_shapes=self._most,
+                timing_cache=self._how.timing_cache,
+                workspace=self._how.workspace,
+                precision=self._how.precision,
+                level=self._how.level,
+                keep=self.reads,
+                origin=self._origin(b),
+                progress=progress,
+            )
+        return Engine(done.engine, library=self._how.library), done.facts["seconds"]
 
     def notes(self) -> list[str]:
         """What one must know of how the engines were made."""
         told = [self.guessed] if self.guessed is not None else []
+        if self._reused:
+            told.append(
+                f"used again from {self._how.keep}, not built: {', '.join(self._reused)}; model, recipe, flags, "
+                "shapes, plugins, GPU, TensorRT and qpass are the same"
+            )
         backend = backends.choose(self._how.backend, gpu.capability())
         first = self._builds[0]
         if first.kind == "unquantized, float32" and not backend.weakly_typed:

@@ -15,12 +15,24 @@ import qpass.pipeline as pipeline
 from qpass.engine.bench import plot, tables
 from qpass.engine.bench.entries import Building
 from qpass.engine.bench.job import bench as measure
+from qpass.engine.bench.report import Report
 from qpass.engine.bench.timing import Method
-from qpass.engine.commands import BackendName, Least, Most, PluginLibrary, Shapes, Usual
+from qpass.engine.commands import (
+    BackendName,
+    Least,
+    Level,
+    Most,
+    PluginLibrary,
+    Precision,
+    Shapes,
+    TimingCache,
+    Usual,
+    Workspace,
+)
 from qpass.engine.profiles import parse
 from qpass.errors import QpassError
 from qpass.graph.commit import write
-from qpass.options import Calibration, GroupSize, Json, NoProgress, Quiet, bar
+from qpass.options import NOT_MET, Calibration, GroupSize, Json, NoProgress, Quiet, bar, bytes_of
 from qpass.spec import PRESETS
 
 PROFILED = 20
@@ -51,7 +63,14 @@ def bench(
     least: Least = None,
     usual: Usual = None,
     most: Most = None,
-    keep: Annotated[Path | None, typer.Option(help="A folder to leave the engines and rewritten models in.")] = None,
+    timing_cache: TimingCache = None,
+    workspace: Workspace = None,
+    precision: Precision = None,
+    level: Level = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="A folder for engines and rewritten models; what is the same there is used again."),
+    ] = None,
     shapes: Annotated[
         list[str] | None,
         typer.Option(help=f"Measure at these; may be given several times. {Shapes} Default: the usual ones."),
@@ -83,11 +102,29 @@ def bench(
     """
     method = Method(runs, cuda_graph, not warm_l2, profiled_runs=PROFILED if profile else 0)
     spans = {f"{flag}_shapes": parse(text, flag) for flag, text in (("min", least), ("opt", usual), ("max", most))}
-    building = Building(preset or (), group_size, calibration, baseline, backend, plugins, **spans, keep=keep)
+    building = Building(
+        preset or (),
+        group_size,
+        calibration,
+        baseline,
+        backend,
+        plugins,
+        **spans,
+        timing_cache=timing_cache,
+        workspace=bytes_of("workspace", workspace),
+        precision=precision,
+        level=level,
+        keep=keep,
+    )
     document = _document(output) if output is not None else None
     if picture is not None:
         plot.check(picture)
     show = not (quiet or as_json or no_progress)
+    command = shlex.join(["qpass", *sys.argv[1:]])
+
+    def told(report: Report) -> str:
+        return json.dumps({"command": command} | report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
     report = measure(
         files,
         building,
@@ -96,17 +133,16 @@ def bench(
         inputs=inputs,
         outputs=[p for p in (document, picture) if p is not None],
         stage=lambda what, data: bar(what, show, data),
+        save=lambda report: write(document, told(report).encode()) if document is not None else None,
     )
-    command = shlex.join(["qpass", *sys.argv[1:]])
-    told = json.dumps({"command": command} | report.to_dict(), indent=1, ensure_ascii=False)
     if as_json:
-        typer.echo(told)
+        typer.echo(told(report), nl=False)
     elif not quiet:
         Console(highlight=False, soft_wrap=True).print(tables.shown(report))
-    if document is not None:
-        write(document, f"{told}\n".encode())
     if picture is not None:
         write(picture, plot.drawn(report, picture.suffix, command))
+    if report.failed:
+        raise typer.Exit(NOT_MET)
 
 
 def _document(output: Path) -> Path:

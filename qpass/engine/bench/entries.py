@@ -21,8 +21,8 @@ class Building:
         group_size: for those of the presets that are groupwise.
         calibration: statistics of the model.
         baseline: what the baseline is built of, by default the model itself unless it has plugin nodes.
-        backend, library, min_shapes, opt_shapes, max_shapes: as `qpass.engine.build_files` has them; by default the
-            shapes span the measured ones.
+        backend, library, min_shapes, opt_shapes, max_shapes, timing_cache, workspace, precision, level: of all engines,
+            as `qpass.engine.build_files` has them; by default the shapes span the measured ones.
         keep: a folder for the rewritten models and the engines, which are temporary otherwise.
     """
 
@@ -35,17 +35,31 @@ class Building:
     min_shapes: Shapes = field(default_factory=dict)
     opt_shapes: Shapes = field(default_factory=dict)
     max_shapes: Shapes = field(default_factory=dict)
+    timing_cache: Path | None = None
+    workspace: int | None = None
+    precision: str | None = None
+    level: int | None = None
     keep: Path | None = None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An engine to measure. `seconds` is what its build took, None where it was there."""
+    """An engine to measure.
+
+    Args:
+        engine: None where it could not be built, and why in `error`.
+        recipe: of what was rewritten, as YAML.
+        reused: whether it was built by an earlier bench.
+        seconds: what its build took, None where it was there.
+    """
 
     name: str
     kind: str
-    engine: Engine
-    seconds: float | None
+    engine: Engine | None
+    seconds: float | None = None
+    error: str | None = None
+    recipe: str | None = None
+    reused: bool = False
 
 
 def existing(paths: Sequence[Path], how: Building) -> list[Entry]:
@@ -55,7 +69,7 @@ def existing(paths: Sequence[Path], how: Building) -> list[Entry]:
         QpassError: one is missing or given twice, or something is asked for that only a build can do.
     """
     for f in fields(Building):
-        if f.name not in ("library", "backend") and getattr(how, f.name):
+        if f.name not in ("library", "backend") and getattr(how, f.name) not in (None, (), [], {}):
             flag = {"presets": "preset"}.get(f.name, f.name.removesuffix("_shapes").replace("_", "-"))
             raise QpassError(f"--{flag} is for a model of which engines are built; {paths[0].name} is built already")
     stems = {p.stem for p in paths}
@@ -67,5 +81,5 @@ def existing(paths: Sequence[Path], how: Building) -> list[Entry]:
         layers = engine.facts["plugin_layers"]
         outputs = ", ".join(sorted({dtype.name for dtype, _ in engine.outputs.values()}))
         kind = f"{'quantized' if layers else 'no plugins'}, {outputs} outputs"
-        entries.append(Entry(path.stem if len(stems) == len(paths) else str(path), kind, engine, None))
+        entries.append(Entry(path.stem if len(stems) == len(paths) else str(path), kind, engine))
     return entries

@@ -1,10 +1,10 @@
-"""The whole bench: engines found or built, loaded together, measured point by point."""
+"""The whole bench: engines found or built, and measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,11 +12,13 @@ from qpass import gpu
 from qpass.engine import sidecar
 from qpass.engine.bench import points
 from qpass.engine.bench.builds import Builds, Progress, Stage
-from qpass.engine.bench.entries import Building, Entry, existing
-from qpass.engine.bench.machine import Clocks, Machine
+from qpass.engine.bench.entries import Building, existing
+from qpass.engine.bench.machine import Machine
+from qpass.engine.bench.measuring import Measuring
 from qpass.engine.bench.points import Point, Shapes
-from qpass.engine.bench.report import Measured, Report, Subject, Timing
-from qpass.engine.bench.timing import Feeds, LayerTime, Method, layer_times, take_turns, warmed_up
+from qpass.engine.bench.report import Report
+from qpass.engine.bench.timing import Method
+from qpass.engine.run import Engine
 from qpass.errors import QpassError
 from qpass.graph.commit import check_place
 
@@ -36,6 +38,7 @@ def bench(
     inputs: str | Path | None = None,
     outputs: Iterable[str | Path] = (),
     stage: Stage = _silent,
+    save: Callable[[Report], None] | None = None,
 ) -> Report:
     """Measure engines side by side on this machine's GPU. The first is what the others are compared with.
 
@@ -49,11 +52,15 @@ def bench(
         outputs: files that the caller will write; that they can be written, and overwrite nothing that is read, is
             checked before anything long.
         stage: shows what is being done.
+        save: called with what is there after every point, so that whoever ends the bench early keeps that.
+
+    Returns:
+        What was measured. An engine that could not be built, loaded or run is there, with why; see `Report.failed`.
 
     Raises:
-        QpassError: something is missing or does not fit, which is said first; a rewrite, a build or TensorRT fails; or
-            the engines do not fit onto the GPU together.
+        QpassError: something is missing or does not fit, which is said first; or no engine could be measured at all.
     """
+    began = datetime.now(UTC)
     building, method = building or Building(), method or Method()
     paths = [Path(files)] if isinstance(files, str | Path) else [Path(f) for f in files]
     file = Path(inputs) if inputs is not None else None
@@ -65,35 +72,33 @@ def bench(
     with ExitStack() as stack:
         if models:
             builds = Builds(models[0], building, shapes, file)
-            kept = builds.files(building.keep) if building.keep is not None else []
-            _check_outputs(outputs, builds.reads, kept)
+            _check_outputs(outputs, builds.reads, builds.written())
             gpu.driver()
-            notes = builds.notes()
             folder = building.keep or Path(stack.enter_context(TemporaryDirectory(prefix="qpass-bench-")))
-            entries, measured_at = builds.make(folder, stage), builds.points
+            entries, measured_at, about = builds.make(folder, stage), builds.points, builds.about()
+            notes = builds.notes()
         else:
-            entries, notes = existing(paths, building), []
+            entries, notes, about = existing(paths, building), [], {}
             reads = [f for p in paths for f in (p, sidecar.of(p))]
             _check_outputs(outputs, [*reads, *(f for f in (file, building.library) if f is not None)], [])
-            measured_at = _points_of(entries[0], shapes, file)
-        feeds = [[points.fit(p, e.engine) for e in entries] for p in measured_at]
+            measured_at = _points_of([e.engine for e in entries if e.engine is not None], shapes, file)
+        about = {"date": began.isoformat(timespec="seconds")} | about
         told = str(file) if file is not None else MADE_UP
-        with _together():
-            subjects = [_load(e) for e in entries]
-            measured = [_measure(entries, p, f, method, stage) for p, f in zip(measured_at, feeds, strict=True)]
-            if method.profiled_runs:  # last of all: the profilers stay
-                measured = [_profiled(entries, m, f, method, stage) for m, f in zip(measured, feeds, strict=True)]
-        return Report(Machine.here(), method, told, tuple(subjects), tuple(measured), tuple(notes))
+        empty = Report(Machine.here(), method, told, (), (), tuple(notes), about, complete=False)
+        return Measuring(empty, entries, stage, save or (lambda _: None)).run(measured_at)
 
 
-def _points_of(entry: Entry, shapes: Sequence[Shapes], file: Path | None) -> list[Point]:
-    """Points of engines that exist: those given, else the usual shapes of the first."""
-    proto = points.outline(entry.engine)
+def _points_of(engines: Sequence[Engine], shapes: Sequence[Shapes], file: Path | None) -> list[Point]:
+    """Points of engines that exist: those given, else the usual shapes of the first. All engines take them."""
+    proto = points.outline(engines[0])
     inputs = points.required(proto)
-    if file is not None:
-        return [points.of_file(file, inputs)]
-    usual = {n: tuple(p["opt"]) for n, p in entry.engine.facts["profiles"].items()}
-    return [points.made_up(proto, points.complete(said, inputs, usual)) for said in shapes or ({},)]
+    usual = {n: tuple(p["opt"]) for n, p in engines[0].facts["profiles"].items()}
+    found = [points.of_file(file, inputs)] if file is not None else []
+    found = found or [points.made_up(proto, points.complete(said, inputs, usual)) for said in shapes or ({},)]
+    for point in found:
+        for engine in engines:
+            points.fit(point, engine)
+    return found
 
 
 def _check_outputs(outputs: Iterable[str | Path], reads: Sequence[Path], written: Sequence[Path]) -> None:
@@ -104,54 +109,3 @@ def _check_outputs(outputs: Iterable[str | Path], reads: Sequence[Path], written
         if output.resolve() in taken:
             raise QpassError(f"{output} would be written twice; choose another name")
         taken.add(output.resolve())
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Says what to do where there is no memory for all engines."""
-    try:
-        yield
-    except QpassError as error:
-        if "outofmemory" not in "".join(str(error).lower().split()):
-            raise
-        raise QpassError(
-            f"{error}. The engines of a bench are on the GPU together: bench fewer presets or smaller shapes at a time"
-        ) from error
-
-
-def _load(entry: Entry) -> Subject:
-    before = gpu.free_bytes()
-    session = entry.engine.load()
-    facts = entry.engine.facts
-    return Subject(
-        entry.name,
-        entry.kind,
-        f"{facts['backend']['name']} {facts['backend']['version']}",
-        entry.engine.path.stat().st_size,
-        session.activation_bytes,
-        before - gpu.free_bytes(),
-        entry.seconds,
-        len(facts["plugin_layers"]),
-    )
-
-
-def _measure(entries: Sequence[Entry], point: Point, feeds: Sequence[Feeds], method: Method, stage: Stage) -> Measured:
-    with stage(f"measuring {point}", False) as progress:
-        lanes = warmed_up([e.engine.load() for e in entries], feeds, method)
-        with lanes[0].busy():
-            before = Clocks.now()
-        times = take_turns(lanes, method.runs, progress)
-        with lanes[0].busy():
-            after = Clocks.now()
-    return Measured(point.shapes, point.batch, tuple(map(Timing, times)), (before, after))
-
-
-def _profiled(
-    entries: Sequence[Entry], measured: Measured, feeds: Sequence[Feeds], method: Method, stage: Stage
-) -> Measured:
-    layers: list[tuple[LayerTime, ...]] = []
-    with stage("profiling", False):
-        for entry, fed in zip(entries, feeds, strict=True):
-            ops = entry.engine.facts["plugin_layers"]
-            layers.append(tuple(layer_times(entry.engine.load(), fed, ops, method.profiled_runs)))
-    return replace(measured, layers=tuple(layers))

@@ -10,11 +10,20 @@ from shutil import which
 from qpass import gpu
 
 _CLOCKS = ("clocks.sm", "clocks.max.sm", "temperature.gpu", "power.draw")
-#: Whether a setting holds the clock down: its newer name, its older one, and for drivers that know neither.
-_HELD = (
-    ("clocks_event_reasons.applications_clocks_setting",),
-    ("clocks_throttle_reasons.applications_clocks_setting",),
-    (),
+#: What holds the clock down: its newer name, its older one, and for drivers that know neither.
+_HELD = (("clocks_event_reasons.active",), ("clocks_throttle_reasons.active",), ())
+IDLE, SETTING = "idle", "applications clocks setting"
+#: NVML's bits of it, from the lowest.
+_REASONS = (
+    IDLE,
+    SETTING,
+    "software power cap",
+    "hardware slowdown",
+    "sync boost",
+    "software thermal slowdown",
+    "hardware thermal slowdown",
+    "hardware power brake",
+    "display clock setting",
 )
 
 
@@ -46,25 +55,31 @@ class Machine:
 
 @dataclass(frozen=True)
 class Clocks:
-    """SM clock and the highest there is in MHz, °C and W at a moment; None for what is not told.
-
-    `locked`: a setting such as `nvidia-smi --lock-gpu-clocks` holds the clock down.
-    """
+    """SM clock and the highest there is in MHz, °C and W at a moment, and what holds the clock down; None: not told."""
 
     sm: float | None
     max_sm: float | None
     temperature: float | None
     power: float | None
-    locked: bool | None
+    held_by: tuple[str, ...] | None
+
+    @property
+    def locked(self) -> bool | None:
+        """Whether a setting such as `nvidia-smi --lock-gpu-clocks` holds the clock down."""
+        return SETTING in self.held_by if self.held_by is not None else None
+
+    @property
+    def throttled(self) -> tuple[str, ...]:
+        """What holds the clock down but having nothing to do."""
+        return tuple(reason for reason in self.held_by or () if reason != IDLE)
 
     @classmethod
     def now(cls) -> Clocks | None:
         """Of a GPU that is at work; an idle one has other clocks. None where nvidia-smi tells nothing."""
         for held in _HELD:
             if said := _query(*_CLOCKS, *held):
-                state = said[len(_CLOCKS)] if held else ""
                 sm, highest, temperature, power = map(_number, said[: len(_CLOCKS)])
-                return cls(sm, highest, temperature, power, {"Active": True, "Not Active": False}.get(state))
+                return cls(sm, highest, temperature, power, _reasons(said[-1]) if held else None)
         return None
 
     def __str__(self) -> str:
@@ -84,6 +99,16 @@ def _query(*fields: str) -> Sequence[str] | None:
         return None
     said = [word.strip() for word in done.stdout.strip().split(",")]
     return said if not done.returncode and len(said) == len(fields) else None
+
+
+def _reasons(text: str) -> tuple[str, ...] | None:
+    """The names of a mask such as 0x0000000000000004; bits that are new keep their number."""
+    try:
+        mask = int(text, 16)
+    except ValueError:  # [N/A]
+        return None
+    names = dict(enumerate(_REASONS))
+    return tuple(names.get(bit, f"reason {1 << bit:#x}") for bit in range(mask.bit_length()) if mask >> bit & 1)
 
 
 def _number(text: str) -> float | None:

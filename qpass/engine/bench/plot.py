@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qpass.engine.bench.report import Measured, Report
+from qpass.engine.bench.statistics import FOR_P99
 from qpass.errors import QpassError
 
 FORMATS = (".png", ".svg", ".html")
@@ -25,8 +26,8 @@ def check(path: Path) -> None:
 
 
 def drawn(report: Report, suffix: str, command: str) -> bytes:
-    """A file's content: the medians as bars with whiskers from the fastest run to p99, a line at the baseline's, shapes
-    one below the other. An .html page is the .svg and how it was measured.
+    """A file's content: the medians as bars with whiskers from the fastest run to p99 (p90 of fewer than
+    100 runs), a line at the baseline's, shapes one below the other. An .html page is the .svg and how it was measured.
 
     Raises:
         QpassError: matplotlib is not installed.
@@ -36,7 +37,7 @@ def drawn(report: Report, suffix: str, command: str) -> bytes:
         return _picture(report, suffix.removeprefix("."))
     svg = _picture(report, "svg").decode()
     told = [f"{key}: {text}" for key, text in report.described().items()]
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in (*told, *report.notes))
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in (*told, *report.remarks()))
     title = html.escape(f"Engines on {report.machine.name}")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
@@ -58,7 +59,8 @@ def _picture(report: Report, kind: str) -> bytes:
         rows = figure.subplots(count, 1, squeeze=False)
         for axes, point in zip(rows[:, 0], report.points, strict=True):
             _bars(axes, report, point)
-        figure.suptitle(f"{report.machine.name}: GPU time of one execution, median (whiskers: min to p99)")
+        tail = 99 if report.method.runs >= FOR_P99 else 90
+        figure.suptitle(f"{report.machine.name}: GPU time of one execution, median (whiskers: min to p{tail})")
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()
@@ -66,17 +68,20 @@ def _picture(report: Report, kind: str) -> bytes:
 
 def _bars(axes: Any, report: Report, point: Measured) -> None:
     names = [s.name for s in report.engines]
-    medians = [t.p50 for t in point.timings]
-    low = [t.p50 - min(t.runs) for t in point.timings]
-    high = [t.percentile(99) - t.p50 for t in point.timings]
-    at = list(range(len(names)))
-    colours = [_GREY] + [_BLUE] * (len(names) - 1)
+    there = [(i, t) for i, t in enumerate(point.timings) if t is not None]
+    at, medians = [i for i, _ in there], [t.p50 for _, t in there]
+    low = [t.p50 - min(t.runs) for _, t in there]
+    high = [t.percentile(t.tail) - t.p50 for _, t in there]
+    colours = [_BLUE if i else _GREY for i in at]
     axes.barh(at, medians, height=0.7, color=colours, xerr=[low, high], capsize=3, ecolor="#333333")
-    axes.axvline(medians[0], color=_GREY, linestyle="--", linewidth=1)
-    for i, us in enumerate(medians):
-        times = f"  ×{point.times_baseline(i):.2f}" if i else ""
-        axes.annotate(f"{us:.1f} µs{times}", (us + high[i], i), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set_yticks(at, labels=names)
+    if (baseline := point.timings[0]) is not None:
+        axes.axvline(baseline.p50, color=_GREY, linestyle="--", linewidth=1)
+    for (i, _), us, whisker in zip(there, medians, high, strict=True):
+        times = f"  {point.times_baseline(i) or ''}".rstrip() if i else ""
+        axes.annotate(f"{us:.1f} µs{times}", (us + whisker, i), xytext=(6, 0), textcoords="offset points", va="center")
+    for i in set(range(len(names))) - set(at):
+        axes.annotate("failed", (0, i), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(names)), labels=names)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlim(left=0)

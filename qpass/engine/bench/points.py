@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from onnx import ModelProto, helper
 
 from qpass.calibrate.sources import NpzFiles
 from qpass.calibrate.synthetic import Synthetic
+from qpass.engine import dims
 from qpass.engine.profiles import Profile, Shape, check, profiles_of
 from qpass.engine.run import Engine
 from qpass.errors import QpassError
@@ -25,18 +26,18 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Point:
-    """Inputs that all engines are measured on. An engine gets them in its own dtypes, see `fit`."""
+    """Inputs that all engines are measured on. An engine gets them in its own dtypes, see `fit`.
+
+    Args:
+        batch: None where no dim is known to be the batch.
+    """
 
     feeds: dict[str, Array]
+    batch: int | None = None
 
     @property
     def shapes(self) -> dict[str, Shape]:
         return {name: x.shape for name, x in self.feeds.items()}
-
-    @property
-    def batch(self) -> int:
-        """The first dim of the first input; 1 where that has none."""
-        return next((shape[0] for shape in self.shapes.values() if shape), 1)
 
     def __str__(self) -> str:
         return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
@@ -53,19 +54,22 @@ def of_file(path: Path, inputs: Mapping[str, Input]) -> Point:
         raise QpassError(f"{path} has no array '{missing[0]}'; the inputs are {', '.join(inputs)}")
     for name, x in found.items():
         check("inputs", name, x.shape, inputs)
-    return Point({name: found[name] for name in inputs})
+    shapes = {name: found[name].shape for name in inputs}
+    dims.sizes("inputs", shapes, inputs)
+    return Point({name: found[name] for name in inputs}, dims.batch(shapes, inputs))
 
 
 def made_up(proto: ModelProto, shapes: Shapes) -> Point:
     """Made-up inputs of a model, as those that it is verified on."""
-    return Point(Synthetic(proto, batches=1, shapes=shapes).read(0))
+    return Point(Synthetic(proto, batches=1, shapes=shapes).read(0), dims.batch(shapes, required(proto)))
 
 
 def outline(engine: Engine) -> ModelProto:
-    """A model of an engine's inputs and nothing else."""
+    """A model of an engine's inputs and nothing else; dims have their names where its sidecar has."""
+    names = engine.facts.get("dims", {})
     inputs = [
         helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(dtype), [d if d >= 0 else None for d in shape]
+            name, helper.np_dtype_to_tensor_dtype(dtype), names.get(name, [d if d >= 0 else None for d in shape])
         )
         for name, (dtype, shape) in engine.inputs.items()
     ]
@@ -81,26 +85,61 @@ def complete(said: Shapes, inputs: Mapping[str, Input], usual: Shapes | None = N
     """The shapes of all inputs at a point of which `said` gives some.
 
     Args:
-        usual: shapes of what is not said; by default dims of one name are the same, and what is left is guessed as in
+        usual: shapes of what is not said, not even by a dim of that name; by default it is guessed as in
             `qpass.engine.profiles`.
 
     Raises:
-        QpassError: a shape fits no input.
+        QpassError: a shape fits no input, or they contradict each other.
     """
     for name, shape in said.items():
         check("shapes", name, shape, inputs)
-    known = {n: p.opt for n, p in profiles_of(inputs, {}, said, {}).items()} if usual is None else dict(usual)
-    fixed = {n: tuple(d for d in i.shape or () if isinstance(d, int)) for n, i in inputs.items()}
-    return {n: said.get(n) or known.get(n) or fixed[n] for n in inputs}
+    known, sums = dims.sizes("shapes", said, inputs), dims.sums(inputs.values())
+    if usual is None:
+        usual = {n: p.opt for n, p in profiles_of(inputs, {}, said, {}).items()}
+    for name, shape in usual.items():
+        for dim, size in zip(inputs[name].shape or (), shape, strict=True):
+            if isinstance(dim, str) and dim not in sums:
+                known.setdefault(dim, size)
+    dims.complete("shapes", known, sums)
+    return {n: said.get(n) or _shape(i, known, usual.get(n)) for n, i in inputs.items()}
 
 
-def spanned(points: Sequence[Shapes], least: Shapes, usual: Shapes, most: Shapes) -> tuple[Shapes, Shapes, Shapes]:
+def _shape(given: Input, known: Mapping[str, int], usual: Shape | None) -> Shape:
+    """The dims that are fixed, those of known names, and where there is no name the usual ones."""
+    shape = given.shape or ()
+    rest = usual if usual is not None else (0,) * len(shape)  # none of a fixed shape is asked for
+    return tuple(
+        d if isinstance(d, int) else size if d is None else known[d] for d, size in zip(shape, rest, strict=True)
+    )
+
+
+def spanned(
+    points: Sequence[Shapes], inputs: Mapping[str, Input], least: Shapes, usual: Shapes, most: Shapes
+) -> tuple[Shapes, Shapes, Shapes]:
     """The smallest, usual and largest shapes of engines for these points: those given, else what spans the points, the
-    first of which is the usual one."""
-    names = points[0] if points else {}
-    low = {n: tuple(map(min, zip(*(p[n] for p in points), strict=True))) for n in names}
-    high = {n: tuple(map(max, zip(*(p[n] for p in points), strict=True))) for n in names}
-    return {**low, **least}, {**names, **usual}, {**high, **most}
+    first of which is the usual one. A dim that is a sum spans the sums of what its parts span."""
+    if not points:
+        return least, usual, most
+    return (
+        _end("min", min, points, inputs, least),
+        _end("opt", min, points[:1], inputs, usual),
+        _end("max", max, points, inputs, most),
+    )
+
+
+def _end(
+    flag: str, end: Callable[[Iterable[int]], int], points: Sequence[Shapes], inputs: Mapping[str, Input], given: Shapes
+) -> Shapes:
+    """The smallest or largest shapes of points; `given` goes before them, also for other dims of the same names."""
+    for name, shape in given.items():
+        check(flag, name, shape, inputs)
+    known, sums = dims.sizes(flag, given, inputs), dims.sums(inputs.values())
+    of_points = [dims.sizes("shapes", p, inputs) for p in points]
+    for dim in of_points[0].keys() - sums.keys():
+        known.setdefault(dim, end(sizes[dim] for sizes in of_points))
+    dims.complete(flag, known, sums)
+    ends = {n: tuple(map(end, zip(*(p[n] for p in points), strict=True))) for n in inputs}
+    return {n: given.get(n) or _shape(i, known, ends[n]) for n, i in inputs.items()}
 
 
 def check_within(points: Iterable[Shapes], profiles: Mapping[str, Profile]) -> None:

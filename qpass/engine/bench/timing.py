@@ -60,40 +60,45 @@ class Method:
             "runs": f"{self.runs} per engine and shape, the engines in turns, after at least {warm_up}; {flushed}",
         }
         if self.profiled_runs:
-            told["layers"] = f"by TensorRT's profiler, the mean of {self.profiled_runs} enqueued runs of their own"
+            told["layers"] = (
+                f"by TensorRT's profiler, the mean of {self.profiled_runs} runs of their own, enqueued layer by layer: "
+                "together they take longer than a run, so compare shares and not µs with p50"
+            )
         return told
 
 
-def warmed_up(sessions: Sequence[Session], feeds: Sequence[Feeds], method: Method) -> list[Lane]:
-    """Engines made ready for one point; they are until their sessions are used for something else.
+class Failure(QpassError):
+    """An engine failed in its turn: the lane `at` this place."""
 
-    Args:
-        feeds: of each engine, as its `Engine.check` gives them.
-
-    Raises:
-        QpassError: TensorRT or CUDA failed, or an engine cannot be captured.
-    """
-    overwrite = _Overwrite() if method.cold_l2 else None
-    return [Lane(s, f, method, overwrite) for s, f in zip(sessions, feeds, strict=True)]
+    def __init__(self, at: int, why: str) -> None:
+        super().__init__(why)
+        self.at = at
 
 
 def take_turns(lanes: Sequence[Lane], runs: int, progress: Progress | None = None) -> list[tuple[float, ...]]:
     """µs of every execution of each engine: A B C, A B C, …, so that a drift of the clocks hits all alike.
 
     Raises:
-        QpassError: TensorRT or CUDA failed.
+        Failure: TensorRT or CUDA failed.
     """
     times: list[list[float]] = [[] for _ in lanes]
     for done in range(runs):
-        for lane, taken in zip(lanes, times, strict=True):
-            taken.append(lane.time())
+        for at, (lane, taken) in enumerate(zip(lanes, times, strict=True)):
+            try:
+                taken.append(lane.time())
+            except QpassError as error:
+                raise Failure(at, str(error)) from error
         if progress is not None:
             progress(done + 1, runs)
     return [tuple(t) for t in times]
 
 
-class _Overwrite:
-    """Makes the L2 cache hold nothing that an engine wants."""
+class Overwrite:
+    """Makes the L2 cache hold nothing that an engine wants. Shared by all engines.
+
+    Raises:
+        QpassError: there is no memory for it.
+    """
 
     def __init__(self) -> None:
         self._buffer = gpu.Buffer(2 * gpu.l2_bytes())
@@ -103,9 +108,18 @@ class _Overwrite:
 
 
 class Lane:
-    """One engine at one point, warmed up and ready to be timed."""
+    """One engine at one point, warmed up and ready to be timed until its session is used for something else.
 
-    def __init__(self, session: Session, feeds: Feeds, method: Method, overwrite: _Overwrite | None) -> None:
+    Args:
+        feeds: as its `Engine.check` gives them.
+        overwrite: None to leave the L2 cache warm.
+
+    Raises:
+        QpassError: TensorRT or CUDA failed, or the engine cannot be captured.
+    """
+
+    @gpu.explained()
+    def __init__(self, session: Session, feeds: Feeds, method: Method, overwrite: Overwrite | None) -> None:
         enqueue = session.prepare(feeds)
         self._overwrite, self._took = overwrite, 0.0
         self._use(gpu.driver().Stream(), enqueue)
@@ -129,6 +143,7 @@ class Lane:
             self._took = self.time()
             runs -= 1
 
+    @gpu.explained()
     def time(self) -> float:
         """µs of one execution. What goes before it on the GPU keeps the time of its launch out."""
         if self._overwrite is not None:
@@ -140,8 +155,9 @@ class Lane:
     @contextmanager
     def busy(self, seconds: float = 0.5, most: int = 500) -> Iterator[None]:
         """Keep the GPU at work meanwhile, for about so long and at most so many executions."""
-        for _ in range(min(most, math.ceil(seconds * 1e6 / max(self._took, 1.0)))):
-            self._work()
+        with gpu.explained():
+            for _ in range(min(most, math.ceil(seconds * 1e6 / max(self._took, 1.0)))):
+                self._work()
         yield
         gpu.synchronize()
 
@@ -157,6 +173,7 @@ class LayerTime:
     share: float
 
 
+@gpu.explained()
 def layer_times(session: Session, feeds: Feeds, ops: Mapping[str, str], runs: int) -> list[LayerTime]:
     """The layers by the time that they take, the longest first. TensorRT's profiler stays on the engine's context.
 
