@@ -16,34 +16,55 @@ __device__ __forceinline__ float largest_of_block(float value) {
   return value;
 }
 
-// One block a row.
-template <typename T>
+// One block a row, V neighbours a thread.
+template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) prepare(const T* x, const float* scale, void* to, int64_t k, int64_t padded,
     int64_t plane, float* row_scale) {
+  let_next_kernel_start();  // it fetches weights meanwhile
   const T* row = x + blockIdx.x * k;
   const int64_t start = blockIdx.x * padded;
+  auto scaled = [&](int64_t i, float (&value)[V]) {
+    load<V>(row + i, value);
+    if (!scale) return;
+    float by[V];
+    load<V>(scale + i, by);
+#pragma unroll
+    for (int j = 0; j < V; ++j) value[j] *= by[j];
+  };
   float factor = 1;
   if (row_scale) {
     float largest = 0;
-    for (int64_t i = threadIdx.x; i < k; i += kThreads) largest = fmaxf(largest, fabsf(to_float(row[i]) * scale[i]));
+#pragma unroll 4
+    for (int64_t i = threadIdx.x * V; i < k; i += kThreads * V) {
+      float value[V];
+      scaled(i, value);
+#pragma unroll
+      for (int j = 0; j < V; ++j) largest = fmaxf(largest, fabsf(value[j]));
+    }
     largest = largest_of_block(largest);
     // the power of two that brings it to 2^14 … 2^15: float16 neither overflows nor loses what is small beside it
     int exponent = largest > 0 && isfinite(largest) ? max(ilogbf(largest), -100) - 14 : 0;
     factor = exp2f(float(-exponent));
     if (threadIdx.x == 0) row_scale[blockIdx.x] = exp2f(float(exponent));
   }
-  for (int64_t i = threadIdx.x; i < padded; i += kThreads) {
-    float value = i < k ? to_float(row[i]) : 0.f;
-    if (scale && i < k) value *= scale[i];
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * V; i < padded; i += kThreads * V) {
+    float value[V] = {};
+    if (i < k) scaled(i, value);
     if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
       for (int p = 0; p < kPlanes; ++p) {
-        bfloat16 part = from_float<bfloat16>(value);
-        static_cast<bfloat16*>(to)[p * plane + start + i] = part;
-        value = isfinite(to_float(part)) ? value - to_float(part) : 0.f;  // infinity less infinity is no number
+        store<V>(static_cast<bfloat16*>(to) + p * plane + start + i, value);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          float part = to_float(from_float<bfloat16>(value[j]));
+          value[j] = isfinite(part) ? value[j] - part : 0.f;  // infinity less infinity is no number
+        }
       }
     } else {
-      static_cast<T*>(to)[start + i] = from_float<T>(value * factor);
+#pragma unroll
+      for (int j = 0; j < V; ++j) value[j] *= factor;
+      store<V>(static_cast<T*>(to) + start + i, value);
     }
   }
 }
@@ -94,7 +115,9 @@ cudaError_t prepare_activations(const qpass_weight_only_matmul_args& args, void*
     cudaStream_t stream) {
   return with_float_type(args.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    prepare<T><<<unsigned(args.m), kThreads, 0, stream>>>(
+    constexpr int V = kWidest<T>;
+    auto kernel = args.k % V ? prepare<T, 1> : prepare<T, V>;
+    kernel<<<unsigned(args.m), kThreads, 0, stream>>>(
         static_cast<const T*>(args.x), args.pre_quant_scale, to, args.k, padded, args.m * padded, row_scale);
     return cudaGetLastError();
   });

@@ -6,7 +6,12 @@
 // same K of each token. A unit never spans two groups. Integers become 16-bit floats exactly; a unit's partial sum is
 // multiplied by its group's scale in float32. float32 activations come as three bfloat16 planes that add up to them, and
 // units are summed by float32 additions: tensor cores cut off bits of long sums that float32 results would miss.
+//
+// Where n is small, K is split, too, among blocks. From sm_90 on those are a cluster, whose blocks read one another's sums; before,
+// a second kernel adds them up. Either way in the same order every time.
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include <algorithm>
 
@@ -24,14 +29,18 @@ struct Skinny {
   const int8_t* zero;  // grouped: [n, scales], else [n]; or null
   int64_t scales;      // a row
   int group_shift;     // log2 of the group size
-  void* partial;       // [splits, m, n] sums, with more than one split
+  bool follows;        // the activations come of the kernel before, and nothing else that is read here does
+  void* partial;       // [splits, m, n] sums, with more than one split where there are no clusters
+  bool cluster;        // the splits are one
   int splits;
   int64_t stages_a_split;
 };
 
-constexpr int kSkinnyBlocks = 528;  // what K is split for: four blocks for each multiprocessor of a big GPU, two of many tokens
-constexpr int kMostSplits = 32;
-constexpr int kSkinnyShared = 96 << 10;  // what every architecture from sm_80 on has
+constexpr int kBigGpu = 132;        // multiprocessors
+constexpr int kMostBlocks = 1056;  // that K is split for
+constexpr int kMostSplits = 32, kLargestCluster = 8;
+constexpr int kSkinnyShared = 74 << 10;       // a block: what lets three share a multiprocessor
+constexpr int kMultiprocessor = 227 << 10;    // shared memory of Hopper's
 
 __device__ __forceinline__ void store_as(qpass_type type, void* y, int64_t i, float value) {
   if (type == QPASS_HALF) static_cast<half*>(y)[i] = from_float<half>(value);
@@ -60,12 +69,14 @@ struct SkinnyShape {
   using Act = Act_;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGrouped_;
   static constexpr int kRun = kRun_, kPlanes = kPlanes_, kTokens = kTokens_, kTiles = kTiles_;
-  static constexpr int kWarps = kTokens >= 4 ? 8 : 4;  // more channels share what many tokens take in shared memory
+  static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
   static constexpr bool kByUnit = kGrouped || kPlanes > 1;  // a unit has a sum of its own
   static constexpr int kRows = kWarps * 16 * kTiles;
-  static constexpr int kRowBytes = kInt4 && kTokens > 4 ? 64 : 128;  // of a weight's row, a stage
+  // of a weight's row, a stage: less where tokens take much, but never less than a group
+  static constexpr int kRowBytes = sizeof(Act) == 2 && kTokens >= 4 && (kInt4 || !kGrouped) ? 64 : 128;
   static constexpr int kStageK = kRowBytes * (kInt4 ? 2 : 1);
+  static_assert(!kGrouped || kStageK % 128 == 0);
   static constexpr int kActBytes = kStageK * sizeof(Act);            // of a token, a stage
   static constexpr int kUnits = kRowBytes / (4 * kRun);
   static constexpr int kUnitK = kStageK / kUnits;
@@ -74,7 +85,14 @@ struct SkinnyShape {
   static constexpr int kWeights = kRows * kRowBytes;                 // bytes a stage
   static constexpr int kStageBytes = kWeights + kPlanes * kTokens * 8 * kActBytes;
   static constexpr int kStages = kSkinnyShared / kStageBytes < 4 ? kSkinnyShared / kStageBytes : 4;
+  static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr int kFitting = kMultiprocessor / (kBytes + 1024);
+  // a multiprocessor: more tiles take more registers, and so do small groups, whose scales are many
+  static constexpr int kHolding = kTokens == 1 ? 4 : kTokens < 8 && kRun > 4 && (kInt4 || !kGrouped) ? 3 : 2;
+  static constexpr int kBlocks = kFitting < kHolding ? kFitting : kHolding;
+  static constexpr int kSumStride = kRows + 4;  // of a token's sums in shared memory: those of a warp lie on different banks
   static_assert(kStages >= 2);
+  static_assert(kTokens * 8 * kSumStride * 4 <= kBytes);
 
   // Where the chunks of a row lie in shared memory: those that lanes of one phase of a load read fall on different banks.
   static __device__ __forceinline__ int weight_place(int row, int chunk) {
@@ -110,14 +128,20 @@ class Fetcher {
     act_to_ = shared + S::kWeights + S::act_place(token, piece);
   }
 
-  // Copies the next stage to a slot.
-  __device__ __forceinline__ void fetch(int slot) {
+  // Copies the next stage's weights to a slot.
+  __device__ __forceinline__ void fetch_weights(int slot) {
     const int offset = slot * S::kStageBytes;
 #pragma unroll
     for (int i = 0; i < kWeightCopies; ++i) {
       bool there = i * kWeightStep < rows_ && weight_bytes_ > 0;
       copy_async(weight_to_ + offset + i * kWeightStep * S::kRowBytes, weight_ + i * weight_stride_, there ? 16 : 0);
     }
+    weight_ += S::kRowBytes, weight_bytes_ -= S::kRowBytes;
+  }
+
+  // And its activations.
+  __device__ __forceinline__ void fetch_tokens(int slot) {
+    const int offset = slot * S::kStageBytes;
 #pragma unroll
     for (int i = 0; i < S::kPlanes * kTokenCopies; ++i) {
       const int plane = i / kTokenCopies, copy = i % kTokenCopies;
@@ -126,7 +150,6 @@ class Fetcher {
       int line = plane * S::kTokens * 8 + copy * kTokenStep;
       copy_async(act_to_ + offset + line * S::kActBytes, act_ + plane * plane_stride_ + copy * token_stride_, there ? 16 : 0);
     }
-    weight_ += S::kRowBytes, weight_bytes_ -= S::kRowBytes;
     act_ += S::kActBytes, act_bytes_ -= S::kActBytes;
   }
 
@@ -146,11 +169,32 @@ class Fetcher {
   int rows_, tokens_;             // left of the matrix from this thread's first
 };
 
+// The sums of a cluster's blocks, which lie at the same place in the shared memory of each; every block finishes its share.
+template <typename S, typename Accumulator>
+__device__ __forceinline__ void add_cluster(const Skinny& p, const Accumulator* sums, int64_t n0, int64_t m0) {
+#if __CUDA_ARCH__ >= 900
+  const auto cluster = cooperative_groups::this_cluster();
+  const int rank = int(cluster.block_rank());
+  cluster.sync();
+  for (int i = rank * S::kThreads + int(threadIdx.x); i < S::kTokens * 8 * S::kRows; i += p.splits * S::kThreads) {
+    const int line = i % S::kRows, column = i / S::kRows;
+    if (m0 + column >= p.g.m) break;  // so are all that follow
+    if (n0 + line >= p.g.n) continue;
+    Accumulator sum = 0;
+    for (int s = 0; s < p.splits; ++s) sum += *cluster.map_shared_rank(&sums[column * S::kSumStride + line], s);
+    finish(p.g, m0 + column, n0 + line, float(sum));
+  }
+  cluster.sync();  // a block that is gone cannot be read
+#endif
+}
+
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads, S::kThreads > 128 ? 2 : 3) skinny(Skinny p, int64_t blocks_n) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int64_t blocks_n) {
   using Act = typename S::Act;
   using Accumulator = typename Mma<Act>::Accumulator;
   extern __shared__ __align__(128) char shared[];
+  let_next_kernel_start();
+  if (!p.follows) wait_for_kernel_before();
   const int64_t n0 = blockIdx.x % blocks_n * S::kRows, m0 = blockIdx.x / blocks_n * (S::kTokens * 8);
   const int64_t all = ceil_div(p.g.k, S::kStageK), first = blockIdx.z * p.stages_a_split;
   const int count = int(min(p.stages_a_split, all - first));
@@ -200,14 +244,24 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads > 128 ? 2 : 3) skinny
   }
 
   Fetcher<S> fetcher(p, shared, n0, m0, first);
-  int slot = 0;  // that is filled next
+  if (p.follows) {  // the weights are there before what is multiplied by them
+    for (int i = 0; i < S::kStages - 1 && i < count; ++i) fetcher.fetch_weights(i);
+    wait_for_kernel_before();
+  }
+  for (int i = 0; i < S::kStages - 1; ++i) {
+    if (i < count) {
+      if (!p.follows) fetcher.fetch_weights(i);
+      fetcher.fetch_tokens(i);
+    }
+    commit_copies();
+  }
+  int slot = S::kStages - 1;  // that is filled next
   auto fetch = [&](int i) {
-    if (i < count) fetcher.fetch(slot);
+    if (i < count) fetcher.fetch_weights(slot), fetcher.fetch_tokens(slot);
     slot = slot + 1 == S::kStages ? 0 : slot + 1;
     commit_copies();
   };
   Accumulator acc[S::kTiles][S::kTokens][4] = {};
-  for (int i = 0; i < S::kStages - 1; ++i) fetch(i);
   Held held = fetch_scales();
   for (int i = 0; i < count; ++i) {
     wait_copies<S::kStages - 2>();
@@ -221,16 +275,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads > 128 ? 2 : 3) skinny
       Accumulator part[S::kTiles][S::kTokens][4] = {};
       auto& sums = S::kByUnit ? part : acc;
       uint32_t words[S::kTiles][2][S::kRun / 4];
-      int zero[S::kTiles][2];
+      Offset<Act, S::kInt4> offset[S::kTiles][2];
 #pragma unroll
       for (int j = 0; j < S::kTiles * 2; ++j) {
-        int tile = j / 2, h = j % 2, byte = unit * 4 * S::kRun + quarter * S::kRun;
+        const int tile = j / 2, h = j % 2, byte = unit * 4 * S::kRun + quarter * S::kRun;
         int line = (warp * S::kTiles + tile) * 16 + h * 8 + row;
         const char* from = weights + S::weight_place(line, byte / 16) + byte % 16;
         *reinterpret_cast<Pack<uint32_t, S::kRun / 4>*>(words[tile][h]) =
             *reinterpret_cast<const Pack<uint32_t, S::kRun / 4>*>(from);
-        zero[tile][h] = row_zero[tile][h];
-        if (S::kGrouped && p.zero) zero[tile][h] = __shfl_sync(~0u, held.zero[unit / 4][tile][h], (lane & ~3) | unit % 4);
+        int zero = row_zero[tile][h];
+        if (S::kGrouped && p.zero) zero = __shfl_sync(~0u, held.zero[unit / 4][tile][h], (lane & ~3) | unit % 4);
+        offset[tile][h].set(zero);
       }
 #pragma unroll
       for (int chunk = 0; chunk < S::kChunks; ++chunk) {
@@ -240,7 +295,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads > 128 ? 2 : 3) skinny
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             uint32_t codes[4];
-            weight_codes<Act, S::kInt4>(words[tile][h] + chunk * (S::kChunkBytes / 4), codes, p.zero, zero[tile][h]);
+            weight_codes<Act, S::kInt4>(words[tile][h] + chunk * (S::kChunkBytes / 4), codes, offset[tile][h]);
             a[tile][0][h] = codes[0], a[tile][0][h + 2] = codes[1];
             a[tile][1][h] = codes[2], a[tile][1][h + 2] = codes[3];
           }
@@ -274,14 +329,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kThreads > 128 ? 2 : 3) skinny
     held = next;
   }
 
+  auto* sums = reinterpret_cast<Accumulator*>(shared);
+  if (p.cluster) __syncthreads();  // the last stage is read
 #pragma unroll
   for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
-    int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
-    int64_t n = channel(tile, c / 2), m = m0 + token * 8 + quarter * 2 + c % 2;
-    if (n >= p.g.n || m >= p.g.m) continue;
+    const int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
+    const int line = (warp * S::kTiles + tile) * 16 + c / 2 * 8 + row, column = token * 8 + quarter * 2 + c % 2;
+    const int64_t n = n0 + line, m = m0 + column;
+    if (p.cluster) sums[column * S::kSumStride + line] = acc[tile][token][c];
+    if (p.cluster || n >= p.g.n || m >= p.g.m) continue;
     if (p.splits == 1) finish(p.g, m, n, float(acc[tile][token][c]));
     else static_cast<Accumulator*>(p.partial)[(blockIdx.z * p.g.m + m) * p.g.n + n] = acc[tile][token][c];
   }
+  if (p.cluster) add_cluster<S>(p, sums, n0, m0);
 }
 
 // The sums of the splits, always in the same order.
@@ -297,8 +357,8 @@ __global__ void __launch_bounds__(256) add_splits(Skinny p) {
 
 // An upper bound of the bytes that `splits` can ask for, for every m up to this one.
 inline size_t partial_bytes(int64_t m, int64_t n) {
-  // with more than one split there are fewer than twice kSkinnyBlocks blocks, each of at most 128 × 64 sums
-  int64_t most = 2 * int64_t(kSkinnyBlocks) * 128 * 64 * 4;
+  // with more than one split there are at most kMostBlocks blocks, each of at most 128 × 64 sums
+  int64_t most = int64_t(kMostBlocks) * 128 * 64 * 4;
   return size_t(std::min(most, kMostSplits * m * n * 4));
 }
 
@@ -311,20 +371,42 @@ int64_t most_splits(const Skinny& p) {
 
 template <typename S>
 cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
-  const int64_t blocks_n = ceil_div(p.g.n, S::kRows), blocks_m = ceil_div(p.g.m, S::kTokens * 8);
+  Device device;
+  if (cudaError_t e = current_device(&device)) return e;
+  const int64_t blocks = ceil_div(p.g.n, S::kRows) * ceil_div(p.g.m, S::kTokens * 8);
   const int64_t stages = ceil_div(p.g.k, S::kStageK);
-  int64_t most = kSkinnyBlocks / (S::kTokens < 4 ? 1 : 2);
-  int64_t splits = std::min(most / (blocks_n * blocks_m), most_splits<S>(p));
-  p.stages_a_split = ceil_div(stages, std::max<int64_t>(splits, 1));
-  p.splits = int(ceil_div(stages, p.stages_a_split));
-  constexpr int kBytes = S::kStages * S::kStageBytes;
-  if (cudaError_t e = cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) return e;
-  dim3 grid(unsigned(blocks_n * blocks_m), 1, unsigned(p.splits));
-  skinny<S><<<grid, S::kThreads, kBytes, stream>>>(p, blocks_n);
-  if (cudaError_t e = cudaGetLastError()) return e;
-  if (p.splits > 1) {
-    unsigned blocks = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));
-    add_splits<typename Mma<typename S::Act>::Accumulator><<<blocks, 256, 0, stream>>>(p);
+  // as many as run at the same time
+  int64_t splits = std::min<int64_t>(device.multiprocessors * S::kBlocks, kMostBlocks) / blocks;
+  splits = std::max<int64_t>(std::min(splits, most_splits<S>(p)), 1);
+  const bool clusters = device.major >= 9;
+  if (clusters) {
+    splits = std::min<int64_t>(splits, kLargestCluster);
+    while (splits & (splits - 1)) splits &= splits - 1;  // a power of two; the last of the splits may have nothing to do
+  }
+  p.stages_a_split = ceil_div(stages, splits);
+  p.splits = int(clusters ? splits : ceil_div(stages, p.stages_a_split));
+  p.cluster = clusters && splits > 1;
+
+  if (cudaError_t e = cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes)) return e;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks), 1, unsigned(p.splits));
+  config.blockDim = S::kThreads;
+  config.dynamicSmemBytes = S::kBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (p.cluster) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {1, 1, unsigned(p.splits)};
+  }
+  if (device.major >= 9) {  // starts while the kernel before ends
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cudaError_t e = cudaLaunchKernelEx(&config, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
+  if (p.splits > 1 && !p.cluster) {
+    unsigned adding = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));
+    add_splits<typename Mma<typename S::Act>::Accumulator><<<adding, 256, 0, stream>>>(p);
   }
   return cudaGetLastError();
 }
@@ -333,24 +415,27 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
 template <typename S>
 bool fills(const Skinny& p) {
   int64_t blocks = ceil_div(p.g.n, S::kRows) * ceil_div(p.g.m, S::kTokens * 8);
-  return blocks * std::max<int64_t>(most_splits<S>(p), 1) >= kSkinnyBlocks / 4;
+  return blocks * std::max<int64_t>(most_splits<S>(p), 1) >= kBigGpu;
 }
 
 // The tiles of tokens and channels by how many tokens there are; beyond `kSkinnyTokens` the largest that fill the GPU.
 template <typename Act, bool kInt4, int kRun, bool kGrouped, int kPlanes>
 cudaError_t skinny_by_tokens(const Skinny& p, cudaStream_t stream) {
   if (p.g.m <= 8) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 1, 1>>(p, stream);
-  if (p.g.m <= 16 || kPlanes > 1) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 2, 1>>(p, stream);
-  if constexpr (kPlanes == 1) {
-    using Sixteen = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 2, 1>;
-    using ThirtyTwo = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 4, 1>;
-    using SixtyFour = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, 1>;
+  if constexpr (kPlanes > 1) {
+    return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 2, 1>>(p, stream);
+  } else {
+    // two tiles of channels a warp: they share what is read of the activations, which else takes longer than the products
+    using Sixteen = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 2, 2>;
+    using ThirtyTwo = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 4, 2>;
+    constexpr bool kSmallGroups = kGrouped && kRun == (kInt4 ? 4 : 8);  // their scales leave no registers for two
+    using SixtyFour = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, kSmallGroups ? 1 : 2>;
+    if (p.g.m <= 16) return launch_skinny<Sixteen>(p, stream);
     const bool beyond = p.g.m > kSkinnyTokens;
     if (beyond && !fills<SixtyFour>(p) && !fills<ThirtyTwo>(p)) return launch_skinny<Sixteen>(p, stream);
     if (p.g.m <= 32 || (beyond && !fills<SixtyFour>(p))) return launch_skinny<ThirtyTwo>(p, stream);
     return launch_skinny<SixtyFour>(p, stream);
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace qpass

@@ -79,6 +79,7 @@ cudaError_t few_tokens(const qpass_weight_only_matmul_args& args, const Plan& pl
   p.scales = args.group_size ? args.k / args.group_size : 1;
   p.group_shift = args.group_size == 32 ? 5 : args.group_size == 64 ? 6 : 7;
   p.partial = workspace + plan.partial;
+  p.follows = plan.prepares && !plan.pads_weight;
   switch (args.type) {
     case QPASS_HALF: return weight_only_half(p, args.int4, args.group_size, stream);
     case QPASS_BFLOAT16: return weight_only_bfloat16(p, args.int4, args.group_size, stream);

@@ -1,0 +1,243 @@
+// CUDA's threads on a CPU, for kernels to be tested where there is no GPU.
+//
+// Every thread of a block, or of a cluster of blocks, is a fiber of one CPU thread; barriers and what a warp does together switch
+// between them. Blocks run one after another. Shared memory begins as NaNs. Asynchronous copies happen as late as they may: when
+// they are waited for. Not seen are races that no order of fibers shows, and what memory beside a tensor is read.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#undef __shared__
+#undef __launch_bounds__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __CUDA_ARCH__ 900
+
+namespace emulator {
+
+struct Barrier {
+  int size = 0, arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  alignas(16) char values[2][32 * 64];  // of one collective and the next
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<char> memory;
+  char* shared = nullptr;
+};
+
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  uint3 thread, block;
+  int rank = 0, lane = 0, warp = 0;  // rank: of its block in the cluster
+  unsigned collectives = 0;
+  bool done = false;
+  std::vector<Copy> copies;  // of the group that is open
+  std::deque<std::vector<Copy>> groups;
+};
+
+inline Fiber* current;
+inline ucontext_t scheduler;
+inline std::vector<Block> blocks;  // of the cluster that runs
+inline Barrier cluster;
+inline std::function<void()> body;
+inline dim3 grid, block_size;
+
+inline void release(Barrier& b) {
+  if (b.size && b.arrived == b.size) b.arrived = 0, ++b.generation;
+}
+
+inline void wait(Barrier& b) {
+  const unsigned generation = b.generation;
+  ++b.arrived;
+  release(b);
+  while (b.generation == generation) swapcontext(&current->context, &scheduler);
+}
+
+inline Block& own() { return blocks[current->rank]; }
+
+// What every lane of the warp gives.
+template <typename T>
+const T* gather(const T& mine) {
+  static_assert(sizeof(T) <= 64);
+  Warp& warp = own().warps[current->warp];
+  char* values = warp.values[current->collectives++ % 2];
+  std::memcpy(values + current->lane * sizeof(T), &mine, sizeof(T));
+  wait(warp.barrier);
+  return reinterpret_cast<const T*>(values);
+}
+
+inline void enter() {
+  body();
+  Fiber& me = *current;
+  me.done = true;
+  for (Barrier* b : {&own().barrier, &own().warps[me.warp].barrier, &cluster}) --b->size, release(*b);
+  swapcontext(&me.context, &scheduler);
+}
+
+inline void run_cluster(uint3 first, unsigned size, size_t shared_bytes) {
+  constexpr size_t kStack = 256 << 10;
+  const int threads = int(block_size.x * block_size.y * block_size.z);
+  blocks.assign(size, Block());
+  cluster = {int(size) * threads};
+  std::vector<Fiber> fibers(size * threads);
+  for (unsigned r = 0; r < size; ++r) {
+    Block& b = blocks[r];
+    b.barrier.size = threads;
+    b.warps.resize((threads + 31) / 32);
+    b.memory.assign(shared_bytes + 128, char(0xff));
+    b.shared = b.memory.data() + (128 - reinterpret_cast<uintptr_t>(b.memory.data()) % 128) % 128;
+    for (int t = 0; t < threads; ++t) {
+      Fiber& f = fibers[r * threads + t];
+      f.thread = {t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y)};
+      f.block = {first.x, first.y, first.z + r};
+      f.rank = int(r), f.lane = t % 32, f.warp = t / 32;
+      ++b.warps[f.warp].barrier.size;
+      f.stack.reset(new char[kStack]);
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.get();
+      f.context.uc_stack.ss_size = kStack;
+      f.context.uc_link = nullptr;
+      makecontext(&f.context, enter, 0);
+    }
+  }
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (Fiber& f : fibers) {
+      if (f.done) continue;
+      busy = true;
+      current = &f;
+      swapcontext(&scheduler, &f.context);
+    }
+  }
+}
+
+struct Config {
+  dim3 grid, block;
+  size_t shared = 0;
+  cudaStream_t stream = nullptr;
+  unsigned cluster = 1;
+};
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Config& config, void (*kernel)(Parameters...), Arguments... arguments) {
+  grid = config.grid, block_size = config.block;
+  body = [=] { kernel(arguments...); };
+  for (unsigned z = 0; z < grid.z; z += config.cluster) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) run_cluster({x, y, z}, config.cluster, config.shared);
+    }
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_with(const cudaLaunchConfig_t* told, void (*kernel)(Parameters...), Arguments... arguments) {
+  Config config{told->gridDim, told->blockDim, told->dynamicSmemBytes, told->stream};
+  for (unsigned i = 0; i < told->numAttrs; ++i) {
+    if (told->attrs[i].id == cudaLaunchAttributeClusterDimension) config.cluster = told->attrs[i].val.clusterDim.z;
+  }
+  launch(config, kernel, arguments...);
+  return cudaSuccess;
+}
+
+template <typename... Parameters>
+cudaError_t set_attribute(void (*)(Parameters...), cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::current->thread)
+#define blockIdx (emulator::current->block)
+
+inline dim3 &gridDim = emulator::grid, &blockDim = emulator::block_size;
+
+inline void __syncthreads() { emulator::wait(emulator::own().barrier); }
+inline void __syncwarp(unsigned = ~0u) { emulator::gather(0); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::gather(value)[lane % 32];
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int bits) {
+  return emulator::gather(value)[emulator::current->lane ^ bits];
+}
+inline int __any_sync(unsigned, int value) {
+  const int* all = emulator::gather(value);
+  return std::any_of(all, all + 32, [](int v) { return v != 0; });
+}
+
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) found |= uint32_t(both >> (selector >> i * 4 & 7) * 8 & 255) << i * 8;
+  return found;
+}
+template <typename To, typename From>
+To emulated_bits(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+inline float __uint_as_float(uint32_t x) { return emulated_bits<float>(x); }
+inline uint32_t __float_as_uint(float x) { return emulated_bits<uint32_t>(x); }
+inline float __int_as_float(int x) { return emulated_bits<float>(x); }
+inline int __float_as_int(float x) { return emulated_bits<int>(x); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float a) { return 1 / a; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline int __float2int_rn(float a) { return int(std::nearbyint(a)); }
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <typename A, typename B>
+std::common_type_t<A, B> min(A a, B b) {
+  return b < a ? b : a;
+}
+template <typename A, typename B>
+std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
+}
+using std::isfinite;
+
+namespace cooperative_groups {
+struct Cluster {
+  unsigned block_rank() const { return unsigned(emulator::current->rank); }
+  void sync() const { emulator::wait(emulator::cluster); }
+  template <typename T>
+  const T* map_shared_rank(const T* from, int rank) const {
+    const char* place = reinterpret_cast<const char*>(from);
+    return reinterpret_cast<const T*>(emulator::blocks[rank].shared + (place - emulator::own().shared));
+  }
+};
+inline Cluster this_cluster() { return {}; }
+}  // namespace cooperative_groups

@@ -1,0 +1,97 @@
+"""The kernels on an emulated GPU: what `qpass plugins selftest` asks of them, a part of it, where there is none.
+
+It takes minutes, most of them to compile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from onnx import helper
+
+from qpass import gpu
+from qpass.ops import REGISTRY
+from qpass.ops.base import Op
+from qpass.ops.examples import example, signatures
+from qpass.plugins import Library
+from qpass.plugins.cases import MATMULS, Make, every_case
+from qpass.plugins.selftest import selftest
+from tests.plugins.emulated import as_cpp, compile_emulated
+from tests.plugins.shells import cuda_include
+
+Array = np.ndarray[Any, Any]
+
+
+class HostBuffer:
+    """Memory of the CPU in place of `gpu.Buffer`'s."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._bytes = np.empty(size + 256, np.uint8)
+        start = -self._bytes.ctypes.data % 256
+        self._bytes = self._bytes[start : start + max(size, 1)]
+        self.address = int(self._bytes.ctypes.data)
+
+    def upload(self, x: Array, offset: int = 0) -> None:
+        ctypes.memmove(self.address + offset, np.ascontiguousarray(x).ctypes.data, x.nbytes)
+
+    def download(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int = 0) -> Array:
+        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return self._bytes[offset : offset + count].copy().view(dtype).reshape(shape)
+
+    def fill(self, value: int, offset: int = 0, size: int | None = None) -> None:
+        self._bytes[offset : None if size is None else offset + size] = value
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    if shutil.which("g++") is None or cuda_include() is None:
+        pytest.skip("no g++, or no CUDA headers: pip install nvidia-cuda-runtime")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / "emulated"
+    folder.mkdir(exist_ok=True)
+    return compile_emulated(folder)
+
+
+LARGEST = 1 << 18
+"""Elements of an input that are multiplied in seconds."""
+DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+def split_cases(op: Op) -> list[Make]:
+    """Products whose K is long enough to be split among a cluster's blocks, in every signature."""
+    found: list[Make] = []
+    for attrs, dtype in itertools.product(signatures(op), DTYPES):
+        if attrs.get("output_type", code := helper.np_dtype_to_tensor_dtype(dtype)) == code:
+            m, n = (1, 9, 20, 40)[len(found) % 4], (130, 70, 24)[len(found) % 3]
+            found.append(partial(example, op, attrs, dtype, lead=(m,), n=n, k=1536, seed=m))
+    return found
+
+
+def small_cases(op: str) -> list[Make]:
+    """A part of the selftest's."""
+    made = [make() for make in every_case([op], quick=True)[::5]]
+    small = [c for c in made if max(x.size for x in c.inputs if x is not None) <= LARGEST]
+    return [partial(lambda case: case, case) for case in small]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(REGISTRY))
+def test_kernels_agree_with_their_references(name: str, emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "Buffer", HostBuffer)
+    monkeypatch.setattr(gpu, "synchronize", lambda: None)
+    for tally in selftest(emulated, small_cases(name) + (split_cases(REGISTRY[name]) if name in MATMULS else [])):
+        assert tally.cases
+        assert tally.passed, tally.failures[:3]
+
+
+def test_launches_become_calls() -> None:
+    called = "{ emulator::launch({n(1), 2, 0, s}, f<T, 2>, a, g(b)); }"
+    assert as_cpp("{ f<T, 2><<<n(1), 2, 0, s>>>(a, g(b)); }") == called
