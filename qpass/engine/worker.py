@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process if it wants to
     sys.stdout = os.fdopen(os.dup(1), "w")  # for events alone
     os.dup2(2, 1)  # what TensorRT prints by itself could end in the middle of a line
@@ -45,6 +45,11 @@ def main() -> int:
             return 1
         event("built", **vars(built))
     return 0
+
+
+def die_with_parent() -> None:
+    """End this process when the thread that started it ends, however it does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Session:
