@@ -66,10 +66,10 @@ class Record:
         return [name for name in self._names if name not in self._rows]
 
     def add(self, row: Row) -> None:
-        """Print a row, and write it with all before it."""
-        print(json.dumps(row), flush=True)
+        """Write a row with all before it, then print it."""
         self._rows[self._name(row)] = row
         write(self._path, json.dumps(self._about | {"rows": self.rows}, indent=1).encode() + b"\n")
+        print(json.dumps(row), flush=True)
 
 
 def command(module: str) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,11 +102,21 @@ def test_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reads constants alone" in rows["DequantizeWeight", "float16"]["why"]
 
 
+ZOO = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[B, 64] x) => (float[B, 32] y) <float[64, 32] w> {{ [fc] m = MatMul(x, w) [end] y = {}(m) }}"""
+
+
+def model_of_a_zoo(path: Path, last: str) -> Path:
+    """A model, and inputs of it."""
+    onnx.save(model(ZOO.format(last)), path)
+    inputs: dict[str, Any] = {"in:x": np.ones((2, 64), np.float32)}
+    np.savez(path.with_suffix(".npz"), **inputs)
+    return path
+
+
 @pytest.mark.usefixtures("tensorrt8")
 def test_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All engines of a process's models are built in one; what TensorRT refuses is a row."""
-    text = """<ir_version: 8, opset_import: ["" : 17]>
-    g (float[B, 64] x) => (float[B, 32] y) <float[64, 32] w> {{ [fc] m = {}(x, w) [end] y = {}(m) }}"""
     builders: list[int] = []
 
     def verified(model: Path, engine: Path, **_: Any) -> Any:
@@ -113,15 +127,69 @@ def test_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines_zoo, "verify_engine", verified)
     with Worker() as worker:
         monkeypatch.setattr(engines_zoo, "WORKER", worker)
-        rows = []
-        for name, last in (("one", "Relu"), ("two", "Neg"), ("none", "Hardmax")):
-            onnx.save(model(text.format("MatMul", last)), tmp_path / f"{name}.onnx")
-            inputs: dict[str, Any] = {"in:x": np.ones((2, 64), np.float32)}
-            np.savez(tmp_path / f"{name}.npz", **inputs)
-            rows.append(engines_zoo.measure(tmp_path / f"{name}.onnx", "tensorrt", 0))
+        models = [
+            model_of_a_zoo(tmp_path / f"{n}.onnx", last)
+            for n, last in (("one", "Relu"), ("two", "Neg"), ("none", "Hardmax"))
+        ]
+        rows = [engines_zoo.measure(m, "tensorrt", 0) for m in models]
     assert len(builders) == 10
     assert len({*builders, os.getpid()}) == 2
     assert all(rows[0][run]["all_promised"] for run in engines_zoo.RUNS)
     assert rows[2].keys() == {"model", "unquantized"}
     said = engines_zoo.summary(rows)
     assert said.startswith("unquantized: 3 models, 2 built, 2 within 0.005, worst 0.0001\nw8a16: 2 models, 2 built")
+
+
+SCRIPT = """
+from types import SimpleNamespace as Some
+from benchmarks import engines_zoo as zoo
+one = Some(relative_error=1e-4, worst_cosine=1.0)
+zoo.verify_engine = lambda *_, **__: Some(arithmetic=[one], quantization=[one], rounding=[], outputs=[one])
+zoo.gpu.device = lambda: Some(name=lambda: "a GPU")
+if __name__ == "__main__":
+    zoo.main()
+"""
+
+
+@pytest.mark.usefixtures("tensorrt8")
+@pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGINT])
+def test_a_zoo_in_two_sessions(ends: signal.Signals, tmp_path: Path) -> None:
+    """Killed after its first model, it leaves that row and no process; the next does the others."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for i in range(4):
+        model_of_a_zoo(tmp_path / f"m{i}.onnx", "Relu")
+    output = tmp_path / "zoo.json"
+    command = [sys.executable, "script.py", ".", "-o", "zoo.json", "--models", "m?.onnx", "--jobs", "2", "--resume"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as first:
+        assert first.stdout is not None
+        assert "model" in json.loads(first.stdout.readline())
+        if ends == signal.SIGINT:  # of a terminal, which sends it to all
+            os.killpg(first.pid, ends)
+        else:
+            first.kill()
+        first.wait()
+        deadline = time.monotonic() + 60
+        while (left := of_session(first.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        assert not left, "they outlive what started them"
+        printed = 1 + len(first.stdout.read().splitlines())
+    begun = json.loads(output.read_text())["rows"]
+    assert printed <= len(begun) < 4
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(second) == 4 - len(begun) + len(engines_zoo.RUNS)
+    assert [r["model"] for r in json.loads(output.read_text())["rows"]] == ["m0", "m1", "m2", "m3"]
+
+
+def of_session(leader: int) -> list[str]:
+    """Processes that live, of those that this one started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, fields = stat.read_text().rpartition(") ")
+            if int(fields.split()[3]) == leader and fields[0] != "Z":
+                found.append(name)
+    return found
