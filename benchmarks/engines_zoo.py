@@ -9,16 +9,16 @@ and types), `quantization` of the rewritten model from the original in ONNX Runt
 w8a8 is built twice, with activations in float16 and in float32. In float16 an int8 code is off by one where float32
 and float16 are on either side of half; `rounding` says what that does without any engine: it is the error of the
 model in ONNX Runtime, its activations rounded to float16, from the same model (`qpass.engine.rounding`).
+
+The file is written after every model, the small ones first; `--resume` measures those that it lacks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import shlex
 import shutil
-import sys
+import signal
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 
 import qpass
+from benchmarks.record import Record, command
 from qpass import engine as engines
 from qpass import gpu
 from qpass.engine.verify import verify_engine
+from qpass.engine.worker import die_with_parent
 from qpass.errors import QpassError
-from qpass.graph.commit import write
 from qpass.ops import REGISTRY
 
 RUNS: dict[str, tuple[str | None, int | None, str]] = {
@@ -45,6 +46,8 @@ RUNS: dict[str, tuple[str | None, int | None, str]] = {
 """Preset, a group size that the zoo's small Linears have, and precision."""
 LIMIT = 5e-3
 """Of `engine`, on every output."""
+WORKER = engines.Worker()
+"""Each process that measures has one, for all its models."""
 
 
 def measure(model: Path, backend: str, level: int | None) -> dict[str, Any]:
@@ -85,7 +88,9 @@ def one(
         sites = [s for s in done.ledger.sites if s.status == "rewritten"]
         promised = {n for s in sites for n in s.new_nodes if n.rpartition(".")[2] in REGISTRY}
     shapes = {name: x.shape for name, x in feeds.items()}
-    built = engines.build_files(built_of, backend=backend, opt_shapes=shapes, precision=precision, level=level).facts
+    built = engines.build_files(
+        built_of, backend=backend, opt_shapes=shapes, precision=precision, level=level, worker=WORKER
+    ).facts
     report = verify_engine(model, built_of.with_suffix(".engine"), rewritten=built_of, data=model.parent / "inputs.npz")
     rounding = {"rounding": max(o.relative_error for o in report.rounding)} if report.rounding else {}
     return {
@@ -113,6 +118,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def begin() -> None:
+    """Ready a process that measures: it ends with its parent, and leaves Ctrl-C to that."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path, help="folder of NAME.onnx and NAME.npz with inputs as in:NAME")
@@ -121,24 +132,29 @@ def main() -> None:
     parser.add_argument("--backend", default="tensorrt")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--level", type=int, help="as in qpass build; it is no matter for the numbers")
+    parser.add_argument("--resume", action="store_true", help="keep what the output has already")
     a = parser.parse_args()
     models = sorted(a.zoo.glob(a.models))
     backend = engines.backends.choose(a.backend)
-    told = {
-        "command": shlex.join(["python", "-m", "benchmarks.engines_zoo", *sys.argv[1:]]),
+    about = {
+        "command": command("benchmarks.engines_zoo"),
         "device": gpu.device().name(),
         "backend": f"{backend.name} {backend.version()}",
         "limit": LIMIT,
+        "models": len(models),
     }
-    rows: list[dict[str, Any]] = []
+    record = Record(a.output, about, ["model"], [(m.stem,) for m in models], a.resume)
+    missing = {stem for (stem,) in record.missing}
+    # small ones first: a kill costs the models in work, and then most are done
+    waiting = sorted((m for m in models if m.stem in missing), key=lambda m: m.stat().st_size)
     spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
-    with ProcessPoolExecutor(a.jobs, mp_context=spawn) as pool:
-        for done in as_completed(pool.submit(measure, m, a.backend, a.level) for m in models):
-            print(json.dumps(done.result()), flush=True)
-            rows = sorted([*rows, done.result()], key=lambda row: str(row["model"]))
-            # after each model: what is measured is kept, whatever happens to the rest
-            write(a.output, json.dumps(told | {"models": len(models), "rows": rows}, indent=1).encode() + b"\n")
-    print(summary(rows))
+    with ProcessPoolExecutor(a.jobs, mp_context=spawn, initializer=begin) as pool:
+        try:
+            for done in as_completed(pool.submit(measure, m, a.backend, a.level) for m in waiting):
+                record.add(done.result())
+        finally:
+            pool.shutdown(cancel_futures=True)  # on Ctrl-C, which would measure the rest
+    print(summary(record.rows))
 
 
 if __name__ == "__main__":

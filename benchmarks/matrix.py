@@ -4,15 +4,14 @@
     python -m benchmarks.matrix table benchmarks/results
 
 `build` builds an engine of each op and dtype, runs it where it runs on this machine's GPU, and compares its outputs
-with the op's NumPy reference. `table` reads what was found, and what `qpass plugins selftest --json` found of kernels.
+with the op's NumPy reference; `--resume` keeps the rows that the file has already. `table` reads what was found, and
+what `qpass plugins selftest --json` found of kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from benchmarks.record import Record, command
 from qpass import engine as engines
 from qpass import gpu
 from qpass.engine import backends
@@ -122,7 +122,7 @@ def model_of(op: str, dtype: np.dtype[Any]) -> tuple[onnx.ModelProto, dict[str, 
     return g.model(floats), g.inputs, {name: g.values[name] for name in floats}
 
 
-def build(op: str, dtype: str, backend: str) -> dict[str, Any]:
+def build(op: str, dtype: str, backend: str, worker: engines.Worker) -> dict[str, Any]:
     """Build an engine of one op, and run it where that can be."""
     row: dict[str, Any] = {"op": op, "dtype": dtype, "built": False, "ran": False}
     proto, feeds, wanted = model_of(op, DTYPES[dtype])
@@ -131,7 +131,7 @@ def build(op: str, dtype: str, backend: str) -> dict[str, Any]:
         onnx.save(proto, path)
         precision = {"float32": "fp32", "float16": "fp16"}.get(dtype) if backends.choose(backend).weakly_typed else None
         try:
-            engine = engines.build(path, backend=backend, precision=precision)
+            engine = engines.build(path, backend=backend, precision=precision, worker=worker)
             assert op in engine.facts["plugin_layers"].values()
             row["built"] = True
             found = engine.run(feeds)
@@ -181,27 +181,27 @@ def main() -> None:
     builds = commands.add_parser("build")
     builds.add_argument("--backend", default="auto")
     builds.add_argument("-o", "--output", type=Path, required=True)
+    builds.add_argument("--resume", action="store_true", help="keep the rows that the output has already")
     commands.add_parser("table").add_argument("results", type=Path)
     a = parser.parse_args()
     if a.command == "table":
         print(table(a.results))
         return
     backend = backends.choose(a.backend)
-    rows = [build(op, dtype, backend.name) for op in REGISTRY for dtype in DTYPES]
-    for row in rows:
-        print(json.dumps(row))
     try:
         device = gpu.device().name()
     except QpassError as error:
         device = f"none: {error}"
-    told = {
-        "command": shlex.join(["python", "-m", "benchmarks.matrix", *sys.argv[1:]]),
+    about = {
+        "command": command("benchmarks.matrix"),
         "backend": f"{backend.name} {backend.version()}",
         "device": device,
         "limits": LIMITS,
-        "rows": rows,
     }
-    a.output.write_text(json.dumps(told, indent=1) + "\n")
+    record = Record(a.output, about, ["op", "dtype"], [(op, dtype) for op in REGISTRY for dtype in DTYPES], a.resume)
+    with engines.Worker() as worker:
+        for op, dtype in record.missing:
+            record.add(build(op, dtype, backend.name, worker))
 
 
 if __name__ == "__main__":

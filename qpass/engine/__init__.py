@@ -2,6 +2,8 @@
 
 engine = qpass.engine.build("model.qpass.onnx")
 outputs = engine.run({"input_ids": ids, …})
+
+Several are built faster within `with qpass.engine.Worker() as worker:`, each with `worker=worker`.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from qpass.engine.builder import Finished, build_files
+from qpass.engine.process import Worker
 from qpass.engine.run import Engine
 
-__all__ = ["Engine", "Finished", "build", "build_files"]
+__all__ = ["Engine", "Finished", "Worker", "build", "build_files"]
 
 
 def build(*args: Any, cuda_graph: bool = False, **keywords: Any) -> Engine:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +14,16 @@ from typing import Any
 from qpass import cache, gpu, plugins, runtime
 from qpass.engine import backends, sidecar
 from qpass.engine.backends import Backend
-from qpass.engine.job import Built, Job
+from qpass.engine.job import Job
 from qpass.engine.lower import PRECISIONS
 from qpass.engine.preflight import check_ledger, plugin_nodes, preflight, unfit_library
+from qpass.engine.process import Log, Progress, Worker
 from qpass.engine.profiles import Profile, Shape, profiles_of
 from qpass.errors import QpassError
 from qpass.graph import Model
 from qpass.graph.commit import Folder, check_place, explain
 from qpass.pipeline import ledger_of
 from qpass.plugins import Library
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,8 @@ def build_files(
     keep: Iterable[str | Path] = (),
     origin: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Log | None = None,
+    worker: Worker | None = None,
 ) -> Finished:
     """Build a TensorRT engine of a model, by default one that `qpass.rewrite` wrote.
 
@@ -83,6 +79,7 @@ def build_files(
         level: 0 to 5, how long TensorRT searches for fast kernels; by default its own 3.
         progress: called with steps done and in all.
         log: called with every line of TensorRT's.
+        worker: the process to build in, by default one of its own; see `Worker` for building several.
 
     Raises:
         QpassError: something is missing or does not fit, TensorRT refused or died (with its last words), or a plugin
@@ -127,7 +124,9 @@ def build_files(
                 nodes=nodes,
                 profiles=profiles,
                 capability=capability,
-                timing_cache=str(tuned) if tuned is not None else None,
+                timing_cache=os.path.abspath(tuned)
+                if tuned is not None
+                else None,  # a kept process may stand elsewhere
                 timing_out=str(learned.path.resolve()),
                 workspace=workspace,
                 precision=precision,
@@ -136,7 +135,8 @@ def build_files(
             )
             guessed = guesses(profiles, inputs)
             try:
-                built, warnings = _Process(chosen, job, progress, log).run()
+                with Worker() if worker is None else nullcontext(worker) as process:
+                    built, warnings = process.build(chosen, job, progress, log)
             except QpassError as error:
                 if guessed is None or "shape constraints" not in str(error):
                     raise
@@ -238,84 +238,6 @@ def _keep(path: Path, content: bytes) -> None:
         fresh = path.with_suffix(f".{os.getpid()}")
         fresh.write_bytes(content)
         fresh.replace(path)
-
-
-class _Process:
-    """The building process, and what it tells."""
-
-    def __init__(
-        self, backend: Backend, job: Job, progress: Progress | None, log: Callable[[str], None] | None
-    ) -> None:
-        self._backend, self._job, self._progress, self._log = backend, job, progress, log
-        self._said: deque[str] = deque(maxlen=4)
-        self._warnings: list[str] = []
-        self._failed: str | None = None
-        self._built: Built | None = None
-
-    def run(self) -> tuple[Built, list[str]]:
-        env = dict(os.environ) | self._backend.environment()
-        command = [sys.executable, "-m", "qpass.engine.worker"]
-        pipe = subprocess.PIPE
-        with (
-            tempfile.TemporaryFile("w+", errors="replace") as noise_file,  # a pipe would be full at some time
-            subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=noise_file, text=True) as process,
-        ):
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                with suppress(BrokenPipeError):  # it is dead already; its exit code will tell
-                    process.stdin.write(self._job.to_json())
-                    process.stdin.close()
-                for line in process.stdout:
-                    self._take(line)
-                process.wait()
-                noise_file.seek(0)
-                noise = noise_file.read()
-            except BaseException:
-                process.kill()
-                raise
-        if self._built is not None and not process.returncode:
-            return self._built, self._warnings
-        raise QpassError(self._why(process.returncode, noise))
-
-    def _take(self, line: str) -> None:
-        try:
-            told = json.loads(line)
-            kind = told.pop("event")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return  # something that TensorRT prints by itself
-        if kind == "log":
-            level, text = told["level"], " ".join(told["text"].split())
-            if level <= _ERROR and not (_NO_DRIVER in text and _this_gpu() is None):
-                self._said.append(text)
-            elif level == _WARNING and not text.startswith(self._backend.expected):
-                self._warnings.append(text)
-            if self._log is not None:
-                self._log(text)
-        elif kind == "step" and self._progress is not None:
-            self._progress(told["done"], told["total"])
-        elif kind == "built":
-            self._built = Built(**told)
-        elif kind == "failed":
-            self._failed = told["text"]
-
-    def _why(self, code: int, noise: str) -> str:
-        """One line: what failed, and TensorRT's last words."""
-        name = Path(self._job.model).name
-        words = "; ".join(self._said)
-        if self._failed is not None:
-            return f"{name}: {self._failed}{f'. TensorRT said: {words}' if words else ''}"
-        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        lines = noise.strip().splitlines()
-        raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        last = words or " ".join((raised or lines)[-1:]) or "nothing"
-        hint = " (out of memory?)" if code == -9 else ""
-        who = f"{self._backend.name} {self._backend.version()}"
-        return f"{name}: {who} {ended}{hint} while building; it said last: {last}"
-
-
-_ERROR, _WARNING = 1, 2
-_NO_DRIVER = "cudaError 35"  # what TensorRT-RTX says of a machine without a GPU, on the way to every other error
 
 
 def guesses(profiles: Mapping[str, Profile], inputs: Mapping[str, runtime.Input]) -> str | None:

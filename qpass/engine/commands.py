@@ -89,7 +89,11 @@ def build(
 
     Example: `qpass build model.qpass.onnx --min input_ids:1x1 --opt input_ids:1x128 --max input_ids:8x512`
     """
-    shapes = {"min_shapes": parse(least, "min"), "opt_shapes": parse(usual, "opt"), "max_shapes": parse(most, "max")}
+    shapes: dict[str, Any] = {
+        "min_shapes": parse(least, "min"),
+        "opt_shapes": parse(usual, "opt"),
+        "max_shapes": parse(most, "max"),
+    }
     show, err = not (quiet or as_json), Console(stderr=True, highlight=False, soft_wrap=True)
     memory, given = bytes_of("workspace", workspace), [f for f in (model, spec, calibration, *(rules or ())) if f]
     if preset or spec or group_size or calibration or rules:

@@ -1,4 +1,4 @@
-"""What the parent tells the process that builds, and what that tells the parent: JSON both ways."""
+"""What the parent tells the process that builds, and what that tells the parent: JSON both ways, a line each."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class Built:
     """How the layers of the finished engine were seen: "inspector" or "names"."""
     tensors: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    """What the build took. TensorRT's start, once a process, is not in it."""
     wrote_timing: bool = False
 
 

@@ -77,7 +77,8 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
         precision: what plugins compute in, and TensorRT's own layers mostly.
 
     Raises:
-        QpassError: an op needs a later opset than its parser knows.
+        QpassError: an op needs a later opset than its parser knows, a plugin reads constants alone, or an int8
+            weight is read where it takes none.
     """
     model = onnx.load(path, load_external_data=False)
     _fix_defaults(model)
@@ -92,8 +93,14 @@ def for_tensorrt8(path: str, ops: Mapping[str, OpInfo] | None, precision: str = 
     views: dict[int, TensorProto] = {}  # by identity: branches may have two weights of one name
     others = _read_by_others(model.graph)
     for node, graph, weights in list(_nodes(model.graph, {})):
+        _check_integers(node, weights)
         if ops is None or node.domain != DOMAIN:
             continue
+        if all(name in weights for name in node.input):
+            raise QpassError(
+                f"{node.name} ({node.op_type}) reads constants alone ({', '.join(node.input)}), at which TensorRT "
+                "8.6 crashes; build with TensorRT 10 or later"
+            )
         attributes = {a.name: a.i for a in node.attribute if a.type == AttributeProto.INT}
         written = [o for o in ops[node.op_type].outputs if _is_there(o, attributes)]
         integers |= {name for name, o in zip(node.output, written, strict=True) if o["kind"] == "int8"}
@@ -153,6 +160,18 @@ def _read_by_others(graph: GraphProto) -> set[str]:
     """The names that nodes which are no plugins read, and outputs."""
     nodes = [n for n, _, _ in _nodes(graph, {})]
     return {i for n in nodes if n.domain != DOMAIN for i in n.input} | {o.name for o in graph.output}
+
+
+def _check_integers(node: NodeProto, weights: Weights) -> None:
+    """Raise QpassError where an int8 weight is read by a node whose int8 its parser refuses, without a name."""
+    if node.domain == DOMAIN or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return
+    for name in node.input:
+        if name in weights and weights[name].data_type == TensorProto.INT8:
+            raise QpassError(
+                f"{node.name} ({node.op_type}) reads the int8 weight {name}, which TensorRT 8.6 takes only where a "
+                "plugin, QuantizeLinear or DequantizeLinear reads it; keep this weight in float"
+            )
 
 
 def _is_there(slot: Mapping[str, object], attributes: Mapping[str, int]) -> bool:

@@ -1,6 +1,7 @@
-"""The process that builds: `python -m qpass.engine.worker`, a Job on its standard input, events on its standard output.
+"""The process that builds: `python -m qpass.engine.worker`, Jobs on its standard input, one a line, and events on its
+standard output. It ends with its input, with its parent, and with a build that fails.
 
-A process of its own, so that TensorRT's crashes and its library search path stay here. It dies with its parent.
+A process of its own, so that TensorRT's crashes and its library search path stay here.
 """
 
 from __future__ import annotations
@@ -27,86 +28,116 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    job = Job.from_json(sys.stdin.read())
-    if os.getppid() != job.parent:  # it died before we asked to die with it
-        return 1
-    try:
-        built = build(job)
-    except QpassError as error:
-        event("failed", text=str(error))
-        return 1
-    event("built", **vars(built))
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process if it wants to
+    sys.stdout = os.fdopen(os.dup(1), "w")  # for events alone
+    os.dup2(2, 1)  # what TensorRT prints by itself could end in the middle of a line
+    session = None
+    for line in sys.stdin:
+        job = Job.from_json(line)
+        if os.getppid() != job.parent:  # it died before we asked to die with it
+            return 1
+        try:
+            session = session or Session(job.backend)
+            built = session.build(job)
+        except QpassError as error:
+            event("failed", text=str(error))
+            return 1
+        event("built", **vars(built))
     return 0
 
 
-def build(job: Job) -> Built:
-    """Parse, build, prove and write the engine.
+def die_with_parent() -> None:
+    """End this process when the thread that started it ends, however it does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Session:
+    """TensorRT, started, for builds one after the other. All that is of one build is released with it.
+
+    Args:
+        backend: its name.
 
     Raises:
-        QpassError: TensorRT refuses the model, or a plugin node did not become a plugin layer.
+        QpassError: it is not installed, or does not start here.
     """
-    began = time.monotonic()
-    backend = backends.choose(job.backend)
-    trt = backend.load()
-    logger = _logger(trt, job.verbose)
-    library = Library(Path(job.plugins)) if job.plugins is not None else None
-    if library is not None:
-        _load_plugins(trt, library.path, set(job.nodes.values()))
-    lowered = backend.lowered(job.model, library, job.precision)
-    try:
-        builder = trt.Builder(logger)
-    except TypeError:  # of pybind11, which was given none
-        raise QpassError("TensorRT does not start on this machine; it wants a CUDA GPU and its driver") from None
-    network = builder.create_network(backend.network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
-    _parse(parser, job.model, lowered.model)
-    parsed = [_layer_of(network.get_layer(i)) for i in range(network.num_layers)]
-    if job.plugins is not None and (gone := prove.missing(job.nodes, parsed)):
-        raise QpassError(f"not every plugin node became a plugin layer: {_few(gone)}")
-    config = _config(trt, builder, network, job)
-    backend.configure(trt, config, network, lowered)
-    if job.capability is not None:
-        backend.target(trt, config, job.capability)
-    cache = _timing_cache(config, job)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise QpassError("TensorRT built no engine")
-    data = memoryview(engine)
-    checked, layers = _check(trt, backend, logger, data, job, parsed)
-    with open(job.engine, "r+b") as file:
-        file.write(data)
-        file.truncate()
-    wrote = False
-    if cache is not None and job.timing_out is not None:
-        Path(job.timing_out).write_bytes(memoryview(cache.serialize()))
-        wrote = True
-    plugins = list(job.nodes) if job.plugins is not None else []
-    seconds = time.monotonic() - began
-    return Built(trt.__version__, prove.summary(layers), plugins, checked, _tensors(trt, network), seconds, wrote)
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backends.choose(backend)
+        self._trt = self._backend.load()
+        self._logger = _logger(self._trt)
+        self._library: Library | None = None
+        try:
+            self._builder = self._trt.Builder(self._logger)
+        except TypeError:  # of pybind11, which was given none
+            raise QpassError("TensorRT does not start on this machine; it wants a CUDA GPU and its driver") from None
+
+    def build(self, job: Job) -> Built:
+        """Parse, build, prove and write the engine.
+
+        Raises:
+            QpassError: TensorRT refuses the model, or a plugin node did not become a plugin layer.
+        """
+        began = time.monotonic()
+        trt, backend = self._trt, self._backend
+        self._logger.verbose = job.verbose
+        library = self._plugins(job)
+        lowered = backend.lowered(job.model, library, job.precision)
+        network = self._builder.create_network(backend.network_flags(trt))
+        parser = trt.OnnxParser(network, self._logger)
+        _parse(parser, job.model, lowered.model)
+        parsed = [_layer_of(network.get_layer(i)) for i in range(network.num_layers)]
+        if library is not None and (gone := prove.missing(job.nodes, parsed)):
+            raise QpassError(f"not every plugin node became a plugin layer: {_few(gone)}")
+        config = _config(trt, self._builder, network, job)
+        backend.configure(trt, config, network, lowered)
+        if job.capability is not None:
+            backend.target(trt, config, job.capability)
+        cache = _timing_cache(config, job)
+        engine = self._builder.build_serialized_network(network, config)
+        if engine is None:
+            raise QpassError("TensorRT built no engine")
+        data = memoryview(engine)
+        checked, layers = _check(trt, backend, self._logger, data, job, parsed)
+        with open(job.engine, "r+b") as file:
+            file.write(data)
+            file.truncate()
+        wrote = False
+        if cache is not None and job.timing_out is not None:
+            Path(job.timing_out).write_bytes(memoryview(cache.serialize()))
+            wrote = True
+        plugins = list(job.nodes) if library is not None else []
+        seconds = time.monotonic() - began
+        return Built(trt.__version__, prove.summary(layers), plugins, checked, _tensors(trt, network), seconds, wrote)
+
+    def _plugins(self, job: Job) -> Library | None:
+        """The library of a job. It is loaded once; the parent sees to it that there is no other in this process."""
+        if job.plugins is None:
+            return None
+        registry = self._trt.get_plugin_registry()
+        if self._library is None:
+            if registry.load_library(job.plugins) is None:
+                raise QpassError(f"TensorRT could not load the plugins {job.plugins}")
+            self._library = Library(Path(job.plugins))
+        wanted = PLUGIN["plugin_version"], PLUGIN["plugin_namespace"]
+        creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
+        there = {c.name for c in creators if (c.plugin_version, c.plugin_namespace) == wanted}
+        if gone := sorted(set(job.nodes.values()) - there):
+            raise QpassError(f"TensorRT does not find the plugin {', '.join(gone)} in {job.plugins}")
+        return self._library
 
 
-def _load_plugins(trt: Any, library: Path, ops: set[str]) -> None:
-    registry = trt.get_plugin_registry()
-    if registry.load_library(str(library)) is None:
-        raise QpassError(f"TensorRT could not load the plugins {library}")
-    wanted = PLUGIN["plugin_version"], PLUGIN["plugin_namespace"]
-    creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
-    there = {c.name for c in creators if (c.plugin_version, c.plugin_namespace) == wanted}
-    if gone := sorted(ops - there):
-        raise QpassError(f"TensorRT does not find the plugin {', '.join(gone)} in {library}")
-
-
-def _logger(trt: Any, verbose: bool) -> Any:
+def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc] # TensorRT has no type hints
-        """Hands every message to the parent, as an event."""
+        """Hands messages to the parent, as events. The first of a process gets all of TensorRT's."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.verbose = False
 
         def log(self, severity: Any, text: str) -> None:
             level = int(severity)
-            if level <= int(trt.ILogger.Severity.WARNING) or verbose:
+            if level <= int(trt.ILogger.Severity.WARNING) or self.verbose:
                 event("log", level=level, text=text)
 
     return Logger()

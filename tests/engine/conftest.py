@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.engine.fake_gpu import FakeGpu, write_engine
 from tests.plugins.conftest import shells, shells8
 
 __all__ = ["shells", "shells8"]
+STAND_IN = Path(__file__).with_name("tensorrt8")
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 17]>
@@ -58,6 +60,17 @@ def library(shells: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("QPASS_PLUGINS", str(shells.path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return shells
+
+
+@pytest.fixture
+def tensorrt8(shells8: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """TensorRT 8.6.1 as `tensorrt_bindings`, its plugins, and a cache of the test's own."""
+    monkeypatch.syspath_prepend(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv("QPASS_PLUGINS", str(shells8.path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    sys.modules.pop("tensorrt_bindings", None)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 import qpass
 from qpass import gpu
-from qpass.engine import backends, sidecar
+from qpass.engine import Worker, backends, sidecar
 from qpass.engine.backends.tensorrt import TensorRT
 from qpass.engine.backends.tensorrt_rtx import TensorRTRTX
 from qpass.engine.bench import Building, bench, provenance
@@ -44,6 +44,8 @@ def test_a_baseline_and_an_engine_a_preset(block: Path, built: list[dict[str, An
         assert asked["max_shapes"] == {"x": (4, 128, 64)}
         assert not asked["engine"].exists(), "the folder was temporary"
     assert {f.name for f in block.parent.glob("*.onnx")} == {"block.onnx"}
+    (worker,) = {asked["worker"] for asked in built}
+    assert isinstance(worker, Worker), "TensorRT starts once"
 
 
 def test_a_weakly_typed_backend_may_compute_in_float16(

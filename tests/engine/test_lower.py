@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qpass
+from benchmarks.matrix import model_of
 from qpass.engine.backends.tensorrt8 import TensorRT8, _moved
 from qpass.engine.lower import DIMS, FLOAT_TYPE, Lowered, for_tensorrt8, inlined
 from qpass.engine.preflight import plugin_nodes
@@ -151,8 +152,9 @@ def test_weights_that_others_read_too(block: Path, shells8: Library, tmp_path: P
     """They keep theirs, and the plugin gets a copy."""
     proto = onnx.load(rewritten(block, "w8a8"))
     weight = next(w for w in proto.graph.initializer if w.data_type == TensorProto.INT8)
-    proto.graph.node.append(helper.make_node("Identity", [weight.name], ["shown"], "shows"))
-    proto.graph.output.append(helper.make_tensor_value_info("shown", TensorProto.INT8, weight.dims))
+    proto.graph.initializer.append(helper.make_tensor("step", TensorProto.FLOAT, [], [0.5]))
+    proto.graph.node.append(helper.make_node("DequantizeLinear", [weight.name, "step"], ["shown"], "shows"))
+    proto.graph.output.append(helper.make_tensor_value_info("shown", TensorProto.FLOAT, weight.dims))
     onnx.save(proto, tmp_path / "m.onnx")
     lowered = for_tensorrt8(str(tmp_path / "m.onnx"), shells8.ops).model
     assert lowered is not None
@@ -161,6 +163,40 @@ def test_weights_that_others_read_too(block: Path, shells8: Library, tmp_path: P
     assert kinds[f"{weight.name}.int32"] == (TensorProto.INT32, [128 * 64 // 4])
     (reader,) = (n for n in lowered.graph.node if f"{weight.name}.int32" in n.input)
     assert reader.op_type == "SmoothQuantGemm"
+
+
+@pytest.mark.parametrize("as_nodes", [False, True])
+def test_a_plugin_of_constants_alone(as_nodes: bool, tmp_path: Path, shells8: Library) -> None:
+    """TensorRT 8.6's builder aborts on it."""
+    proto, _, _ = model_of("DequantizeWeight", np.dtype(np.float32))
+    if as_nodes:
+        for w in proto.graph.initializer:
+            proto.graph.node.insert(0, helper.make_node("Constant", [], [w.name], f"the_{w.name}", value=w))
+        del proto.graph.initializer[:]
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(
+        QpassError, match=r"the_DequantizeWeight \(DequantizeWeight\) reads constants alone \(.*TensorRT 10 or later"
+    ):
+        for_tensorrt8(str(tmp_path / "m.onnx"), shells8.ops)
+    assert for_tensorrt8(str(tmp_path / "m.onnx"), None).model, "its body is no plugin"
+
+
+def test_int8_weights_that_it_takes_nowhere(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (int64[B] i, float[4] x) => (float[B, 4] y, float[4] z) <int8[3, 4] table, float scale, int8 zero>
+    {
+        [pick] rows = Gather(table, i)
+        [back] y = DequantizeLinear(rows, scale, zero)
+        [there] q = QuantizeLinear(x, scale, zero)
+        [again] z = DequantizeLinear(q, scale, zero)
+    }"""
+    proto = model(text)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(QpassError, match=r"pick \(Gather\) reads the int8 weight table, .* keep this weight in float"):
+        for_tensorrt8(str(tmp_path / "m.onnx"), {})
+    del proto.graph.node[:2], proto.graph.output[0]
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert for_tensorrt8(str(tmp_path / "m.onnx"), {}).model
 
 
 def test_types_behind_plugins_in_branches(tmp_path: Path, shells8: Library) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +22,7 @@ from tests import zoo
 from tests.conftest import Run
 from tests.zoo import FEW
 
-STAND_IN = Path(__file__).with_name("tensorrt8")
-
-
-@pytest.fixture(autouse=True)
-def tensorrt8(shells8: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """TensorRT 8.6.1 as `tensorrt_bindings`, its plugins, and a cache of the test's own."""
-    monkeypatch.syspath_prepend(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{Path(__file__).parents[2]}")
-    monkeypatch.setenv("QPASS_PLUGINS", str(shells8.path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield
-    sys.modules.pop("tensorrt_bindings", None)
+pytestmark = pytest.mark.usefixtures("tensorrt8")
 
 
 def told(engine: Path) -> dict[str, Any]:

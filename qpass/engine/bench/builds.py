@@ -20,6 +20,7 @@ from qpass.engine.bench import points, provenance
 from qpass.engine.bench.entries import Building, Entry
 from qpass.engine.bench.points import Point, Shapes
 from qpass.engine.preflight import plugin_nodes
+from qpass.engine.process import Worker
 from qpass.engine.profiles import profiles_of
 from qpass.engine.run import Engine
 from qpass.errors import QpassError
@@ -209,17 +210,18 @@ class Builds:
                 except QpassError as error:
                     errors[b.name] = f"it could not be rewritten: {error}"
         entries = []
-        for b in self._builds:
-            kind = b.kind
-            if b.name == BASELINE and backend.weakly_typed and self._how.precision != "fp32":
-                kind += ", FP16 where TensorRT finds it faster"
-            engine, seconds = found.get(b.name), None
-            if engine is None and b.name not in errors:
-                try:
-                    engine, seconds = self._built(b, backend, folder, stage)
-                except QpassError as error:
-                    errors[b.name] = f"it could not be built: {error}"
-            entries.append(Entry(b.name, kind, engine, seconds, errors.get(b.name), b.recipe, b.name in found))
+        with Worker() as worker:
+            for b in self._builds:
+                kind = b.kind
+                if b.name == BASELINE and backend.weakly_typed and self._how.precision != "fp32":
+                    kind += ", FP16 where TensorRT finds it faster"
+                engine, seconds = found.get(b.name), None
+                if engine is None and b.name not in errors:
+                    try:
+                        engine, seconds = self._built(b, backend, folder, stage, worker)
+                    except QpassError as error:
+                        errors[b.name] = f"it could not be built: {error}"
+                entries.append(Entry(b.name, kind, engine, seconds, errors.get(b.name), b.recipe, b.name in found))
         return entries
 
     def about(self) -> dict[str, Any]:
@@ -267,7 +269,7 @@ class Builds:
                 b.model, b.rewritten(folder), spec=spec, calibration=self._how.calibration, progress=progress
             )
 
-    def _built(self, b: _Build, backend: Backend, folder: Path, stage: Stage) -> tuple[Engine, float]:
+    def _built(self, b: _Build, backend: Backend, folder: Path, stage: Stage, worker: Worker) -> tuple[Engine, float]:
         with stage(f"building {b.name}", False) as progress:
             done = builder.build_files(
                 b.rewritten(folder),
@@ -284,6 +286,7 @@ class Builds:
                 keep=self.reads,
                 origin=self._origin(b),
                 progress=progress,
+                worker=worker,
             )
         return Engine(done.engine, library=self._how.library), done.facts["seconds"]
 

@@ -1,5 +1,6 @@
 """Plays TensorRT 8.6.1 without a GPU: takes what its parser takes, refuses what it refuses, and builds an engine that
-lists the layers, and what it was told, for tests to read. TENSORRT8_DOES says how a build ends.
+lists the layers, and what it was told, for tests to read. TENSORRT8_DOES says how a build ends, or the name of the
+first input where that is one of those.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class _Registry:
         self.plugin_creator_list: list[Any] = []
 
     def load_library(self, path: str) -> object:
+        if self.plugin_creator_list:
+            return None  # as the real one does the second time
         library = Library(__import__("pathlib").Path(path))
         assert library.interface == "IPluginV2DynamicExt", "the process would end here"
         self.plugin_creator_list = [
@@ -120,12 +123,18 @@ class _Layer:
 
 
 class _Network:
+    living = 0
+
     def __init__(self) -> None:
+        _Network.living += 1
         self.layers: list[_Layer] = []
         self.tensors: dict[str, _Tensor] = {}
         self.inputs: list[_Tensor] = []
         self.outputs: list[_Tensor] = []
         self.attributes: dict[str, dict[str, Any]] = {}
+
+    def __del__(self) -> None:
+        _Network.living -= 1
 
     num_layers = property(lambda self: len(self.layers))
     num_inputs = property(lambda self: len(self.inputs))
@@ -216,9 +225,16 @@ class _Config:
         return True
 
 
+_LOGGERS: list[ILogger] = []
+
+
 class Builder:
+    started = 0
+
     def __init__(self, logger: ILogger) -> None:
-        self._logger = logger
+        Builder.started += 1
+        _LOGGERS.append(logger)
+        self._logger = _LOGGERS[0]  # the first gets all
 
     def create_network(self, flags: int) -> _Network:
         assert flags == 1, "explicit batch"
@@ -231,16 +247,19 @@ class Builder:
         return SimpleNamespace(set_shape=lambda *shape: None)
 
     def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
-        does = os.environ.get("TENSORRT8_DOES", "builds")
+        does = os.environ.get("TENSORRT8_DOES", network.inputs[0].name.replace("_", " "))
         for name in network.tensors:
             text = f"Missing scale and zero-point for tensor {name}, expect fall back to non-int8 implementation"
             self._logger.log(ILogger.Severity.WARNING, text)
         self._logger.log(ILogger.Severity.WARNING, "a warning of note")
+        self._logger.log(ILogger.Severity.INFO, "a remark")
         if does == "crashes":
             os.write(2, b"terminate called without an active exception\n")
             os.abort()
         if does == "is killed":
             os.kill(os.getpid(), 9)
+        if does == "prints":
+            os.write(1, b"something without an end")
         if does == "runs out":
             self._logger.log(ILogger.Severity.ERROR, "Error Code 2: OutOfMemory (no further information)")
             return None
@@ -252,6 +271,7 @@ class Builder:
         ranges = {t.name: t.range for t in network.tensors.values() if t.range}
         level = config.builder_optimization_level
         told = {"flags": config.flags, "level": level, "ranges": ranges, "attributes": network.attributes}
+        told |= {"pid": os.getpid(), "networks": _Network.living, "builders": Builder.started}
         return json.dumps({"Layers": layers, "told": told}).encode()
 
 
