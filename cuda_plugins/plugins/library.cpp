@@ -95,12 +95,16 @@ QPASS_EXPORT size_t qpass_node_workspace(const void* node, const qpass::Tensor* 
   return n.op.workspace(qpass::Call(n, in, out, nullptr));
 }
 
-// The variants that a call can take on the current device. 0, or 1 with a text in `error`.
-QPASS_EXPORT int qpass_node_choice(const void* node, const qpass::Tensor* in, const qpass::Tensor* out, qpass_choice* choice,
-    char* error, size_t size) {
+// Checks types and shapes, then tells the variants that the call can take on the current device. 0, or 1 with a text in `error`.
+QPASS_EXPORT int qpass_node_choice(const void* node, const qpass::Tensor* in, int n_in, const qpass::Tensor* out, int n_out,
+    qpass_choice* choice, char* error, size_t size) {
   const qpass::Node& n = *static_cast<const qpass::Node*>(node);
-  int wrong = n.op.choice(qpass::Call(n, in, out, nullptr), choice);
-  return qpass::told(wrong ? std::string(n.op.name) + ": " + cudaGetErrorString(cudaError_t(wrong)) : "", error, size);
+  std::string wrong = n.check(in, n_in, out, n_out);
+  if (wrong.empty()) {
+    int code = n.op.choice(qpass::Call(n, in, out, nullptr), choice);
+    if (code) wrong = std::string(n.op.name) + ": " + cudaGetErrorString(cudaError_t(code));
+  }
+  return qpass::told(wrong, error, size);
 }
 
 // From now on by this variant, by its number; a call that cannot take it fails.
