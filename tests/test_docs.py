@@ -89,7 +89,8 @@ def python_blocks() -> list[str]:
 
 def needs_gpu(words: list[str]) -> bool:
     engine = words[1] == "verify" and words[-1].endswith(".engine")
-    return engine or words[1] in ("run", "bench") or words[1:3] in (["plugins", "selftest"], ["plugins", "bench"])
+    kernels = words[1] == "plugins" and words[2] in ("selftest", "bench", "tune")
+    return engine or kernels or words[1] in ("run", "bench")
 
 
 def has_gpu() -> bool:

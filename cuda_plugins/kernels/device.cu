@@ -1,11 +1,17 @@
+// What is asked of the current device, once each.
 #include <atomic>
 
+#include "tuning.h"
 #include "types.cuh"
 
 namespace qpass {
+namespace {
+
+constexpr int kDevices = 64;
+
+}  // namespace
 
 cudaError_t current_device(Device* device) {
-  constexpr int kDevices = 64;
   static std::atomic<uint64_t> known[kDevices];  // 0: not asked yet; one word, so that it is never seen half written
   int id = 0;
   if (cudaError_t e = cudaGetDevice(&id)) return e;
@@ -20,6 +26,20 @@ cudaError_t current_device(Device* device) {
   }
   *device = {int(word >> 48), int(word >> 32 & 0xffff), int(word & 0xffffffff)};
   return cudaSuccess;
+}
+
+qpass_variant tuned(ProductKind kind, int64_t n, int64_t k, int64_t m) {
+  static std::atomic<const Tuning*> known[kDevices];
+  int id = 0;
+  if (cudaGetDevice(&id)) return QPASS_RULE;
+  const Tuning* tuning = id < kDevices ? known[id].load(std::memory_order_acquire) : nullptr;
+  if (!tuning) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, id)) return QPASS_RULE;
+    tuning = &tuning_of(properties.name);
+    if (id < kDevices) known[id].store(tuning, std::memory_order_release);
+  }
+  return tuning->find(kind, n, k, m);
 }
 
 }  // namespace qpass

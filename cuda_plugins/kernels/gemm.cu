@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "gemm_kernels.h"
+#include "tuning.h"
 #include "types.cuh"
 
 namespace qpass {
@@ -32,32 +33,6 @@ __global__ void spread(const float* value, float* to, int64_t count) {
   return one(g->col_scale, g->per_column, g->n);
 }
 
-template <typename In, typename Out>
-cudaError_t with_cutlass(const Gemm& g, const Device& device, cudaStream_t stream) {
-#if QPASS_SM90A
-  if (device.major == 9) {
-    constexpr bool kOnlyWide = !std::is_same_v<In, int8_t>;
-    if constexpr (kOnlyWide) return gemm_sm90<In, Out, true>(g, stream);
-    else return g.m > 128 ? gemm_sm90<In, Out, true>(g, stream) : gemm_sm90<In, Out, false>(g, stream);
-  }
-#endif
-#if QPASS_SM80
-  if (device.major != 9 || !QPASS_SM90A) {
-    Gemm vectors = g;
-    if (cudaError_t e = spread_scales(&vectors, stream)) return e;
-    return gemm_sm80<In, Out>(vectors, stream);
-  }
-#endif
-  return cudaErrorNotSupported;
-}
-
-cudaError_t with_cutlass(const Gemm& g, const Device& device, cudaStream_t stream) {
-  if (g.in == QPASS_HALF) return with_cutlass<half, half>(g, device, stream);
-  if (g.in == QPASS_BFLOAT16) return with_cutlass<bfloat16, bfloat16>(g, device, stream);
-  return with_float_type(
-      g.out, [&](auto tag) { return with_cutlass<int8_t, typename decltype(tag)::type>(g, device, stream); });
-}
-
 // CUTLASS counts in 32 bits, and stores 16 bytes at a time.
 bool fits_cutlass(const Gemm& g) {
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
@@ -65,24 +40,91 @@ bool fits_cutlass(const Gemm& g) {
   return g.ldd * size % 16 == 0 && g.n * size % 16 == 0 && g.m <= kMost && g.n <= kMost && g.k <= kMost;
 }
 
+constexpr uint32_t bit(qpass_variant variant) { return 1u << variant; }
+
+// The variants that are compiled for the device, and can do what is asked.
+uint32_t variants_of(const Gemm& g, const Device& device) {
+  uint32_t mask = bit(QPASS_MMA);
+  if (g.in == QPASS_INT8) mask |= bit(QPASS_SKINNY);
+  if (!fits_cutlass(g)) return mask;
+  const bool hopper = QPASS_SM90A && device.major == 9;
+  if (hopper) mask |= bit(QPASS_SM90_128X256);
+  if (hopper && g.out != QPASS_FLOAT) mask |= bit(QPASS_SM90_128X128);
+  if (hopper && g.in == QPASS_INT8) mask |= bit(QPASS_SM90_64X128);
+  if (hopper && g.in == QPASS_INT8 && g.out != QPASS_FLOAT) mask |= bit(QPASS_SM90_64X64);
+  if (QPASS_SM80 && !hopper) mask |= bit(QPASS_SM80_128X128);
+  return mask;
+}
+
+qpass_variant rule(const Gemm& g, uint32_t mask) {
+  if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8)) return QPASS_SKINNY;
+  qpass_variant tile = g.in == QPASS_INT8 && g.m <= 128 ? QPASS_SM90_64X128 : QPASS_SM90_128X256;
+  for (qpass_variant variant : {tile, QPASS_SM80_128X128}) {
+    if (mask & bit(variant)) return variant;
+  }
+  return QPASS_MMA;
+}
+
+template <typename In, typename Out>
+cudaError_t launch(const Gemm& g, qpass_variant variant, cudaStream_t stream) {
+  [[maybe_unused]] constexpr bool kInt8 = std::is_same_v<In, int8_t>, kFloat = std::is_same_v<Out, float>;
+  switch (variant) {
+#if QPASS_SM90A
+    case QPASS_SM90_64X64:
+      if constexpr (kInt8 && !kFloat) return gemm_sm90<In, Out, QPASS_SM90_64X64>(g, stream);
+      break;
+    case QPASS_SM90_64X128:
+      if constexpr (kInt8) return gemm_sm90<In, Out, QPASS_SM90_64X128>(g, stream);
+      break;
+    case QPASS_SM90_128X128:
+      if constexpr (!kFloat) return gemm_sm90<In, Out, QPASS_SM90_128X128>(g, stream);
+      break;
+    case QPASS_SM90_128X256: return gemm_sm90<In, Out, QPASS_SM90_128X256>(g, stream);
+#endif
+#if QPASS_SM80
+    case QPASS_SM80_128X128: {
+      Gemm vectors = g;
+      if (cudaError_t e = spread_scales(&vectors, stream)) return e;
+      return gemm_sm80<In, Out>(vectors, stream);
+    }
+#endif
+    default: break;
+  }
+  return cudaErrorNotSupported;
+}
+
+cudaError_t launch(const Gemm& g, qpass_variant variant, cudaStream_t stream) {
+  if (variant == QPASS_SKINNY) return skinny_int8(g, stream);
+  if (variant == QPASS_MMA) return gemm_mma(g, stream);
+  if (g.in == QPASS_HALF) return launch<half, half>(g, variant, stream);
+  if (g.in == QPASS_BFLOAT16) return launch<bfloat16, bfloat16>(g, variant, stream);
+  return with_float_type(
+      g.out, [&](auto tag) { return launch<int8_t, typename decltype(tag)::type>(g, variant, stream); });
+}
 
 }  // namespace
 
 cudaError_t gemm(const Gemm& g, cudaStream_t stream) {
   if (!g.m || !g.n) return cudaSuccess;
-  if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8)) return skinny_int8(g, stream);
   Device device;
   if (cudaError_t e = current_device(&device)) return e;
-  if (fits_cutlass(g)) {
-    cudaError_t e = with_cutlass(g, device, stream);
-    if (e != cudaErrorNotSupported) return e;
-  }
-  return gemm_mma(g, stream);
+  const uint32_t mask = variants_of(g, device);
+  if (g.variant > QPASS_RULE) return mask & bit(g.variant) ? launch(g, g.variant, stream) : cudaErrorNotSupported;
+  cudaError_t e = launch(g, rule(g, mask), stream);
+  return e == cudaErrorNotSupported ? gemm_mma(g, stream) : e;
 }
 
 size_t gemm_workspace(const Gemm& g) {
   size_t vectors = QPASS_SM80 ? aligned(g.m * sizeof(float)) + aligned(g.n * sizeof(float)) : 0;
   return std::max(vectors, g.in == QPASS_INT8 ? skinny_int8_workspace(g) : 0);
+}
+
+cudaError_t gemm_choice(const Gemm& g, qpass_choice* choice) {
+  Device device;
+  if (cudaError_t e = current_device(&device)) return e;
+  choice->mask = variants_of(g, device);
+  choice->rule = rule(g, choice->mask);
+  return cudaSuccess;
 }
 
 namespace {
@@ -100,7 +142,21 @@ Gemm product_of(const qpass_smooth_quant_gemm_args& args) {
   g.bias = args.bias;
   g.d = args.y, g.ldd = args.n;
   g.workspace = args.workspace;
+  g.variant = args.variant;
   return g;
+}
+
+cudaError_t smooth_quant_gemm(const qpass_smooth_quant_gemm_args& args, cudaStream_t stream) {
+  Gemm g = product_of(args);
+  if (g.lda != args.k) {
+    char* q = static_cast<char*>(args.workspace) + aligned(gemm_workspace(g));
+    char* weight = q + aligned(args.m * g.lda);
+    if (cudaError_t e = pad_rows(args.q, q, args.m, args.k, g.lda, stream)) return e;
+    if (cudaError_t e = pad_rows(args.weight, weight, args.n, args.k, g.ldb, stream)) return e;
+    g.a = q, g.b = weight;
+    g.k = g.lda;  // zeros by zeros
+  }
+  return gemm(g, stream);
 }
 
 }  // namespace
@@ -113,18 +169,14 @@ size_t qpass_smooth_quant_gemm_workspace(const qpass_smooth_quant_gemm_args* arg
   return k == args->k ? bytes : bytes + aligned(args->m * k) + aligned(args->n * k);
 }
 
+int qpass_smooth_quant_gemm_choice(const qpass_smooth_quant_gemm_args* args, qpass_choice* choice) {
+  choice->kind = qpass::kind_of(*args);
+  return qpass::gemm_choice(qpass::product_of(*args), choice);
+}
+
 int qpass_smooth_quant_gemm(const qpass_smooth_quant_gemm_args* args, cudaStream_t stream) {
   using namespace qpass;
   if (!args->m || !args->n) return cudaSuccess;
   if (!args->k) return cudaErrorInvalidValue;
-  Gemm g = product_of(*args);
-  if (g.lda != args->k) {
-    char* q = static_cast<char*>(args->workspace) + aligned(gemm_workspace(g));
-    char* weight = q + aligned(args->m * g.lda);
-    if (cudaError_t e = pad_rows(args->q, q, args->m, args->k, g.lda, stream)) return e;
-    if (cudaError_t e = pad_rows(args->weight, weight, args->n, args->k, g.ldb, stream)) return e;
-    g.a = q, g.b = weight;
-    g.k = g.lda;  // zeros by zeros
-  }
-  return gemm(g, stream);
+  return by_variant(*args, [&](const auto& chosen) { return smooth_quant_gemm(chosen, stream); });
 }

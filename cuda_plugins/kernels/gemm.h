@@ -23,12 +23,15 @@ struct Gemm {
   void* d;           // [m, n], rows `ldd` elements apart
   int64_t ldd;
   void* workspace;   // gemm_workspace bytes, 256-byte aligned
+  qpass_variant variant;  // QPASS_AUTO is QPASS_RULE here: tables are by ops
 };
 
+// cudaErrorNotSupported for a variant that cannot do it.
 cudaError_t gemm(const Gemm& g, cudaStream_t stream);
-size_t gemm_workspace(const Gemm& g);  // an upper bound for every m up to this one
+size_t gemm_workspace(const Gemm& g);  // an upper bound for every m up to this one and every variant
+cudaError_t gemm_choice(const Gemm& g, qpass_choice* choice);
 
-// Few tokens: weights stream once through the tensor cores. Any m; for `kSkinnyTokens` and fewer it is always the best. Beyond,
+// Few tokens: weights stream once through the tensor cores. Any m; by the rule it is the best for `kSkinnyTokens` and fewer. Beyond,
 // it does a third (float) or a sixth (int8) of the arithmetic in a time but starts sooner than what it competes with, so that it
 // wins while a product is small: that many multiplications more are done while the other gets going.
 constexpr int kSkinnyTokens = 64;

@@ -8,8 +8,8 @@ namespace qpass {
 // Own kernel on mma.sync: every shape and architecture.
 cudaError_t gemm_mma(const Gemm& g, cudaStream_t stream);
 
-// CUTLASS 3.x on Hopper. Rows of d must be 16-byte aligned. `wide`: 128 × 256 tiles for many tokens, else 64 × 128.
-template <typename In, typename Out, bool kWide>
+// CUTLASS 3.x on Hopper, by one of the QPASS_SM90 tiles. Rows of d must be 16-byte aligned.
+template <typename In, typename Out, qpass_variant kVariant>
 cudaError_t gemm_sm90(const Gemm& g, cudaStream_t stream);
 
 // CUTLASS 2.x, for Ampere to Blackwell. Rows of d must be 16-byte aligned.

@@ -15,20 +15,37 @@
 
 namespace qpass {
 
-template <typename In, typename Out, bool kWide>
+// Tokens × channels of a tile, bytes of K a stage, and how many blocks along the tokens share what they load of the weight.
+// Pingpong: each of two consumer warpgroups has a tile of its own, and multiplies while the other stores; else they share one.
+template <int kM_, int kN_, int kBytes_, int kCluster_, bool kPingpong_>
+struct Sm90TileOf {
+  static constexpr int kM = kM_, kN = kN_, kBytes = kBytes_, kCluster = kCluster_;
+  static constexpr bool kPingpong = kPingpong_;
+};
+template <qpass_variant>
+struct Sm90Tile;
+template <>
+struct Sm90Tile<QPASS_SM90_64X64> : Sm90TileOf<64, 64, 256, 1, true> {};
+template <>
+struct Sm90Tile<QPASS_SM90_64X128> : Sm90TileOf<64, 128, 128, 1, true> {};
+template <>
+struct Sm90Tile<QPASS_SM90_128X128> : Sm90TileOf<128, 128, 128, 2, true> {};
+template <>
+struct Sm90Tile<QPASS_SM90_128X256> : Sm90TileOf<128, 256, 128, 2, false> {};
+
+template <typename In, typename Out, qpass_variant kVariant>
 struct GemmSm90 {
   using A = typename CutlassType<In>::type;
   using D = typename CutlassType<Out>::type;
   using Accumulator = std::conditional_t<std::is_same_v<In, int8_t>, int32_t, float>;
 
-  // 128 bytes of K a stage; two consumer warpgroups share a wide tile, one has a narrow one
-  static constexpr int kTileK = 128 / sizeof(In);
-  using Tile = cute::Shape<cute::Int<kWide ? 128 : 64>, cute::Int<kWide ? 256 : 128>, cute::Int<kTileK>>;
-  using Cluster = cute::Shape<cute::Int<kWide ? 2 : 1>, cute::_1, cute::_1>;
-  using Mainloop = std::conditional_t<kWide, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-      cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
-  using Epilogue = std::conditional_t<kWide, cutlass::epilogue::TmaWarpSpecializedCooperative,
-      cutlass::epilogue::TmaWarpSpecialized>;
+  using Of = Sm90Tile<kVariant>;
+  using Tile = cute::Shape<cute::Int<Of::kM>, cute::Int<Of::kN>, cute::Int<Of::kBytes / int(sizeof(In))>>;
+  using Cluster = cute::Shape<cute::Int<Of::kCluster>, cute::_1, cute::_1>;
+  using Mainloop = std::conditional_t<Of::kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+      cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+  using Epilogue = std::conditional_t<Of::kPingpong, cutlass::epilogue::TmaWarpSpecialized,
+      cutlass::epilogue::TmaWarpSpecializedCooperative>;
 
   // strides of type bool: a vector, or one value for all, chosen at run time; a null pointer gives the default
   using AlongM = cute::Stride<bool, cute::_0, int64_t>;
@@ -72,9 +89,9 @@ struct GemmSm90 {
   }
 };
 
-template <typename In, typename Out, bool kWide>
+template <typename In, typename Out, qpass_variant kVariant>
 cudaError_t gemm_sm90(const Gemm& g, cudaStream_t stream) {
-  using Traits = GemmSm90<In, Out, kWide>;
+  using Traits = GemmSm90<In, Out, kVariant>;
   Device device;
   if (cudaError_t e = current_device(&device)) return e;
   typename Traits::Device gemm;

@@ -102,6 +102,30 @@ typedef struct {
 } qpass_dequantize_weight_args;
 int qpass_dequantize_weight(const qpass_dequantize_weight_args* args, cudaStream_t stream);
 
+// The ways that a matrix product can go. Which is fastest depends on GPU, shape and number of tokens: a table of measurements
+// (tuning.h) says so where there is one for the shape, else a rule. Tiles are tokens × channels.
+typedef enum {
+  QPASS_AUTO = 0,      // by the table, or where it has nothing that the call can take, by the rule
+  QPASS_RULE,          // by the rule
+  QPASS_SKINNY,        // weights stream once through mma.sync: few tokens
+  QPASS_MMA,           // 128 × 128 on mma.sync: every shape and architecture
+  QPASS_SM80_128X128,  // CUTLASS 2.x
+  QPASS_SM90_64X64,    // CUTLASS 3.x, and so the next
+  QPASS_SM90_64X128,
+  QPASS_SM90_128X128,
+  QPASS_SM90_128X256,
+  QPASS_VARIANTS,  // how many there are
+} qpass_variant;
+const char* qpass_variant_name(qpass_variant variant);  // such as "sm90_128x256"
+qpass_variant qpass_variant_of(const char* name);       // QPASS_VARIANTS: there is none of this name
+
+// What a call can take on the current device, and what the rule takes for it.
+typedef struct {
+  uint32_t mask;  // of 1 << variant
+  qpass_variant rule;
+  int32_t kind;  // the ProductKind of tuning.h, by which tables know it
+} qpass_choice;
+
 // SmoothQuantGemm: y[m, n] = (sum_k q[m, k] * weight[n, k], in int32) * scale_a * scale_w (+ bias).
 typedef struct {
   qpass_type type;  // of y and bias
@@ -114,10 +138,12 @@ typedef struct {
   const void* bias;  // [n] or null
   void* y;           // [m, n]
   void* workspace;   // of at least qpass_smooth_quant_gemm_workspace bytes, 256-byte aligned
+  qpass_variant variant;  // one that the call cannot take is cudaErrorNotSupported
 } qpass_smooth_quant_gemm_args;
 int qpass_smooth_quant_gemm(const qpass_smooth_quant_gemm_args* args, cudaStream_t stream);
-// An upper bound for every m up to this one. Reads no pointer of `args`.
+// An upper bound for every m up to this one and every variant. Reads no pointer of `args`.
 size_t qpass_smooth_quant_gemm_workspace(const qpass_smooth_quant_gemm_args* args);
+int qpass_smooth_quant_gemm_choice(const qpass_smooth_quant_gemm_args* args, qpass_choice* choice);  // reads none either
 
 // WeightOnlyQuantMatmul (group_size 0) and WeightOnlyGroupwiseQuantMatmul:
 // y[m, n] = sum_k (x[m, k] * pre_quant_scale[k]) * ((weight[n, k] - zero) * scale) (+ bias).
@@ -134,10 +160,12 @@ typedef struct {
   const void* bias;    // [n] or null
   void* y;             // [m, n]
   void* workspace;     // of at least qpass_weight_only_matmul_workspace bytes, 256-byte aligned
+  qpass_variant variant;  // all but skinny: of the 16-bit product on the expanded weight
 } qpass_weight_only_matmul_args;
 int qpass_weight_only_matmul(const qpass_weight_only_matmul_args* args, cudaStream_t stream);
-// An upper bound for every m up to this one. Reads no pointer of `args`.
+// An upper bound for every m up to this one and every variant. Reads no pointer of `args`.
 size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* args);
+int qpass_weight_only_matmul_choice(const qpass_weight_only_matmul_args* args, qpass_choice* choice);  // reads none either
 
 #ifdef __cplusplus
 }

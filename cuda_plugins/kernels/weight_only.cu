@@ -2,19 +2,29 @@
 // product on the weight expanded chunk by chunk: a chunk is large enough to fill the GPU, and bounds the workspace.
 #include "weight_only.h"
 
+#include "tuning.h"
+
 namespace qpass {
 namespace {
 
 constexpr int64_t kChunkBytes = 512 << 20;  // of expanded weight
 
-constexpr double kHeadStart = 7e8;             // of the integers, over expanding them: see skinny_tokens
+constexpr double kHeadStart = 7e8;  // of the integers, over expanding them: see skinny_tokens
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// How a call goes: which path, and where in the workspace its parts lie.
+bool few_by_rule(const qpass_weight_only_matmul_args& args) {
+  return args.m <= skinny_tokens(args.n, args.k, kHeadStart) || args.type == QPASS_FLOAT;
+}
+
+// Few tokens never expand, so that a model that knows no others needs no workspace for it.
+bool may_expand(const qpass_weight_only_matmul_args& args) {
+  return args.m > kSkinnyTokens && args.type != QPASS_FLOAT;
+}
+
+// Where in the workspace the parts of a call lie; `few`: on the path for few tokens.
 struct Plan {
-  explicit Plan(const qpass_weight_only_matmul_args& args) {
-    few = args.m <= skinny_tokens(args.n, args.k, kHeadStart) || args.type == QPASS_FLOAT;
+  Plan(const qpass_weight_only_matmul_args& args, bool few) : few(few) {
     int64_t bytes = args.int4 ? args.k / 2 : args.k;
     row_bytes = ceil_div(bytes, 16) * 16;
     pads_weight = few && row_bytes != bytes;
@@ -40,7 +50,8 @@ struct Plan {
     size = at;
   }
 
-  bool few, pads_weight, prepares, divides;
+  bool few;
+  bool pads_weight, prepares, divides;
   int64_t padded;  // values of a row as the kernel sees it
   int64_t row_bytes;
   int64_t chunk = 0;  // rows of weight that are expanded at a time
@@ -58,6 +69,7 @@ Gemm product_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
   if (plan.divides) g.row_scale = reinterpret_cast<float*>(workspace + plan.row_scale), g.per_row = true;
   g.bias = args.bias;
   g.d = args.y, g.ldd = args.n;
+  g.variant = args.variant;
   return g;
 }
 
@@ -104,15 +116,38 @@ cudaError_t many_tokens(const qpass_weight_only_matmul_args& args, const Plan& p
   return cudaSuccess;
 }
 
+cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaStream_t stream) {
+  const bool by_rule = args.variant <= QPASS_RULE;
+  const Plan plan(args, by_rule ? few_by_rule(args) : args.variant == QPASS_SKINNY);
+  if (!plan.few && !may_expand(args)) return cudaErrorNotSupported;
+  if (plan.prepares) {
+    char* workspace = static_cast<char*>(args.workspace);
+    float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
+    if (cudaError_t e = prepare_activations(args, workspace + plan.x, plan.padded, row_scale, stream)) return e;
+  }
+  return plan.few ? few_tokens(args, plan, stream) : many_tokens(args, plan, stream);
+}
+
 }  // namespace
 }  // namespace qpass
 
 size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* args) {
   using namespace qpass;
   if (!args->n || !args->k) return 0;
-  qpass_weight_only_matmul_args few = *args;  // a smaller m may take the other way
-  few.m = std::min(args->m, skinny_tokens(args->n, args->k, kHeadStart));
-  return std::max(Plan(*args).size, Plan(few).size);
+  size_t few = Plan(*args, true).size;
+  return may_expand(*args) ? std::max(few, Plan(*args, false).size) : few;
+}
+
+int qpass_weight_only_matmul_choice(const qpass_weight_only_matmul_args* args, qpass_choice* choice) {
+  using namespace qpass;
+  *choice = {};
+  if (may_expand(*args)) {
+    if (cudaError_t e = gemm_choice(product_of(*args, Plan(*args, false)), choice)) return e;
+  }
+  choice->mask |= 1u << QPASS_SKINNY;
+  choice->kind = kind_of(*args);
+  if (few_by_rule(*args)) choice->rule = QPASS_SKINNY;
+  return cudaSuccess;
 }
 
 int qpass_weight_only_matmul(const qpass_weight_only_matmul_args* args, cudaStream_t stream) {
@@ -120,11 +155,5 @@ int qpass_weight_only_matmul(const qpass_weight_only_matmul_args* args, cudaStre
   if (!args->m || !args->n) return cudaSuccess;
   bool grouped = args->group_size == 32 || args->group_size == 64 || args->group_size == 128;
   if (!args->k || (args->group_size && !grouped)) return cudaErrorInvalidValue;
-  Plan plan(*args);
-  if (plan.prepares) {
-    char* workspace = static_cast<char*>(args->workspace);
-    float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
-    if (cudaError_t e = prepare_activations(*args, workspace + plan.x, plan.padded, row_scale, stream)) return e;
-  }
-  return plan.few ? few_tokens(*args, plan, stream) : many_tokens(*args, plan, stream);
+  return by_variant(*args, [&](const auto& chosen) { return weight_only_matmul(chosen, stream); });
 }

@@ -1,6 +1,7 @@
 // The library as seen without TensorRT: what is in it, and any op to be run, for `qpass plugins`, tests and benchmarks.
 #include <cstring>
 
+#include "../kernels/tuning.h"
 #include "op.h"
 
 #define QPASS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -49,7 +50,11 @@ std::string description() {
   std::string text = "{\"version\": " + quoted(kVersion) + ", \"namespace\": " + quoted(kNamespace) +
                      ", \"architectures\": " + quoted(QPASS_ARCHITECTURES) + ", \"interface\": " + quoted(kInterface) +
                      ", \"cuda\": " + std::to_string(CUDART_VERSION) +
-                     ", \"types\": " + kTypes + ", \"ops\": [";
+                     ", \"types\": " + kTypes + ", \"kinds\": [";
+  for (int i = 0; i < kProductKinds; ++i) text += (i ? ", " : "") + quoted(name_of(ProductKind(i)));
+  text += "], \"variants\": [";
+  for (int i = 0; i < QPASS_VARIANTS; ++i) text += (i ? ", " : "") + quoted(qpass_variant_name(qpass_variant(i)));
+  text += "], \"ops\": [";
   for (const Op* op : ops()) {
     text += (op == ops()[0] ? "" : ", ") + std::string("{\"name\": ") + quoted(op->name) + ", \"fields\": " +
             list(op->fields) + ", \"inputs\": " + list(op->inputs) + ", \"outputs\": " + list(op->outputs) + "}";
@@ -88,6 +93,30 @@ QPASS_EXPORT void qpass_node_destroy(void* node) { delete static_cast<qpass::Nod
 QPASS_EXPORT size_t qpass_node_workspace(const void* node, const qpass::Tensor* in, const qpass::Tensor* out) {
   const qpass::Node& n = *static_cast<const qpass::Node*>(node);
   return n.op.workspace(qpass::Call(n, in, out, nullptr));
+}
+
+// Checks types and shapes, then tells the variants that the call can take on the current device. 0, or 1 with a text in `error`.
+QPASS_EXPORT int qpass_node_choice(const void* node, const qpass::Tensor* in, int n_in, const qpass::Tensor* out, int n_out,
+    qpass_choice* choice, char* error, size_t size) {
+  const qpass::Node& n = *static_cast<const qpass::Node*>(node);
+  std::string wrong = n.check(in, n_in, out, n_out);
+  if (wrong.empty()) {
+    int code = n.op.choice(qpass::Call(n, in, out, nullptr), choice);
+    if (code) wrong = std::string(n.op.name) + ": " + cudaGetErrorString(cudaError_t(code));
+  }
+  return qpass::told(wrong, error, size);
+}
+
+// From now on by this variant, by its number; a call that cannot take it fails.
+QPASS_EXPORT void qpass_node_set_variant(void* node, int variant) {
+  static_cast<qpass::Node*>(node)->variant = qpass_variant(variant);
+}
+
+// The number of the variant that the library's table has for a kind of product on a GPU, by their names; of "rule" where it has
+// none, -1 for a kind that there is not.
+QPASS_EXPORT int qpass_tuned(const char* device, const char* kind, int64_t n, int64_t k, int64_t m) {
+  qpass::ProductKind found = qpass::kind_of(std::string(kind));
+  return found == qpass::kProductKinds ? -1 : qpass::tuning_of(device).find(found, n, k, m);
 }
 
 // Checks types and shapes, then enqueues. 0, or 1 with a text in `error`.

@@ -63,6 +63,7 @@ const Tensor* Call::in(const char* name) const { return find(node_.inputs, input
 const Tensor* Call::out(const char* name) const { return find(node_.outputs, outputs_, name); }
 int Call::attribute(const char* name) const { return int(node_.value(name)); }
 float Call::number(const char* name) const { return float(node_.value(name)); }
+qpass_variant Call::variant() const { return node_.variant; }
 
 const Op* find_op(const std::string& name) {
   for (const Op* op : ops()) {

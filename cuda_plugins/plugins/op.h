@@ -81,6 +81,7 @@ class Call {
   }
   int attribute(const char* name) const;
   float number(const char* name) const;
+  qpass_variant variant() const;
 
   void* const workspace;
 
@@ -99,6 +100,8 @@ class Op {
   // Bytes for any call whose leading dims are at most these. Pointers say which tensors are there, and are not read.
   virtual size_t workspace(const Call&) const { return 0; }
   virtual int run(const Call& call, cudaStream_t stream) const = 0;  // 0 or a cudaError_t
+  // The variants that a call can take, none where an op goes one way only. Pointers are not read. 0 or a cudaError_t.
+  virtual int choice(const Call&, qpass_choice* choice) const { return *choice = {}, 0; }
 
   const char* const name;
   const std::vector<Field> fields;
@@ -120,6 +123,7 @@ class Node {
 
   const Op& op;
   std::vector<double> values;
+  qpass_variant variant = QPASS_AUTO;
   std::vector<const Slot*> inputs, outputs;  // those that are there
 
   size_t t_input() const;  // the first input of kind T, whose type T is; 0 where there is none

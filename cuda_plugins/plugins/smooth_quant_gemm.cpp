@@ -18,6 +18,11 @@ class SmoothQuantGemm : public Op {
     return qpass_smooth_quant_gemm(&args, stream);
   }
 
+  int choice(const Call& call, qpass_choice* choice) const override {
+    qpass_smooth_quant_gemm_args args = args_of(call);
+    return qpass_smooth_quant_gemm_choice(&args, choice);
+  }
+
  private:
   static qpass_smooth_quant_gemm_args args_of(const Call& call) {
     const Tensor &q = *call.in("q"), &y = *call.out("y");
@@ -35,6 +40,7 @@ class SmoothQuantGemm : public Op {
     args.bias = call.read<void>("bias");
     args.y = y.data;
     args.workspace = call.workspace;
+    args.variant = call.variant();
     return args;
   }
 };

@@ -18,6 +18,11 @@ class WeightOnlyMatmul : public Op {
     return qpass_weight_only_matmul(&args, stream);
   }
 
+  int choice(const Call& call, qpass_choice* choice) const override {
+    qpass_weight_only_matmul_args args = args_of(call);
+    return qpass_weight_only_matmul_choice(&args, choice);
+  }
+
  private:
   static qpass_weight_only_matmul_args args_of(const Call& call) {
     const Tensor &x = *call.in("x"), &y = *call.out("y");
@@ -36,6 +41,7 @@ class WeightOnlyMatmul : public Op {
     args.bias = call.read<void>("bias");
     args.y = y.data;
     args.workspace = call.workspace;
+    args.variant = call.variant();
     return args;
   }
 };

@@ -131,11 +131,13 @@ def selftest(
         typer.echo(json.dumps([vars(t) | {"passed": t.passed} for t in tallies], indent=1))
     elif not quiet:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("op", "dtype", "cases", "failed", "worst ÷ limit", "limit", "integers", "off by one"):
+        for name in ("op", "dtype", "cases", "variants", "failed", "worst ÷ limit", "limit", "integers", "off by one"):
             table.add_column(name, justify="left" if name in ("op", "dtype") else "right")
         for t in tallies:
             shown = (f"{t.worst:.2f}", f"{t.limit:.0e}") if t.limit else ("", "")
-            table.add_row(t.op, t.dtype, str(t.cases), str(len(t.failures)), *shown, str(t.integers), str(t.off_by_one))
+            variants = max(1, len(t.variants) - 1)  # without the library's choice
+            counts = str(t.cases), str(variants), str(len(t.failures))
+            table.add_row(t.op, t.dtype, *counts, *shown, str(t.integers), str(t.off_by_one))
         Console(highlight=False).print(table)
     for t in failed:
         for text in t.failures[:10]:
@@ -206,6 +208,68 @@ def bench(
     out = Console(highlight=False)
     for part in tables(told):
         out.print(part)
+
+
+@app.command()
+def tune(
+    models: Annotated[list[Path] | None, typer.Argument(help="Rewritten models, whose products are timed.")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", help="A weight NxK; may be given several times.")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--kind", help="Only products such as w8a8, w8a16 or w4a16-g128; may be given several times."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--m", help="Numbers of tokens, such as 1,16,256. Default: 1 to 8192.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16 or float16.")] = "bfloat16",
+    library: LibraryFile = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The table. Default: where the library looks for it.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time every kernel that a product of a shape can go by, and write the fastest into the library's table.
+
+    Example: `qpass plugins tune model.w8a8.onnx --shape 8192x8192 --m 1,16,64,256,1024`
+    """
+    from qpass.plugins.bench.jobs import shape
+    from qpass.plugins.bench.ours import Ours
+    from qpass.plugins.bench.timing import Timer
+    from qpass.plugins.tune.products import TOKENS, products
+    from qpass.plugins.tune.report import record, table_of
+    from qpass.plugins.tune.session import Tuner
+    from qpass.plugins.tune.table import beside, read
+
+    if dtype not in ("bfloat16", "float16"):
+        raise QpassError(f"--dtype {dtype}: wants bfloat16 or float16; products of float32 activations go one way only")
+    sizes = TOKENS if tokens is None else _numbers("m", tokens)
+    todo = products(models or (), [shape(s) for s in shapes or ()], kinds or ())
+    found = plugins.find(library)
+    target = beside(found.path) if output is None else output
+    check_place(target, [found.path, *(models or ())])
+    if not os.access(target.parent, os.W_OK):
+        raise QpassError(f"cannot write in {target.parent}; choose another place with -o")
+    read(target)  # tells now what is wrong with it
+    timer, name = Timer(), gpu.device().name()
+    with bar("timing", not quiet and not as_json) as progress:
+        rows = Tuner(timer, Ours(found, dtype), name, target).run(todo, sizes, progress)
+    if as_json:
+        told = record(rows, name, dtype, shlex.join(["qpass", *sys.argv[1:]]), found.description["cuda"])
+        typer.echo(json.dumps(told, indent=1))
+    elif not quiet:
+        out = Console(highlight=False)
+        out.print(table_of(rows, name))
+        out.print(f"{target} has it", soft_wrap=True, markup=False)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(w.isascii() and w.isdigit() and int(w) for w in words):
+        raise QpassError(f"--{flag} {text}: wants whole numbers above 0 between commas, such as 1,16,256")
+    return [int(w) for w in words]
 
 
 def _list_all(as_json: bool) -> None:

@@ -17,6 +17,8 @@ from qpass.errors import QpassError
 from qpass.ops.base import Attr
 
 LIBRARY = "libqpass_plugins.so"
+DEFAULT = "auto"
+"""The variant of calls that ask for none: what the library's table has, else the rule's."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,22 @@ class _Tensor(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("dims", ctypes.c_int64 * 8),
     )
+
+
+class _Choice(ctypes.Structure):
+    """qpass_choice of cuda_plugins/kernels/qpass_kernels.h."""
+
+    _fields_ = (("mask", ctypes.c_uint32), ("rule", ctypes.c_int32), ("kind", ctypes.c_int32))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ways that a call of a matrix product can go, the one that the rule takes, and the kind that tables have it
+    under. Ops that go one way only have no variants."""
+
+    variants: tuple[str, ...]
+    rule: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,19 @@ class Library:
                 ctypes.c_char_p,
                 ctypes.c_size_t,
             ]
+            c.qpass_node_choice.argtypes = [
+                ctypes.c_void_p,
+                tensors,
+                ctypes.c_int,
+                tensors,
+                ctypes.c_int,
+                ctypes.POINTER(_Choice),
+                ctypes.c_char_p,
+                ctypes.c_size_t,
+            ]
+            c.qpass_node_set_variant.argtypes = [ctypes.c_void_p, ctypes.c_int]
+            c.qpass_node_set_variant.restype = None
+            c.qpass_tuned.argtypes = [ctypes.c_char_p, ctypes.c_char_p, *[ctypes.c_int64] * 3]
         except OSError as error:
             raise QpassError(f"{self.path} cannot be loaded: {error}") from error
         except AttributeError:
@@ -122,6 +153,23 @@ class Library:
     def interface(self) -> str:
         """Of TensorRT's, that its plugins have; a value of `toolchain.INTERFACES`."""
         return str(self.description["interface"])
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of all ways that a matrix product can go, in the order of their numbers."""
+        return tuple(self.description["variants"])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the kinds of matrix products that tables of tuning tell apart."""
+        return tuple(self.description["kinds"])
+
+    def tuned(self, device: str, kind: str, n: int, k: int, m: int) -> str:
+        """The variant that the library's table has for a product on a GPU, by its name; "rule" where it has none."""
+        number = int(self._c.qpass_tuned(device.encode(), kind.encode(), n, k, m))
+        if number < 0:
+            raise QpassError(f"{self.path} has no kind {kind}; it has {', '.join(self.kinds)}")
+        return self.variants[number]
 
     @cached_property
     def ops(self) -> dict[str, OpInfo]:
@@ -151,14 +199,18 @@ class Library:
         fields = self.ops[op].fields
         if missing := [f for f in fields if f not in attrs]:
             raise QpassError(f"{op} needs its attribute '{missing[0]}'")
-        return Node(self._c, op, [float(attrs[f]) for f in fields])
+        return Node(self._c, op, [float(attrs[f]) for f in fields], self.variants, self.kinds)
 
 
 class Node:
     """An op with its attributes. Tensors are the present ones, in the order of the declaration."""
 
-    def __init__(self, c: ctypes.CDLL, op: str, values: Sequence[float]) -> None:
+    def __init__(
+        self, c: ctypes.CDLL, op: str, values: Sequence[float], variants: Sequence[str], kinds: Sequence[str]
+    ) -> None:
         self._c = c
+        self._variants = variants
+        self._kinds = kinds
         self._error = ctypes.create_string_buffer(1024)
         array = (ctypes.c_double * len(values))(*values)
         self._node = c.qpass_node_create(op.encode(), array, len(values), self._error, len(self._error))
@@ -172,6 +224,23 @@ class Node:
     def workspace(self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> int:
         """Bytes of workspace for these shapes, and for any with fewer tokens."""
         return int(self._c.qpass_node_workspace(self._node, _array(inputs), _array(outputs)))
+
+    def choice(self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> Choice:
+        """The variants of a call of these shapes on the current GPU.
+
+        Raises:
+            QpassError: types or shapes do not fit the op, or CUDA refused.
+        """
+        found = _Choice()
+        given = self._node, _array(inputs), len(inputs), _array(outputs), len(outputs), ctypes.byref(found)
+        if self._c.qpass_node_choice(*given, self._error, len(self._error)):
+            raise QpassError(self._error.value.decode())
+        names = tuple(name for i, name in enumerate(self._variants) if found.mask >> i & 1)
+        return Choice(names, self._variants[found.rule], self._kinds[found.kind] if names else "")
+
+    def take(self, variant: str) -> None:
+        """Go by this variant from now on, at calls that can; others fail."""
+        self._c.qpass_node_set_variant(self._node, self._variants.index(variant))
 
     def run(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor], workspace: int = 0, stream: int = 0

@@ -1,4 +1,5 @@
 """Every kernel against the NumPy reference, on the GPU: random data, poisoned outputs, guarded memory, odd sizes.
+Matrix products go by the library's own choice and then by every variant that can do them.
 
 What must hold: floats have a relative error ‖out - ref‖ / ‖ref‖ against a float64 reference of the same quantized
 inputs of at most `LIMITS`; integers are the reference's, but where a norm or activation is computed first may be off by
@@ -21,7 +22,7 @@ from qpass.ops.activation_quantization import ActivationQuantization
 from qpass.ops.base import Op, Tensors
 from qpass.ops.examples import Case
 from qpass.ops.norm_quantization import NormQuantization
-from qpass.plugins.library import DeviceTensor, Library
+from qpass.plugins.library import DEFAULT, DeviceTensor, Library
 
 Array = NDArray[Any]
 
@@ -40,6 +41,8 @@ class Tally:
     op: str
     dtype: str
     cases: int = 0
+    variants: dict[str, int] = field(default_factory=dict)
+    """How many cases went by which."""
     worst: float = 0.0
     limit: float = 0.0
     integers: int = 0
@@ -66,15 +69,27 @@ def selftest(
         tally = tallies.setdefault((case.op.name, dtype), Tally(case.op.name, dtype))
         tally.cases += 1
         try:
-            compare(case, run(library, case), tally)
-        except Wrong as wrong:
-            tally.failures.append(f"{describe(case)}: {wrong}")
+            _by_every_variant(OnGpu(library, case), case, tally)
         except QpassError as error:
             tally.failures.append(f"{describe(case)}: {error}")
             gpu.synchronize()  # raises where the context is lost
         if progress is not None:
             progress(done, len(cases))
     return list(tallies.values())
+
+
+def _by_every_variant(there: OnGpu, case: Case, tally: Tally) -> None:
+    wanted = references(case)
+    for variant in (DEFAULT, *there.variants):
+        tally.variants[variant] = tally.variants.get(variant, 0) + 1
+        how = "" if variant == DEFAULT else f" by {variant}"
+        try:
+            compare(case, there.run(variant), wanted, tally)
+        except Wrong as wrong:
+            tally.failures.append(f"{describe(case)}{how}: {wrong}")
+        except QpassError as error:
+            tally.failures.append(f"{describe(case)}{how}: {error}")
+            gpu.synchronize()
 
 
 class Wrong(Exception):
@@ -88,14 +103,11 @@ def run(library: Library, case: Case) -> list[Array]:
         Wrong: something was written beside the outputs.
         QpassError: the kernel could not run.
     """
-    there = OnGpu(library, case)
-    there.enqueue(0)
-    gpu.synchronize()
-    return there.outputs()
+    return OnGpu(library, case).run(DEFAULT)
 
 
 class OnGpu:
-    """A case in GPU memory: its inputs, poisoned outputs and workspace, each output with a fence behind it."""
+    """A case in GPU memory: its inputs, outputs and workspace, with a fence behind each that is written."""
 
     def __init__(self, library: Library, case: Case) -> None:
         self._names = [*(o.name for o in case.outputs), "workspace"]
@@ -114,7 +126,15 @@ class OnGpu:
         self._node = library.node(case.op.name, case.attrs)
         workspace = gpu.Buffer(self._node.workspace(self._inputs, self._outputs) + GUARD)
         self._buffers.append(workspace)
+        self.variants = self._node.choice(self._inputs, self._outputs).variants
+
+    def run(self, variant: str) -> list[Array]:
+        """What is computed by a variant into poisoned outputs. Raises as `run` of this module."""
+        self._node.take(variant)
         self.poison()
+        self.enqueue(0)
+        gpu.synchronize()
+        return self.outputs()
 
     def poison(self) -> None:
         """Fill outputs and workspace with what no kernel writes, and put up the fences."""
@@ -135,15 +155,23 @@ class OnGpu:
         return [b.download(o.dtype, o.shape) for b, o in pairs]
 
 
-def compare(case: Case, actual: Sequence[Array], tally: Tally) -> None:
+References = tuple[Sequence[Array], Sequence[Array]]
+"""A case's outputs by its op's reference, and in float64."""
+
+
+def references(case: Case) -> References:
+    """What a case's outputs are compared with."""
+    return case.op.reference(case.inputs, case.attrs), _in_float64(case.op, case)
+
+
+def compare(case: Case, actual: Sequence[Array], wanted: References, tally: Tally) -> None:
     """Note a case's errors.
 
     Raises:
         Wrong: they are above the limits.
     """
     computed_first = isinstance(case.op, NormQuantization | ActivationQuantization)
-    exact = case.op.reference(case.inputs, case.attrs)
-    for tensor, y, ref, wide in zip(case.outputs, actual, exact, _in_float64(case.op, case), strict=True):
+    for tensor, y, ref, wide in zip(case.outputs, actual, *wanted, strict=True):
         if y.dtype == np.int8:
             off = np.abs(y.astype(np.int32) - ref.astype(np.int32))
             tally.integers += y.size

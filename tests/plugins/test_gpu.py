@@ -10,8 +10,10 @@ from qpass.errors import QpassError
 from qpass.ops import REGISTRY
 from qpass.ops.examples import Array, example, signatures
 from qpass.plugins import DeviceTensor, Library
-from qpass.plugins.cases import every_case
-from qpass.plugins.selftest import OnGpu, Tally, Wrong, compare, run, selftest
+from qpass.plugins.cases import MATMULS, every_case
+from qpass.plugins.library import DEFAULT
+from qpass.plugins.selftest import OnGpu, Tally, Wrong, compare, references, run, selftest
+from qpass.plugins.tune.products import KINDS, job
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +30,26 @@ def compiled() -> Library:
 def test_kernels_agree_with_their_references(name: str, compiled: Library) -> None:
     for tally in selftest(compiled, every_case([name], quick=True)):
         assert tally.passed, tally.failures[:3]
+        if name == "SmoothQuantGemm" or (name in MATMULS and tally.dtype != "float32"):
+            assert {DEFAULT, "skinny", "mma"} <= set(tally.variants)
+
+
+def test_kinds_are_the_librarys(compiled: Library) -> None:
+    for kind in KINDS:
+        asked = job((kind, 256, 256), 100, "float16")
+        dtype = np.dtype(np.float16)
+        tensors = [[DeviceTensor(0, *t) for t in side.values()] for side in (asked.inputs(dtype), asked.outputs(dtype))]
+        choice = compiled.node(asked.op, asked.attrs).choice(*tensors)
+        assert choice.kind == kind
+        assert choice.rule in choice.variants
+        assert {"skinny", "mma"} <= set(choice.variants)
 
 
 def test_a_wrong_kernel_is_found(compiled: Library) -> None:
     """The test can fail: with another epsilon, scale or byte the outputs are not the reference's."""
     for case in (make() for name in REGISTRY for make in every_case([name], quick=True)[:1]):
-        outputs = run(compiled, case)
-        compare(case, outputs, Tally("", ""))
+        outputs, wanted = run(compiled, case), references(case)
+        compare(case, outputs, wanted, Tally("", ""))
         outputs[0] = outputs[0].copy()
         flat = outputs[0].reshape(-1)
         if flat.dtype == np.int8:
@@ -42,7 +57,7 @@ def test_a_wrong_kernel_is_found(compiled: Library) -> None:
         else:
             flat[-1] = np.nan
         with pytest.raises(Wrong):
-            compare(case, outputs, Tally("", ""))
+            compare(case, outputs, wanted, Tally("", ""))
 
 
 @pytest.mark.parametrize("name", ["QuantizePerToken", "RmsnormQuantization", "ActivationQuantization"])
@@ -107,12 +122,11 @@ def test_every_op_can_be_captured(name: str, compiled: Library) -> None:
     """Nothing allocates or synchronizes: a graph of a call gives what the call gives."""
     for make in every_case([name], quick=True)[::40]:
         there = OnGpu(compiled, make())
-        there.enqueue(0)
-        gpu.synchronize()
-        want = there.outputs()
-        there.poison()
-        graph = gpu.Graph(lambda stream, there=there: there.enqueue(stream.handle))  # type: ignore[misc]
-        graph.launch()
-        gpu.synchronize()
-        for got, expected in zip(there.outputs(), want, strict=True):
-            assert np.array_equal(got.view(np.uint8), expected.view(np.uint8))
+        for variant in (DEFAULT, *there.variants):
+            want = there.run(variant)
+            there.poison()
+            graph = gpu.Graph(lambda stream, there=there: there.enqueue(stream.handle))  # type: ignore[misc]
+            graph.launch()
+            gpu.synchronize()
+            for got, expected in zip(there.outputs(), want, strict=True):
+                assert np.array_equal(got.view(np.uint8), expected.view(np.uint8))

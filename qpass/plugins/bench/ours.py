@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from qpass import gpu
 from qpass.plugins.bench.jobs import DTYPES, Job
-from qpass.plugins.bench.timing import Call, Filled
-from qpass.plugins.library import Library, Node
+from qpass.plugins.bench.timing import Filled
+from qpass.plugins.library import Choice, DeviceTensor, Library, Node
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Ours:
         """What a call reads and writes."""
         return job.bytes(DTYPES[self.dtype])
 
-    def calls(self, job: Job, copies: int) -> list[Call]:
+    def calls(self, job: Job, copies: int) -> list[Run]:
         """One call on each of `copies` sets of tensors, with one workspace for all."""
         node, dtype = self.library.node(job.op, job.attrs), DTYPES[self.dtype]
         sets = [
@@ -31,12 +31,12 @@ class Ours:
         ]
         inputs, outputs = sets[0]
         workspace = gpu.Buffer(node.workspace([i.tensor for i in inputs], [o.tensor for o in outputs]))
-        return [_Run(node, inputs, outputs, workspace) for inputs, outputs in sets]
+        return [Run(node, inputs, outputs, workspace) for inputs, outputs in sets]
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A call that holds its tensors."""
+class Run:
+    """A call that holds its tensors; a `timing.Call`."""
 
     node: Node
     inputs: Sequence[Filled]
@@ -44,5 +44,16 @@ class _Run:
     workspace: gpu.Buffer
 
     def __call__(self, stream: int) -> None:
-        inputs, outputs = [i.tensor for i in self.inputs], [o.tensor for o in self.outputs]
+        inputs, outputs = self._tensors()
         self.node.run(inputs, outputs, self.workspace.address, stream)
+
+    def choice(self) -> Choice:
+        """The variants that it can take."""
+        return self.node.choice(*self._tensors())
+
+    def take(self, variant: str) -> None:
+        """Go by this one from now on, as do all calls that were made with it."""
+        self.node.take(variant)
+
+    def _tensors(self) -> tuple[list[DeviceTensor], list[DeviceTensor]]:
+        return [i.tensor for i in self.inputs], [o.tensor for o in self.outputs]

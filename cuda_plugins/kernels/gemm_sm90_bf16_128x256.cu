@@ -1,0 +1,3 @@
+#include "gemm_sm90.cuh"
+
+template cudaError_t qpass::gemm_sm90<qpass::bfloat16, qpass::bfloat16, QPASS_SM90_128X256>(const Gemm&, cudaStream_t);

@@ -1,3 +1,0 @@
-#include "gemm_sm90.cuh"
-
-template cudaError_t qpass::gemm_sm90<int8_t, qpass::bfloat16, false>(const Gemm&, cudaStream_t);

@@ -1,0 +1,3 @@
+#include "gemm_sm90.cuh"
+
+template cudaError_t qpass::gemm_sm90<int8_t, qpass::half, QPASS_SM90_128X256>(const Gemm&, cudaStream_t);
