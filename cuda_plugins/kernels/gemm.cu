@@ -56,10 +56,13 @@ uint32_t variants_of(const Gemm& g, const Device& device) {
   return mask;
 }
 
-qpass_variant rule(const Gemm& g, uint32_t mask) {
+qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
   if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8)) return QPASS_SKINNY;
-  qpass_variant tile = g.in == QPASS_INT8 && g.m <= 128 ? QPASS_SM90_64X128 : QPASS_SM90_128X256;
-  for (qpass_variant variant : {tile, QPASS_SM80_128X128}) {
+  // the largest tile does the most with what it reads, unless its tiles are so few that two fifths of the GPU or more are idle
+  const bool idle = ceil_div(g.m, 128) * ceil_div(g.n, 256) * 5 <= 3 * device.multiprocessors;
+  qpass_variant first = idle ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
+  if (g.in == QPASS_INT8 && g.m <= 128) first = QPASS_SM90_64X128;
+  for (qpass_variant variant : {first, QPASS_SM90_128X256, QPASS_SM80_128X128}) {
     if (mask & bit(variant)) return variant;
   }
   return QPASS_MMA;
@@ -110,7 +113,7 @@ cudaError_t gemm(const Gemm& g, cudaStream_t stream) {
   if (cudaError_t e = current_device(&device)) return e;
   const uint32_t mask = variants_of(g, device);
   if (g.variant > QPASS_RULE) return mask & bit(g.variant) ? launch(g, g.variant, stream) : cudaErrorNotSupported;
-  cudaError_t e = launch(g, rule(g, mask), stream);
+  cudaError_t e = launch(g, rule(g, mask, device), stream);
   return e == cudaErrorNotSupported ? gemm_mma(g, stream) : e;
 }
 
@@ -123,7 +126,7 @@ cudaError_t gemm_choice(const Gemm& g, qpass_choice* choice) {
   Device device;
   if (cudaError_t e = current_device(&device)) return e;
   choice->mask = variants_of(g, device);
-  choice->rule = rule(g, choice->mask);
+  choice->rule = rule(g, choice->mask, device);
   return cudaSuccess;
 }
 

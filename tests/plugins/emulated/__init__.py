@@ -52,7 +52,7 @@ def compile_emulated(folder: Path) -> Library:
             shutil.copy(HERE / "mma.cuh", kernels)
             (copy / "runtime.cpp").write_text(RUNTIME)
             sources = [p for p in sorted(kernels.glob("*.cu")) if not p.name.startswith(("gemm_sm80", "gemm_sm90"))]
-            sources += [*sorted((copy / "plugins").glob("*.cpp")), copy / "runtime.cpp"]
+            sources += [*sorted(kernels.glob("*.cpp")), *sorted((copy / "plugins").glob("*.cpp")), copy / "runtime.cpp"]
             flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w"]
             flags += ["-isystem", str(include), f"-I{HERE}", f"-I{copy / 'minimal' / '10'}"]
             flags += [f"-I{kernels}", f"-I{copy / 'plugins'}"]
