@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import matrix
+from benchmarks import engines, matrix
 from benchmarks.plugins import table
 from qpass import cli, gpu, plugins
 from qpass.errors import QpassError
@@ -128,6 +128,8 @@ def test_readme_tables_are_the_measured_ones() -> None:
     results = ROOT / "benchmarks" / "results"
     assert table(json.loads((results / "plugins_h100.json").read_text())) in README
     assert matrix.table(results) in README
+    assert engines.latencies(results) in README
+    assert engines.errors(results) in README
 
 
 def test_readme_recipe(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
