@@ -31,11 +31,10 @@ struct Activated {
   template <int V, int N>
   __device__ void values(const Raw<V> (&raw)[N], float (&v)[N][V]) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) to_floats(raw[i].factors[0], v[i]);
-    activate(v, activation);
-    if constexpr (kGated) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < N; ++i) {
+      to_floats(raw[i].factors[0], v[i]);
+      activate(v[i], activation);
+      if constexpr (kGated) {
         float factor[V];
         to_floats(raw[i].factors[1], factor);
 #pragma unroll

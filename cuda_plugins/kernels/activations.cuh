@@ -41,16 +41,14 @@ __device__ __forceinline__ float gelu(float x) {
   return fmaf(-size, exp2_approximately(p), Max()(x, 0.f));
 }
 
-template <int V, int N>
-__device__ __forceinline__ void activate(float (&v)[N][V], int activation) {
+template <int V>
+__device__ __forceinline__ void activate(float (&v)[V], int activation) {
   auto each = [&](auto&& f) {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-#pragma unroll
-      for (int j = 0; j < V; ++j) v[i][j] = f(v[i][j]);
+    for (int i = 0; i < V; ++i) v[i] = f(v[i]);
   };
   constexpr float kTanh = -2 * 0.79788456f * kLog2E;  // 1/2 + tanh(y) / 2 = 1 / (1 + e^-2y)
-  switch (activation) {  // once for all: it is the same for every element
+  switch (activation) {  // once a pack: the same for all elements, but all at once would take registers
     case kGelu: return each([](float x) { return gelu(x); });
     case kGeluTanh:
       return each([=](float x) { return x * inverse_of_1_and_exp2(x * fmaf(x * x, kTanh * 0.044715f, kTanh)); });

@@ -19,8 +19,8 @@ __device__ __forceinline__ int64_t operand_row(const qpass_rows& rows, int64_t r
 template <typename Element, bool kResidual>
 struct Normed {
   using T = Element;
-  static constexpr bool kNorm = true, kHasY = true;
-  static constexpr int kRegisters = 44;
+  static constexpr bool kNorm = true, kHasY = true, kHasSum = kResidual;
+  static constexpr int kRegisters = 36;
 
   template <int V>
   struct Raw {
@@ -35,7 +35,7 @@ struct Normed {
     Normed one = *this;
     one.x += operand_row(x_rows, row) * k;
     if (kResidual) one.residual += operand_row(residual_rows, row) * k;
-    if (sum) one.sum += row * k;
+    if (kHasSum && sum) one.sum += row * k;
     return one;
   }
 
@@ -62,20 +62,24 @@ struct Normed {
 
   template <int V>
   __device__ Coefficients<V> coefficients(int column) const {
-    if (beta) prefetch(beta + column);
     return {read<V>(gamma + column)};
   }
 
+  __device__ void prefetch(int column) const {
+    if (beta) qpass::prefetch(beta + column);
+  }
+
   template <int V>
-  __device__ void scale(int column, bool within, const Coefficients<V>& by, float mean, float inverse, float (&v)[V]) const {
-    float factor[V], plus[V] = {};
+  __device__ void scale(int column, bool within, const Coefficients<V>& by, float inverse, float (&v)[V]) const {
+    float factor[V];
     to_floats(by.gamma, factor);
-    if (beta && within) load<V>(beta + column, plus);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      v[i] = __fmul_rn(__fmul_rn(v[i] - mean, inverse), factor[i]);  // rounded after each step, like the ONNX body
-      if (beta) v[i] = __fadd_rn(v[i], plus[i]);
-    }
+    for (int i = 0; i < V; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], inverse), factor[i]);  // rounded like the ONNX body
+    if (!beta) return;
+    float plus[V] = {};
+    if (within) load<V>(beta + column, plus);
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = __fadd_rn(v[i], plus[i]);
   }
 
   const T *x, *residual, *gamma, *beta;

@@ -2,11 +2,11 @@
 //
 // A `Source` says what rows are made of. at() is the source of one row; fetch() reads a pack of V neighbours as they lie in
 // memory, values() makes floats of them. For a norm (kNorm) statistics over the row follow, and coefficients() and scale().
+// kRegisters are what it takes beside all those, as compiled.
 //
-// A row is spread over the threads of a warp or a block, each of which holds N packs; there are as many threads as leave only
-// the last of them without work. Where there are more rows than the GPU holds at once, blocks stay and take one row after
-// another, each read while the one before is finished. Rows too long for registers (kLong) are read again in every pass, from
-// L2.
+// A row is spread over a warp or a block of just so many warps as it fills, N packs a thread. Where there are more rows than
+// the GPU holds at once, blocks stay and take one row after another; with registers to spare the next is asked for before one
+// is written. Rows too long for registers (kLong) are read again in every pass, from L2.
 #pragma once
 
 #include "reduction.cuh"
@@ -14,12 +14,26 @@
 
 namespace qpass {
 
+// Reduces what a thread has.
 template <int N, typename Op>
 __device__ __forceinline__ float over(const float (&parts)[N], Op op) {
   float whole = parts[0];
 #pragma unroll
   for (int i = 1; i < N; ++i) whole = op(whole, parts[i]);
   return whole;
+}
+
+template <int V>
+__device__ __forceinline__ void centre(float (&v)[V], float mean) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] -= mean;
+}
+
+// 1 / sqrt(x) to an ulp: the GPU's approximation and a step of Newton's.
+__device__ __forceinline__ float inverse_root(float x) {
+  const float y = rsqrtf(x);
+  const float better = fmaf(fmaf(-x * y, y, 1.f), 0.5f * y, y);
+  return y == 0 || y == INFINITY ? y : better;
 }
 
 // How a kernel is laid out: N packs of V neighbours a thread; the threads of a row, at most; how many blocks of those a
@@ -53,8 +67,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows) return;  // all threads of a row together
 
-  // A warp's packs are neighbours: a thread's lie a constant apart. Beyond the row there are zeros, which change no sum and no
-  // maximum.
+  // A warp's packs are neighbours: a thread's lie a constant apart. Beyond the row zeros are computed with, and left out of
+  // what is reduced or stored: a branch around every pack would keep the compiler from mixing them.
   const int chunk = int(blockDim.x) * N * V;
   const int first = ((int(threadIdx.x) & ~31) * N + int(threadIdx.x) % 32) * V;
   auto packs = [&](auto&& f, int begin = 0) {  // f(pack, its column, whether that is within the row)
@@ -68,9 +82,11 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   };
 
   if (kAhead && !kLong) fetch(all.at(row));
-  if (kSmooth && !kLong) packs([&](int, int column, bool within) {
-    if (within) prefetch(result.smoother + column);
+  if (!kLong) packs([&](int, int column, bool within) {
+    if constexpr (Source::kNorm) if (within) all.prefetch(column);
+    if (kSmooth && within) prefetch(result.smoother + column);
   });
+  [[maybe_unused]] const float share = __frcp_rn(float(k));
   float scale = 0, zero = 0;
   if (result.scale) {
     scale = *result.scale;
@@ -99,7 +115,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
 
     [[maybe_unused]] float mean = 0, inverse_deviation = 1;
     if constexpr (Source::kNorm) {
-      if (source.sum) each([&](int i, int column, bool within) {
+      if (Source::kHasSum && source.sum) each([&](int i, int column, bool within) {
         if (within) store<V>(source.sum + column, v[i]);
       });
       if (!source.rms) {
@@ -108,24 +124,26 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
 #pragma unroll
           for (int j = 0; j < V; ++j) sums[i % kParts] += v[i][j];
         });
-        mean = reduce(over(sums, Sum()), Sum()) / k;
+        mean = reduce(over(sums, Sum()), Sum()) * share;
       }
       float squares[kParts] = {};
       each([&](int i, int, bool within) {
-        float& sum = squares[i % kParts];
-        const float before = sum;
+        if (!source.rms) centre(v[i], mean);
+        float& part = squares[i % kParts];
+        const float before = part;
 #pragma unroll
-        for (int j = 0; j < V; ++j) sum += (v[i][j] - mean) * (v[i][j] - mean);
-        if (!within) sum = before;
+        for (int j = 0; j < V; ++j) part += v[i][j] * v[i][j];
+        if (!within) part = before;
       });
       // a product instead of the body's division: one more rounding, and half the time of the whole kernel
-      inverse_deviation = __fdiv_rn(1.f, sqrtf(reduce(over(squares, Sum()), Sum()) / k + source.epsilon));
+      inverse_deviation = inverse_root(reduce(over(squares, Sum()), Sum()) * share + source.epsilon);
     }
 
     auto finish = [&](int i, int column, bool within) {
       if constexpr (Source::kNorm) {
+        if (kLong && !source.rms) centre(v[i], mean);
         if (!kEarly) coefficients[i] = within ? source.template coefficients<V>(column) : Coefficients();
-        source.scale(column, within, coefficients[i], mean, inverse_deviation, v[i]);
+        source.scale(column, within, coefficients[i], inverse_deviation, v[i]);
       }
     };
     auto smooth = [&](int i, int column, bool within) {
@@ -141,11 +159,14 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
       if (Source::kHasY && result.y && within) store<V>(static_cast<T*>(result.y) + start + column, v[i]);
       smooth(i, column, within);
       if (result.scale) return;
+      float& part = most[i % kParts];
+      const float before = part;
 #pragma unroll
-      for (int j = 0; j < V; ++j) most[i % kParts] = Max()(most[i % kParts], fabsf(v[i][j]));
+      for (int j = 0; j < V; ++j) part = Max()(part, fabsf(v[i][j]));
+      if (!within) part = before;
     });
     if (!result.scale) {
-      scale = __fdiv_rn(reduce(over(most, Max()), Max()), 127.f);
+      scale = scale_of(reduce(over(most, Max()), Max()));
       if (threadIdx.x == 0) result.token_scale[row] = scale;
     }
     const Rounding rounding(scale, zero);
@@ -176,7 +197,7 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
   if (blocks > device.multiprocessors) {
     int resident = 0;
     if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, 0)) return error;
-    const int64_t at_once = int64_t(resident) * device.multiprocessors;
+    const int64_t at_once = int64_t(resident > 1 ? resident : 1) * device.multiprocessors;
     blocks = ceil_div(blocks, ceil_div(blocks, at_once));  // each takes as many rows as the others, or one less
   }
   kernel<<<unsigned(blocks), dim3(threads, kRows), 0, stream>>>(source, rows, int(k), result);
@@ -205,8 +226,6 @@ cudaError_t quantize_rows_of(const Source& source, int64_t rows, int64_t k, cons
   if (packs <= 32 * 2) return launch(Layout<V, 2, 32, 5>(), held);
   if (packs <= 32 * 3) return launch(Layout<V, 3, 32, 5>(), held);
   if (packs <= 32 * 4) return launch(Layout<V, 4, 32, 5>(), held);
-  constexpr int64_t kFew = 512;  // rows that are on the GPU at once in any case: what counts is to wait seldom
-  if (packs <= 320 * 4 && rows <= kFew) return launch(Layout<V, 4, 320, 2>(), held);
   if (packs <= 384 * 4) return launch(Layout<V, 4, 384, 2>(), held);
   if (packs <= 512 * 8) return launch(Layout<V, 8, 512, 1>(), held);
   return launch(Layout<V, 4, 512, 1>(), read_again);

@@ -14,7 +14,8 @@ namespace qpass {
 // |y / scale| < 256 of which that is true, and none of them differs (tests/plugins/test_approximations.py goes through them).
 //
 // This takes a remainder that does not underflow and a normal inverse. Scales beyond 2^-100..2^100 are brought there, and y
-// with them, by a power of two: what that rounds or makes infinite is far below a half or beyond what is clipped.
+// with them, by a power of two: what that rounds or makes infinite is far below a half or beyond what is clipped. A scale of
+// zero or infinity is what every y is zero beside.
 //
 // A scale that was taken from the row itself leaves nothing to clip, but where it is subnormal and so off by up to a half. A
 // static scale clips y, not the integer: beyond 127.25 (or -128.25) scales, less the zero point, is 127 (-128) anyway.
@@ -23,14 +24,12 @@ struct Rounding {
 
   __device__ Rounding(float given, float zero_point) : scale(given), zero(zero_point) {
     const float size = fabsf(given);
-    if (size == 0 || size == INFINITY) {
-      factor = 0;
-      scale = 1;
-    } else if (size < 0x1p-100f || size > 0x1p100f) {
-      factor = size < 1 ? 0x1p120f : 0x1p-100f;
-      scale *= factor;
+    if (!(size >= 0x1p-100f && size <= 0x1p100f)) {
+      const bool none = size == 0 || size == INFINITY;
+      factor = none ? 0 : size < 1 ? 0x1p120f : 0x1p-100f;
+      scale = none ? 1 : given * factor;
     }
-    inverse = __fdiv_rn(1.f, scale);
+    inverse = __frcp_rn(scale);
     const float least = (-128.25f - zero) * scale, most = (127.25f - zero) * scale;
     low = fminf(least, most);  // a scale may be negative
     high = fmaxf(least, most);
@@ -49,6 +48,14 @@ struct Rounding {
     }
   }
 };
+
+// amax / 127, correctly rounded: for every mantissa the correction makes it that (the same tests), where the remainder is
+// normal.
+__device__ __forceinline__ float scale_of(float amax) {
+  const float q = __fmul_rn(amax, 1 / 127.f);
+  if (!(amax >= 0x1p-100f && amax <= 0x1p126f)) return __fdiv_rn(amax, 127.f);
+  return __fmaf_rn(__fmaf_rn(-q, 127.f, amax), 1 / 127.f, q);
+}
 
 // Stores the low bytes.
 template <int V>

@@ -56,6 +56,27 @@ def test_rows_own_scales_need_no_clipping() -> None:
     assert np.array_equal(_low_byte(q + F32(1.5 * 2**23)), quantize(y, scale))
 
 
+def test_scales_of_rows_are_the_quotients() -> None:
+    """amax / 127 for every mantissa: the remainder is exact in float64, and no sum is near the middle of two floats."""
+    amax = np.arange(2**23, 2**24, dtype=np.float64)
+    inverse = np.float64(F32(1 / 127))
+    q = (amax * inverse).astype(F32).astype(np.float64)
+    corrected = q + (amax - q * 127) * inverse
+    assert np.array_equal(corrected.astype(F32), amax.astype(F32) / F32(127))
+    assert np.min(np.abs(corrected / np.spacing(corrected.astype(F32)) % 1 - 0.5)) > 1e-3
+
+
+@pytest.mark.parametrize("worst", [-1, 1])
+def test_the_inverse_of_a_norms_root_is_right_to_an_ulp(worst: int) -> None:
+    """However rsqrt.approx errs, by 2^-22.9 at most: one step of Newton's mends it."""
+    x = np.random.default_rng(0).uniform(1, 4, 300_000).astype(F32)
+    exact = 1 / np.sqrt(x.astype(np.float64))
+    y = (exact * (1 + worst * 2.0**-22.9)).astype(F32).astype(np.float64)
+    residue = (1 - (x * y.astype(F32)).astype(np.float64) * y).astype(F32)
+    better = (residue.astype(np.float64) * (F32(0.5) * y.astype(F32)) + y).astype(F32)
+    assert np.max(np.abs(better - exact) / np.spacing(exact.astype(F32))) < 1
+
+
 @pytest.mark.parametrize("zero", [None, -128, -7, 0, 1, 127])
 def test_static_scales_of_any_size(zero: int | None) -> None:
     """Subnormal, zero, negative and huge scales, with activations around every half and far beyond all of them."""
