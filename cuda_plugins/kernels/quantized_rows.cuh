@@ -171,18 +171,19 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
     }
     const Rounding rounding(scale, zero);
     if (kAhead && !kLong && row + step < rows) fetch(all.at(row + step));
-    auto write = [&](auto clipped) {
+    auto write = [&](auto how) {
       each([&](int i, int column, bool within) {
         if constexpr (kLong) {
           finish(i, column, within);
           smooth(i, column, within);
         }
-        rounding.template round<clipped()>(v[i]);
+        rounding.template round<how()>(v[i]);
         if (within) store_bytes<V>(result.q + start + column, v[i]);
       });
     };
-    if (result.scale || rounding.factor != 1) write(std::true_type());
-    else write(std::false_type());
+    if (rounding.factor != 1) write(std::integral_constant<Rounding::How, Rounding::kFactored>());
+    else if (result.scale) write(std::integral_constant<Rounding::How, Rounding::kClipped>());
+    else write(std::integral_constant<Rounding::How, Rounding::kUnclipped>());
   }
 }
 

@@ -37,14 +37,19 @@ struct Rounding {
 
   // The low byte of what is left in v's bits is the integer: added to 1.5 * 2^23, whose last bit counts ones, the quotient is
   // rounded to an integer, ties to even; what is added after that is exact.
-  template <bool kClip, int V>
+  enum How { kUnclipped, kClipped, kFactored };  // the last two clip
+  template <How how, int V>
   __device__ void round(float (&v)[V]) const {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float y = kClip ? fminf(fmaxf(v[i] * factor, low), high) : v[i];
+      const float near = how == kFactored ? v[i] * factor : v[i];
+      const float y = how == kUnclipped ? near : fminf(fmaxf(near, low), high);
       const float q = __fmul_rn(y, inverse);
       v[i] = __fadd_rn(__fmaf_rn(__fmaf_rn(-q, scale, y), inverse, q), 0x1.8p23f);
-      if (kClip) v[i] = __fadd_rn(v[i], zero);
+    }
+    if (how != kUnclipped && zero != 0) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = __fadd_rn(v[i], zero);
     }
   }
 };
