@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
 
 template <typename Layout, bool kLong, typename Source>
 cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
-  const auto kernel = result.smoother ? quantize_rows<Source, Layout, kLong, true> : quantize_rows<Source, Layout, kLong, false>;
+  const auto kernel =
+      result.smoother ? quantize_rows<Source, Layout, kLong, true> : quantize_rows<Source, Layout, kLong, false>;
   constexpr int kRows = Layout::kRows;
   const int threads = kLong || Layout::kWarp ? Layout::kThreads : int(ceil_div(k, 32 * Layout::N * Layout::V)) * 32;
   int64_t blocks = ceil_div(rows, kRows);
@@ -197,7 +198,8 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
   if (cudaError_t error = current_device(&device)) return error;
   if (blocks > device.multiprocessors) {
     int resident = 0;
-    if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, 0)) return error;
+    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, 0);
+    if (error) return error;
     const int64_t at_once = int64_t(resident > 1 ? resident : 1) * device.multiprocessors;
     blocks = ceil_div(blocks, ceil_div(blocks, at_once));  // each takes as many rows as the others, or one less
   }
