@@ -1,42 +1,45 @@
 // ActivationQuantization.
+#include "activations.cuh"
 #include "quantized_rows.cuh"
 
 namespace qpass {
 namespace {
 
-enum Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSilu, kRelu2, kSigmoid };
-
-__device__ __forceinline__ float activate(float x, int activation) {
-  switch (activation) {
-    case kGelu: return x * (0.5f + 0.5f * erff(x * 0.70710678f));
-    case kGeluTanh: return x * (0.5f + 0.5f * tanhf(0.79788456f * (x * (1.f + 0.044715f * (x * x)))));
-    case kQuickGelu: return x / (1.f + expf(-(x * 1.702f)));
-    case kRelu: return x < 0 ? 0.f : x;
-    case kSilu: return x / (1.f + expf(-x));
-    case kRelu2: {
-      float positive = x < 0 ? 0.f : x;  // NaN stays NaN
-      return positive * positive;
-    }
-    default: return 1.f / (1.f + expf(-x));
-  }
-}
-
-template <typename Element>
+template <typename Element, bool kGated>
 struct Activated {
   using T = Element;
-  static constexpr bool kNorm = false;
-
-  __device__ Activated at(int64_t row) const { return {x + row * k, up ? up + row * k : nullptr, k, activation}; }
+  static constexpr bool kNorm = false, kHasY = true;
+  static constexpr int kRegisters = 56;
 
   template <int V>
-  __device__ void load(int column, float (&v)[V]) const {
-    qpass::load<V>(x + column, v);
-    float factor[V];
-    if (up) qpass::load<V>(up + column, factor);
+  struct Raw {
+    Bits<T, V> factors[kGated ? 2 : 1];
+  };
+  template <int V>
+  struct Coefficients {};
+
+  __device__ Activated at(int64_t row) const {
+    return {x + row * k, kGated ? up + row * k : nullptr, k, activation};
+  }
+
+  template <int V>
+  __device__ Raw<V> fetch(int column) const {
+    if constexpr (kGated) return {read_once<V>(x + column), read_once<V>(up + column)};
+    else return {read_once<V>(x + column)};
+  }
+
+  template <int V, int N>
+  __device__ void values(const Raw<V> (&raw)[N], float (&v)[N][V]) const {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      v[i] = activate(v[i], activation);
-      if (up) v[i] *= factor[i];
+    for (int i = 0; i < N; ++i) {
+      to_floats(raw[i].factors[0], v[i]);
+      activate(v[i], activation);
+      if constexpr (kGated) {
+        float factor[V];
+        to_floats(raw[i].factors[1], factor);
+#pragma unroll
+        for (int j = 0; j < V; ++j) v[i][j] *= factor[j];
+      }
     }
   }
 
@@ -53,8 +56,11 @@ int qpass_activation_quantize(const qpass_activation_quantize_args* args, cudaSt
   if (args->activation < qpass::kGelu || args->activation > qpass::kSigmoid) return cudaErrorInvalidValue;
   return qpass::with_float_type(args->type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    qpass::Activated<T> source{
-        static_cast<const T*>(args->x), static_cast<const T*>(args->up), args->k, args->activation};
-    return qpass::quantize_rows_of(source, args->rows, args->k, args->result, stream);
+    auto launch = [&](auto gated) {
+      qpass::Activated<T, gated()> source{
+          static_cast<const T*>(args->x), static_cast<const T*>(args->up), args->k, args->activation};
+      return qpass::quantize_rows_of(source, args->rows, args->k, args->result, stream);
+    };
+    return args->up ? launch(std::true_type()) : launch(std::false_type());
   });
 }

@@ -7,13 +7,26 @@ namespace {
 template <typename Element>
 struct Plain {
   using T = Element;
-  static constexpr bool kNorm = false;
+  static constexpr bool kNorm = false, kHasY = false;
+  static constexpr int kRegisters = 36;
 
   __device__ Plain at(int64_t row) const { return {x + row * k, k}; }
 
   template <int V>
-  __device__ void load(int column, float (&v)[V]) const {
-    qpass::load<V>(x + column, v);
+  using Raw = Bits<T, V>;
+
+  template <int V>
+  struct Coefficients {};
+
+  template <int V>
+  __device__ Raw<V> fetch(int column) const {
+    return read_once<V>(x + column);
+  }
+
+  template <int V, int N>
+  __device__ void values(const Raw<V> (&raw)[N], float (&v)[N][V]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to_floats(raw[i], v[i]);
   }
 
   const T* x;

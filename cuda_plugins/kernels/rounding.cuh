@@ -1,0 +1,83 @@
+// From floats to int8: clip(rint(y / scale) + zero, -128, 127), the quotient correctly rounded before rint, without a division
+// per element.
+#pragma once
+
+#include "vectors.cuh"
+
+namespace qpass {
+
+// What a row's elements are rounded by.
+//
+// y / scale is the product with the correctly rounded inverse and one correction by the remainder. Before its last rounding
+// that is within 2^-22 ulp of the quotient, so that rint of it could differ from rint of the rounded quotient only where the
+// quotient is that close to the middle between a half and a float beside it. There are some 3000 pairs of mantissas with
+// |y / scale| < 256 of which that is true, and none of them differs (tests/plugins/test_approximations.py goes through them).
+//
+// This takes a remainder that does not underflow and a normal inverse. Scales beyond 2^-100..2^100 are brought there, and y
+// with them, by a power of two: what that rounds or makes infinite is far below a half or beyond what is clipped. A scale of
+// zero or infinity is what every y is zero beside.
+//
+// A scale that was taken from the row itself leaves nothing to clip, but where it is subnormal and so off by up to a half. A
+// static scale clips y, not the integer: beyond 127.25 (or -128.25) scales, less the zero point, is 127 (-128) anyway.
+struct Rounding {
+  float scale, inverse, factor = 1, zero, low, high;
+
+  __device__ Rounding(float given, float zero_point) : scale(given), zero(zero_point) {
+    const float size = fabsf(given);
+    if (!(size >= 0x1p-100f && size <= 0x1p100f)) {
+      const bool none = size == 0 || size == INFINITY;
+      factor = none ? 0 : size < 1 ? 0x1p120f : 0x1p-100f;
+      scale = none ? 1 : given * factor;
+    }
+    inverse = __frcp_rn(scale);
+    const float least = (-128.25f - zero) * scale, most = (127.25f - zero) * scale;
+    low = fminf(least, most);  // a scale may be negative
+    high = fmaxf(least, most);
+  }
+
+  // The low byte of what is left in v's bits is the integer: added to 1.5 * 2^23, whose last bit counts ones, the quotient is
+  // rounded to an integer, ties to even; what is added after that is exact.
+  enum How { kUnclipped, kClipped, kFactored };  // the last two clip
+  template <How how, int V>
+  __device__ void round(float (&v)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float near = how == kFactored ? v[i] * factor : v[i];
+      const float y = how == kUnclipped ? near : fminf(fmaxf(near, low), high);
+      const float q = __fmul_rn(y, inverse);
+      v[i] = __fadd_rn(__fmaf_rn(__fmaf_rn(-q, scale, y), inverse, q), 0x1.8p23f);
+    }
+    if (how != kUnclipped && zero != 0) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = __fadd_rn(v[i], zero);
+    }
+  }
+};
+
+// amax / 127, correctly rounded: for every mantissa the correction makes it that (the same tests), where the remainder is
+// normal.
+__device__ __forceinline__ float scale_of(float amax) {
+  const float q = __fmul_rn(amax, 1 / 127.f);
+  if (!(amax >= 0x1p-100f && amax <= 0x1p126f)) return __fdiv_rn(amax, 127.f);
+  return __fmaf_rn(__fmaf_rn(-q, 127.f, amax), 1 / 127.f, q);
+}
+
+// Stores the low bytes.
+template <int V>
+__device__ __forceinline__ void store_bytes(int8_t* to, const float (&v)[V]) {
+  if constexpr (V % 4 == 0) {
+    Pack<uint32_t, V / 4> words;
+#pragma unroll
+    for (int i = 0; i < V / 4; ++i) {
+      uint32_t low = __byte_perm(__float_as_uint(v[4 * i]), __float_as_uint(v[4 * i + 1]), 0x0040);
+      uint32_t high = __byte_perm(__float_as_uint(v[4 * i + 2]), __float_as_uint(v[4 * i + 3]), 0x0040);
+      words.x[i] = __byte_perm(low, high, 0x5410);
+    }
+    *reinterpret_cast<Pack<uint32_t, V / 4>*>(to) = words;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[i] = int8_t(__float_as_uint(v[i]));
+  }
+}
+
+}  // namespace qpass
