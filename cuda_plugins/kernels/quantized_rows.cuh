@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   constexpr int kOthers = Source::kRegisters + (kSmooth ? 2 * V : 0);
   constexpr bool kEarly = !kLong && Layout::holds(sizeof(Coefficients), kOthers);  // with x, not when they are needed
   constexpr bool kAhead = Layout::holds(sizeof(Coefficients) + sizeof(Raw), kOthers);  // before the row before is written
-  __shared__ alignas(16) typename Reduction<Layout::kWarp>::Partial partial;
+  __shared__ __align__(16) typename Reduction<Layout::kWarp>::Partial partial;
   Reduction<Layout::kWarp> reduce(partial);
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;

@@ -123,9 +123,10 @@ def _special(op: Op) -> Iterator[Make]:
     for attrs, dtype in itertools.product((a for a in some if "group_size" in a and op.name in MATMULS), _dtypes(op)):
         for m in (5, 70):
             yield partial(_uneven, partial(example, op, attrs, dtype, lead=(m,), n=40, k=512))
+    seeds = itertools.count()  # of each its own: one number on the edge of two integers would count for all signatures
     for attrs, dtype in itertools.product((a for a in some if a.get("has_residual")), _dtypes(op)):
         for mine, other in (((3, 5), (1, 5)), ((1, 5), (3, 5)), ((2, 3, 4), (4,)), ((2, 1, 4), (3, 1)), ((5,), ())):
-            yield partial(_broadcasting, op, attrs, dtype, mine, other)
+            yield partial(_broadcasting, op, attrs, dtype, mine, other, next(seeds))
 
 
 def _uneven(make: Make) -> Case:
@@ -151,12 +152,12 @@ def _uneven(make: Make) -> Case:
 
 
 def _broadcasting(
-    op: Op, attrs: dict[str, Attr], dtype: np.dtype[Any], mine: tuple[int, ...], other: tuple[int, ...]
+    op: Op, attrs: dict[str, Attr], dtype: np.dtype[Any], mine: tuple[int, ...], other: tuple[int, ...], seed: int
 ) -> Case:
     """A norm whose residual has other leading dims."""
-    inputs = list(example(op, attrs, dtype, lead=mine, k=192).inputs)
+    inputs = list(example(op, attrs, dtype, lead=mine, k=192, seed=seed).inputs)
     residual = next(i for i, t in enumerate(op.inputs) if t.name == "residual")
-    inputs[residual] = example(op, attrs, dtype, lead=other, k=192, seed=9).inputs[residual]
+    inputs[residual] = example(op, attrs, dtype, lead=other, k=192, seed=seed + 10_000).inputs[residual]
     return Case(op, attrs, inputs)
 
 

@@ -19,8 +19,21 @@ from qpass.plugins.library import LIBRARY
 from tests.plugins.shells import cuda_include
 
 HERE = Path(__file__).parent
-ASSEMBLY = {"max.NaN.f32 %0, %1, %2;": "most = a != a || b != b ? NAN : std::max(a, b);"}
+ASSEMBLY = {
+    "max.NaN.f32 %0, %1, %2;": "most = a != a || b != b ? NAN : std::max(a, b);",
+    "ex2.approx.ftz.f32 %0, %1;": "y = exp2f(x);",
+    "rcp.approx.ftz.f32 %0, %1;": "y = 1.f / (1.f + exp2_approximately(x));",
+    "ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];": "std::memcpy(bits.x, from, 16);",
+    "prefetch.global.L2 [%0];": "",
+}
 """Instruction → the same in C++, by the names that the sources have."""
+
+EMULATED = {
+    "cudaLaunchKernelEx": "launch_with",
+    "cudaFuncSetAttribute": "set_attribute",
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessor": "blocks_at_once",
+}
+"""Functions of the runtime's that are templates, which a kernel is given to."""
 
 RUNTIME = """
 #include "emulator.h"
@@ -30,6 +43,10 @@ cudaError_t cudaGetDevice(int* id) { return *id = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : which == cudaDevAttrMultiProcessorCount ? 132 : 0;
   return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {};
+  return std::strcpy(properties->name, "an emulated GPU"), cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t) { return "an error of CUDA's"; }
 const char* cudaGetErrorName(cudaError_t) { return "error"; }
@@ -82,8 +99,8 @@ def as_cpp(source: str) -> str:
     source = re.sub(r"^#include <cooperative_groups.h>$", "", source, flags=re.M)
     source = re.sub(r"extern __shared__ [^;]*?char (\w+)\[\];", r"char* const \1 = emulator::own().shared;", source)
     source = re.sub(r'asm(?: volatile)?\("([^"]*)".*?\);', lambda m: ASSEMBLY.get(m[1], m[0]), source, flags=re.S)
-    source = source.replace("cudaLaunchKernelEx(", "emulator::launch_with(")
-    source = source.replace("cudaFuncSetAttribute(", "emulator::set_attribute(")
+    for name, emulated in EMULATED.items():
+        source = source.replace(f"{name}(", f"emulator::{emulated}(")
     return with_launches(source)
 
 

@@ -169,6 +169,11 @@ cudaError_t set_attribute(void (*)(Parameters...), cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
+template <typename... Parameters>
+cudaError_t blocks_at_once(int* count, void (*)(Parameters...), int, size_t) {
+  return *count = 1, cudaSuccess;
+}
+
 }  // namespace emulator
 
 #define threadIdx (emulator::current->thread)
@@ -189,6 +194,11 @@ T __shfl_xor_sync(unsigned, T value, int bits) {
 inline int __any_sync(unsigned, int value) {
   const int* all = emulator::gather(value);
   return std::any_of(all, all + 32, [](int v) { return v != 0; });
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const unsigned* all = emulator::gather(value);
+  return *std::max_element(all, all + 32);
 }
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
@@ -212,6 +222,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float rsqrtf(float a) { return 1 / std::sqrt(a); }
 inline float __frcp_rn(float a) { return 1 / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline int __float2int_rn(float a) { return int(std::nearbyint(a)); }
