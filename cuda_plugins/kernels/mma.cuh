@@ -21,20 +21,6 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Where a kernel may start before the one ahead of it in the stream is done: waits until that is, and all that it wrote is seen.
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
-// Lets such a kernel start now.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-
 // Loads four 8 × 16-byte matrices; lane i gives the address of row i % 8 of matrix i / 8, and gets bytes 4 (i % 4) of row i / 4
 // of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* from) {

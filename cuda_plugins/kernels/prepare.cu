@@ -1,4 +1,5 @@
 // Activations and weights as the matmul kernels want them.
+#include "launch.cuh"
 #include "weight_only.h"
 
 namespace qpass {

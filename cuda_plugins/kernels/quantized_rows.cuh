@@ -9,6 +9,7 @@
 // is written. Rows too long for registers (kLong) are read again in every pass, from L2.
 #pragma once
 
+#include "launch.cuh"
 #include "reduction.cuh"
 #include "rounding.cuh"
 
@@ -65,6 +66,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   Reduction<Layout::kWarp> reduce(partial);
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  let_next_kernel_start();
+  wait_for_kernel_before();
   if (row >= rows) return;  // all threads of a row together
 
   // A warp's packs are neighbours: a thread's lie a constant apart. Beyond the row zeros are computed with, and left out of
@@ -203,8 +206,7 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
     const int64_t at_once = int64_t(resident > 1 ? resident : 1) * device.multiprocessors;
     blocks = ceil_div(blocks, ceil_div(blocks, at_once));  // each takes as many rows as the others, or one less
   }
-  kernel<<<unsigned(blocks), dim3(threads, kRows), 0, stream>>>(source, rows, int(k), result);
-  return cudaGetLastError();
+  return launch({unsigned(blocks), dim3(threads, kRows)}, device, stream, kernel, source, rows, int(k), result);
 }
 
 // Launches the kernel that holds a row with the fewest idle threads.
@@ -214,24 +216,24 @@ cudaError_t quantize_rows_of(const Source& source, int64_t rows, int64_t k, cons
   constexpr int64_t kLongest = INT32_MAX - (1 << 16);  // columns are counted in 32 bits
   if (rows == 0) return cudaSuccess;
   if (k == 0 || k > kLongest) return cudaErrorInvalidValue;
-  auto launch = [&](auto layout, auto is_long) {
+  auto with = [&](auto layout, auto is_long) {
     return launch_rows<decltype(layout), is_long()>(source, rows, k, result, stream);
   };
   constexpr std::false_type held;
   constexpr std::true_type read_again;
   if (k % V) {
-    if (k <= 32 * 4) return launch(Layout<1, 4, 32, 5>(), held);
-    if (k <= 512 * 8) return launch(Layout<1, 8, 512, 1>(), held);
-    return launch(Layout<1, 8, 512, 1>(), read_again);
+    if (k <= 32 * 4) return with(Layout<1, 4, 32, 5>(), held);
+    if (k <= 512 * 8) return with(Layout<1, 8, 512, 1>(), held);
+    return with(Layout<1, 8, 512, 1>(), read_again);
   }
   const int64_t packs = k / V;
-  if (packs <= 32 * 1) return launch(Layout<V, 1, 32, 5>(), held);
-  if (packs <= 32 * 2) return launch(Layout<V, 2, 32, 5>(), held);
-  if (packs <= 32 * 3) return launch(Layout<V, 3, 32, 5>(), held);
-  if (packs <= 32 * 4) return launch(Layout<V, 4, 32, 5>(), held);
-  if (packs <= 384 * 4) return launch(Layout<V, 4, 384, 2>(), held);
-  if (packs <= 512 * 8) return launch(Layout<V, 8, 512, 1>(), held);
-  return launch(Layout<V, 4, 512, 1>(), read_again);
+  if (packs <= 32 * 1) return with(Layout<V, 1, 32, 5>(), held);
+  if (packs <= 32 * 2) return with(Layout<V, 2, 32, 5>(), held);
+  if (packs <= 32 * 3) return with(Layout<V, 3, 32, 5>(), held);
+  if (packs <= 32 * 4) return with(Layout<V, 4, 32, 5>(), held);
+  if (packs <= 384 * 4) return with(Layout<V, 4, 384, 2>(), held);
+  if (packs <= 512 * 8) return with(Layout<V, 8, 512, 1>(), held);
+  return with(Layout<V, 4, 512, 1>(), read_again);
 }
 
 }  // namespace qpass

@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "gemm.h"
+#include "launch.cuh"
 #include "mma.cuh"
 #include "vectors.cuh"
 #include "weight_codes.cuh"
@@ -388,22 +389,8 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   p.cluster = clusters && splits > 1;
 
   if (cudaError_t e = cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes)) return e;
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks), 1, unsigned(p.splits));
-  config.blockDim = S::kThreads;
-  config.dynamicSmemBytes = S::kBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  if (p.cluster) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {1, 1, unsigned(p.splits)};
-  }
-  if (device.major >= 9) {  // starts while the kernel before ends
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cudaError_t e = cudaLaunchKernelEx(&config, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
+  Grid grid{dim3(unsigned(blocks), 1, unsigned(p.splits)), S::kThreads, S::kBytes, unsigned(p.cluster ? p.splits : 1)};
+  if (cudaError_t e = launch(grid, device, stream, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
   if (p.splits > 1 && !p.cluster) {
     unsigned adding = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));
     add_splits<typename Mma<typename S::Act>::Accumulator><<<adding, 256, 0, stream>>>(p);

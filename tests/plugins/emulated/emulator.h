@@ -181,6 +181,8 @@ cudaError_t blocks_at_once(int* count, void (*)(Parameters...), int, size_t) {
 
 inline dim3 &gridDim = emulator::grid, &blockDim = emulator::block_size;
 
+inline void cudaGridDependencySynchronize() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void __syncthreads() { emulator::wait(emulator::own().barrier); }
 inline void __syncwarp(unsigned = ~0u) { emulator::gather(0); }
 template <typename T>

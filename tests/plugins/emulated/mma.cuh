@@ -26,9 +26,6 @@ void wait_copies() {
   }
 }
 
-inline void wait_for_kernel_before() {}
-inline void let_next_kernel_start() {}
-
 inline void load_matrices(uint32_t (&r)[4], const void* from) {
   const void* const* rows = emulator::gather(from);
   const int lane = emulator::current->lane;

@@ -1,0 +1,50 @@
+// Launches that overlap: from sm_90 on a kernel starts while the one ahead of it in the stream ends, so that neither its launch
+// nor what it does before it reads anything is waited for.
+#pragma once
+
+#include "types.cuh"
+
+namespace qpass {
+
+// What every kernel that is launched so does before it reads or writes what others write or read: it waits until the kernel ahead
+// is done, which has waited for the one ahead of it.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Lets the next kernel start as soon as all blocks of this one have.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+struct Grid {
+  dim3 blocks, threads;
+  int shared = 0;        // bytes of dynamic shared memory
+  unsigned cluster = 1;  // blocks along z that are one, from sm_90 on
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(const Grid& grid, const Device& device, cudaStream_t stream, void (*kernel)(Parameters...),
+    const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks, config.blockDim = grid.threads;
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {1, 1, grid.cluster};
+  }
+  if (device.major >= 9) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace qpass
