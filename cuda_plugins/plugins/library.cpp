@@ -1,4 +1,5 @@
 // The library as seen without TensorRT: what is in it, and any op to be run, for `qpass plugins`, tests and benchmarks.
+#include <chrono>
 #include <cstring>
 
 #include "../kernels/tuning.h"
@@ -125,4 +126,15 @@ QPASS_EXPORT int qpass_node_run(const void* node, const qpass::Tensor* in, int n
   const qpass::Node& n = *static_cast<const qpass::Node*>(node);
   std::string wrong = n.check(in, n_in, out, n_out);
   return qpass::told(wrong.empty() ? n.run(in, out, workspace, stream) : wrong, error, size);
+}
+
+// Checks types and shapes, then enqueues `count` times; `us` is what a call took of the CPU. 0, or 1 with a text in `error`.
+QPASS_EXPORT int qpass_node_host_us(const void* node, const qpass::Tensor* in, int n_in, const qpass::Tensor* out, int n_out,
+    void* workspace, cudaStream_t stream, int count, double* us, char* error, size_t size) {
+  const qpass::Node& n = *static_cast<const qpass::Node*>(node);
+  std::string wrong = n.check(in, n_in, out, n_out);
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < count && wrong.empty(); ++i) wrong = n.run(in, out, workspace, stream);
+  *us = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count() / count;
+  return qpass::told(wrong, error, size);
 }

@@ -118,6 +118,13 @@ class Library:
                 ctypes.c_char_p,
                 ctypes.c_size_t,
             ]
+            c.qpass_node_host_us.argtypes = [
+                *c.qpass_node_run.argtypes[:-2],
+                ctypes.c_int,
+                ctypes.POINTER(ctypes.c_double),
+                ctypes.c_char_p,
+                ctypes.c_size_t,
+            ]
             c.qpass_node_choice.argtypes = [
                 ctypes.c_void_p,
                 tensors,
@@ -251,6 +258,26 @@ class Node:
             QpassError: types or shapes do not fit the op, or CUDA refused, with the op and its shapes.
         """
         self.prepare(inputs, outputs, workspace, stream)()
+
+    def host_us(
+        self,
+        inputs: Sequence[DeviceTensor],
+        outputs: Sequence[DeviceTensor],
+        workspace: int = 0,
+        stream: int = 0,
+        count: int = 100,
+    ) -> float:
+        """What enqueueing takes of the CPU, µs: the mean of `count` calls in a row, as many as a stream takes at once.
+
+        Raises:
+            QpassError: as `run`.
+        """
+        us = ctypes.c_double()
+        arguments = (_array(inputs), len(inputs), _array(outputs), len(outputs), workspace, stream, count)
+        error = self._error
+        if self._c.qpass_node_host_us(self._node, *arguments, ctypes.byref(us), error, len(error)):
+            raise QpassError(error.value.decode())
+        return us.value
 
     def prepare(
         self, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor], workspace: int = 0, stream: int = 0

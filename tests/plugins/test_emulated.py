@@ -17,10 +17,11 @@ import pytest
 from onnx import helper
 
 from qpass import gpu
+from qpass.errors import QpassError
 from qpass.ops import REGISTRY
 from qpass.ops.base import Op
 from qpass.ops.examples import example, signatures
-from qpass.plugins import Library
+from qpass.plugins import DeviceTensor, Library
 from qpass.plugins.cases import MATMULS, Make, every_case
 from qpass.plugins.selftest import selftest
 from tests.plugins.emulated import as_cpp, compile_emulated
@@ -90,6 +91,21 @@ def test_kernels_agree_with_their_references(name: str, emulated: Library, monke
     for tally in selftest(emulated, small_cases(name) + (split_cases(REGISTRY[name]) if name in MATMULS else [])):
         assert tally.cases
         assert tally.passed, tally.failures[:3]
+
+
+@pytest.mark.slow
+def test_what_enqueueing_takes(emulated: Library) -> None:
+    """Here a call does its work, too; what is asked is that it is made as often as said, and timed."""
+    attrs = REGISTRY["QuantizePerToken"].attributes_for(["x"], ["q", "scale"], {})
+    held = [HostBuffer(3 * 64 * 4), HostBuffer(3 * 64), HostBuffer(3 * 4)]
+    dtypes: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.int8), np.dtype(np.float32)]
+    shapes = (3, 64), (3, 64), (3, 1)
+    x, q, scale = (DeviceTensor(b.address, d, s) for b, d, s in zip(held, dtypes, shapes, strict=True))
+    held[0].fill(0)
+    node = emulated.node("QuantizePerToken", attrs)
+    assert node.host_us([x], [q, scale], count=2) > 0
+    with pytest.raises(QpassError, match="QuantizePerToken"):
+        node.host_us([x], [scale, q], count=2)
 
 
 def test_launches_become_calls() -> None:

@@ -24,6 +24,7 @@ class Row:
         notes: why a peer that would apply was not timed, by its name.
         best_peer: the fastest.
         times_best_peer: its µs over the op's: above 1 the op is faster.
+        host_us: what enqueueing a call takes of the CPU.
     """
 
     op: str
@@ -42,6 +43,7 @@ class Row:
     notes: dict[str, str] = field(default_factory=dict)
     best_peer: str | None = None
     times_best_peer: float | None = None
+    host_us: float | None = None
 
 
 class Clock(Protocol):
@@ -59,6 +61,7 @@ class Timed(Protocol):
 
     def bytes(self, job: Job) -> int: ...
     def calls(self, job: Job, copies: int) -> Sequence[Call]: ...
+    def host_us(self, job: Job) -> float: ...
 
 
 class Bench:
@@ -106,6 +109,7 @@ class Bench:
         rate = self.tensor_rate * (2 if job.op == INT8_GEMM else 1)
         floor = max(size / self.bandwidth, job.flops / rate if rate else 0.0) * 1e6
         ours = self.timer.time(self._ours.calls(job, self.timer.copies(size)))
+        host = self._ours.host_us(job)
         peers: dict[str, Time] = {}
         notes: dict[str, str] = {}
         for peer in self.peers:
@@ -129,6 +133,7 @@ class Bench:
             notes=notes,
             best_peer=best,
             times_best_peer=peers[best].us / ours.us if best is not None else None,
+            host_us=host,
         )
 
     def _time_peer(self, peer: Peer, job: Job) -> Time | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qpass import gpu
 from qpass.plugins.bench.jobs import DTYPES, Job
@@ -33,6 +34,11 @@ class Ours:
         workspace = gpu.Buffer(node.workspace([i.tensor for i in inputs], [o.tensor for o in outputs]))
         return [Run(node, inputs, outputs, workspace) for inputs, outputs in sets]
 
+    def host_us(self, job: Job) -> float:
+        """What enqueueing a call takes of the CPU."""
+        (run,) = self.calls(job, 1)
+        return run.host_us(gpu.driver().Stream())
+
 
 @dataclass(frozen=True)
 class Run:
@@ -46,6 +52,13 @@ class Run:
     def __call__(self, stream: int) -> None:
         inputs, outputs = self._tensors()
         self.node.run(inputs, outputs, self.workspace.address, stream)
+
+    def host_us(self, stream: Any) -> float:
+        """Of the CPU, a call; the GPU is idle before and after."""
+        gpu.synchronize()
+        us = self.node.host_us(*self._tensors(), self.workspace.address, stream.handle)
+        gpu.synchronize()
+        return us
 
     def choice(self) -> Choice:
         """The variants that it can take."""

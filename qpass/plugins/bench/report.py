@@ -23,12 +23,13 @@ def tables(results: dict[str, Any]) -> Iterator[Table | str]:
 def _table(op: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=op, box=None, pad_edge=False, header_style="bold", title_justify="left")
     peers = [name for name in PEERS if any(name in r["peers"] or name in r["notes"] for r in rows)]
-    for name in ("variant", "M", "N×K", "µs", "floor", *peers, "best peer", "×"):
+    for name in ("variant", "M", "N×K", "µs", "floor", "host µs", *peers, "best peer", "×"):
         table.add_column(name, justify="left" if name in ("variant", "best peer") else "right")
     for r in rows:
         times = [f"{r['peers'][name]:.1f}" if name in r["peers"] else "-" for name in peers]
         ratio = f"{r['times_best_peer']:.2f}" if r["best_peer"] else ""
         size = f"{r['n']}×{r['k']}" if r["n"] else str(r["k"])
-        shown = (f"{r['us']:.1f}", f"{r['share_of_floor']:.0%}", *times, r["best_peer"] or "", ratio)
+        host = "" if r.get("host_us") is None else f"{r['host_us']:.1f}"
+        shown = (f"{r['us']:.1f}", f"{r['share_of_floor']:.0%}", host, *times, r["best_peer"] or "", ratio)
         table.add_row(r["variant"], str(r["m"]), size, *shown)
     return table
