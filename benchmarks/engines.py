@@ -2,6 +2,15 @@
 
     python -m benchmarks.engines benchmarks/results
 
+MiniLM is what samples/01_quickstart.py prepares, with statistics of its calibration sentences. The layer is made by
+
+    python -m benchmarks.llama layer.onnx --layers 1 --hidden 4096 --intermediate 11008 --heads 32 --vocabulary 128
+    qpass build layer.onnx -o fp16_2048.engine --backend tensorrt --opt input_ids:1x2048
+    qpass rewrite layer.onnx -o w8a8.onnx --preset w8a8
+    qpass build w8a8.onnx -o w8a8_2048.engine --backend tensorrt --opt input_ids:1x2048
+
+and so on, or at once by `qpass bench layer.onnx --preset w8a8 --shapes input_ids:1x2048 --profile`.
+
 Latencies are medians; what plugins take, and what TensorRT's own layers do, is of the profile, where every layer takes
 some µs more than within a run: it tells shares.
 """
