@@ -25,12 +25,13 @@ __device__ __forceinline__ Bits<T, V> read(const T* from) {
   return *reinterpret_cast<const Bits<T, V>*>(from);
 }
 
-// Of what is needed once: it is not kept in L1, where there may be something to keep.
+// Of what is needed once: it is not kept in L1, where there may be something to keep. Volatile, so that the compiler does not
+// move it before what the kernel waits for.
 template <int V, typename T>
 __device__ __forceinline__ Bits<T, V> read_once(const T* from) {
   if constexpr (sizeof(T) * V == 16) {
     Bits<T, V> bits;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(bits.x[0]), "=r"(bits.x[1]), "=r"(bits.x[2]), "=r"(bits.x[3])
         : "l"(from));
     return bits;
