@@ -68,7 +68,8 @@ def candidates(capability: str | None = None, interface: str | None = None) -> l
     sources = source_hash()
     found = []
     for path, facts in built():
-        made, whose = tuple(map(str, _listed(facts.get("architectures")))), str(facts.get("interface"))
+        made = tuple(map(str, _listed(facts.get("architectures"))))
+        whose = str(facts.get("interface", "an interface not told"))  # what older versions compiled
         wrong = {
             "it is of another version's sources": facts.get("sources") != sources,
             f"its plugins are not of {interface}": interface not in (None, whose),

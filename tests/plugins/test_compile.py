@@ -315,6 +315,9 @@ def test_all_libraries(compiled: list[Path], run: Run, monkeypatch: pytest.Monke
         (str(stale.path), False, "it is of another version's sources"),
     ]
     assert plugins.find(capability="89", interface="IPluginV3").path == ours.path
+    record = stale.path.with_name("build.json")
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "interface"}))
+    assert "an interface not told for 80; not taken" in run("plugins", "info", "--all").out, "as old versions wrote it"
     monkeypatch.setattr("qpass.gpu.capabilities", lambda: ("120",))
     said = run("plugins", "info", "--all").out
     assert "taken: nothing fits better; it does not run on 120" in said
