@@ -2,6 +2,9 @@
 
     python -m benchmarks.llama OUT.onnx --layers 16 --hidden 2048 --dtype float16
 
+With --bare the layers stand alone: hidden states, rotary tables and the mask come in, hidden states go out; no
+embedding, no last norm, no head.
+
 The graph is spelt as torch's exporters spell it: RMSNorm as Pow, ReduceMean, Add, Sqrt, Reciprocal, Mul; rotary
 embedding and attention op by op; weights as [K, N] right operands of MatMul, outside the file.
 """
@@ -125,7 +128,8 @@ class Builder:
         split = self.node("Reshape", x, "split", out=f"{name}.split")
         return self.node("Transpose", split, out=f"{name}.heads", perm=[0, 2, 1, 3])
 
-    def prologue(self) -> str:
+    def constants(self) -> None:
+        """What every layer uses."""
         s = self.shape
         size = s.hidden // s.heads
         self.constant("two", 2.0, np.float32)
@@ -141,6 +145,11 @@ class Builder:
         self.constant("split", [0, 0, s.heads, size])
         self.constant("join", [0, 0, s.hidden])
         self.constant("attention_scale", size**-0.5, self.dtype)
+
+    def prologue(self) -> str:
+        """Rotary tables, the causal mask and the embedding."""
+        s = self.shape
+        size = s.hidden // s.heads
         self.constant("minus", -1e4, self.dtype)
         length = self.node(
             "Gather", self.node("Shape", "input_ids", out="ids.shape"), self.constant("one", 1), out="ids.length"
@@ -171,22 +180,33 @@ class Builder:
         )
 
 
-def build(path: Path, shape: Shape, seed: int = 0) -> onnx.ModelProto:
-    """Write the model to `path` and its weights beside it as `<stem>.data`; returns the graph's proto."""
+def build(path: Path, shape: Shape, seed: int = 0, bare: bool = False) -> onnx.ModelProto:
+    """Write the model to `path` and its weights beside it as `<stem>.data`; returns the graph's proto.
+
+    Args:
+        bare: the layers alone. Inputs are then hidden_states [batch, sequence, hidden], cos and sin [sequence, hidden
+            of a head] and causal [sequence, sequence], which is added to the scores.
+    """
     b = Builder(path.with_suffix(".data"), shape, seed)
+    element = helper.np_dtype_to_tensor_dtype(b.dtype)
+
+    def tensor(name: str, *dims: str | int, of: int = element) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, of, dims)
+
+    inputs = [tensor("input_ids", "batch", "sequence", of=TensorProto.INT64)]
+    if bare:
+        tables = [tensor(name, "sequence", shape.hidden // shape.heads) for name in ("cos", "sin")]
+        hidden = tensor("hidden_states", "batch", "sequence", shape.hidden)
+        inputs = [hidden, *tables, tensor("causal", "sequence", "sequence")]
     with b.file:
-        x = b.prologue()
+        b.constants()
+        x = "hidden_states" if bare else b.prologue()
         for i in range(shape.layers):
             x = b.layer(x, i)
-        b.linear(b.norm(x, "norm"), "lm_head", shape.hidden, shape.vocabulary)
-    element = helper.np_dtype_to_tensor_dtype(b.dtype)
-    graph = helper.make_graph(
-        b.nodes,
-        "llama",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
-        [helper.make_tensor_value_info("lm_head.out", element, ["batch", "sequence", shape.vocabulary])],
-        b.initializers,
-    )
+        width = shape.hidden if bare else shape.vocabulary
+        if not bare:
+            x = b.linear(b.norm(x, "norm"), "lm_head", shape.hidden, width)
+    graph = helper.make_graph(b.nodes, "llama", inputs, [tensor(x, "batch", "sequence", width)], b.initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     path.write_bytes(model.SerializeToString())
     return model
@@ -215,11 +235,12 @@ def main() -> None:
     for field in ("layers", "hidden", "intermediate", "heads", "vocabulary"):
         ap.add_argument(f"--{field}", type=int, default=getattr(defaults, field))
     ap.add_argument("--dtype", choices=["float16", "float32"], default=defaults.dtype)
+    ap.add_argument("--bare", action="store_true", help="the layers alone")
     a = vars(ap.parse_args())
-    out, size = a.pop("out"), a.pop("gb")
+    out, size, bare = a.pop("out"), a.pop("gb"), a.pop("bare")
     shape = of_size(size) if size is not None else Shape(**a)
-    build(out, shape)
-    print(f"{out}: {shape.layers} layers, {shape.weights / 1e9:.2f} G weights")
+    build(out, shape, bare=bare)
+    print(f"{out}: {shape.layers} layers, {out.with_suffix('.data').stat().st_size / 1e9:.2f} GB of weights")
 
 
 if __name__ == "__main__":
