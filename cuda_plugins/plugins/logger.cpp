@@ -6,11 +6,9 @@
 #include <cstdio>
 
 namespace qpass {
-namespace {
 
-constexpr int32_t kError = 1;  // ILogger::Severity
-
-// ILogger and ILoggerFinder as TensorRT 8 and 10 have them …
+// ILogger and ILoggerFinder as TensorRT 8 and 10 have them … (Not in a namespace without a name: of such a class a compiler knows
+// that nothing is derived from it, so it makes calls of what it leaves open abort.)
 namespace v10 {
 struct Logger {
   virtual void log(int32_t severity, const char* text) noexcept = 0;
@@ -35,6 +33,10 @@ struct Finder : Versioned {
   virtual Logger* find() = 0;
 };
 }  // namespace v11
+
+namespace {
+
+constexpr int32_t kError = 1;  // ILogger::Severity
 
 void* finder = nullptr;
 int32_t version = 0;  // of the library that the finder is from; 0: not known

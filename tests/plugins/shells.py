@@ -46,7 +46,7 @@ def compile_shells(folder: Path, version: str = "1", extra: str = "", tensorrt: 
             header.write_text(header.read_text().replace('kVersion = "1"', f'kVersion = "{version}"'))
             sources = [*sorted(copy.glob("plugins/*.cpp")), *sorted(copy.glob("kernels/*.cpp"))]
             sources += [folder / "kernels.cpp", folder / "extra.cpp"]
-            command = ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-fvisibility=hidden"]
+            command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"]
             command += ["-Wall", "-Wextra", "-Werror", "-isystem", str(include)]
             command += [f"-I{copy / part}" for part in (f"minimal/{tensorrt}", "kernels", "plugins")]
             command += ['-DQPASS_ARCHITECTURES="80 90a"', f"-DQPASS_TENSORRT={tensorrt}"]
