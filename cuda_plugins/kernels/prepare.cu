@@ -70,6 +70,60 @@ __global__ void __launch_bounds__(kThreads) prepare(const T* x, const float* sca
   }
 }
 
+constexpr float kLargestFixed = 127 * 256 + 127;
+
+// Eight values a thread, so that sixteen lanes share a block of kBlockK.
+template <typename T, bool kInt4, bool kAligned>
+__global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const float* scale, FixedActivations to, int64_t m,
+    int64_t k, unsigned blocks_a_row) {
+  constexpr int V = 8, kLanes = kBlockK / V;
+  let_next_kernel_start();  // it fetches weights meanwhile
+  wait_for_kernel_before();
+  const int64_t row = blockIdx.x / blocks_a_row;
+  const int64_t i = (int64_t(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x) * V;
+  float value[V] = {}, by[V];
+  if (kAligned && i < k) {
+    load<V>(x + row * k + i, value);
+    if (scale) load<V>(scale + i, by);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (i + j < k) value[j] = to_float(x[row * k + i + j]);
+      by[j] = scale && i + j < k ? scale[i + j] : 1.f;
+    }
+  }
+  float largest = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if (scale) value[j] *= by[j];
+    // what is not finite counts for more than any number, and makes the block's scale, and so what comes of it, no number
+    largest = fmaxf(largest, isfinite(value[j]) ? fabsf(value[j]) : INFINITY);
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  constexpr float kLeast = 1e-33f;  // below, the reciprocal would be infinite
+  const float inverse = largest > kLeast ? kLargestFixed / largest : 0.f;
+  uint32_t high[2] = {}, low[2] = {};
+  int sum = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const int code = isfinite(largest) ? __float2int_rn(value[j] * inverse) : 0, upper = (code + 128) >> 8;
+    const int at = kInt4 ? j / 2 + j % 2 * 4 : j;
+    high[at / 4] |= uint32_t(upper & 0xff) << at % 4 * 8;
+    low[at / 4] |= uint32_t(code & 0xff) << at % 4 * 8;
+    sum += code;
+  }
+  const int lanes = to.span / V;
+  for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (i >= to.padded) return;
+  int8_t* at = to.high + row * to.padded + i;
+  *reinterpret_cast<uint2*>(at) = {high[0], high[1]};
+  *reinterpret_cast<uint2*>(at + m * to.padded) = {low[0], low[1]};
+  const float unit = !isfinite(largest) ? NAN : largest > kLeast ? largest / kLargestFixed : 0.f;
+  if (threadIdx.x % kLanes == 0) to.scale[i / kBlockK * to.side + row] = unit * (kInt4 ? 1.f / 16 : 1.f);
+  if (threadIdx.x % lanes == 0) to.sum[i / to.span * to.side + row] = sum;
+}
+
 // One block a row.
 template <typename T, bool kInt4>
 __global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args args, int64_t first, T* to, int64_t padded,
@@ -122,6 +176,26 @@ cudaError_t prepare_activations(const qpass_weight_only_matmul_args& args, void*
         static_cast<const T*>(args.x), args.pre_quant_scale, to, args.k, padded, args.m * padded, row_scale);
     return cudaGetLastError();
   });
+}
+
+cudaError_t prepare_fixed(const qpass_weight_only_matmul_args& args, const FixedActivations& to, cudaStream_t stream) {
+  Device device;
+  if (cudaError_t e = current_device(&device)) return e;
+  auto with = [&](auto type, auto int4, auto aligned) {
+    using T = typename decltype(type)::type;
+    const int64_t threads = std::min<int64_t>(ceil_div(to.padded, kBlockK * 2) * 32, kThreads);  // two blocks a warp
+    const int64_t blocks = ceil_div(to.padded, threads * 8);
+    const Grid grid{dim3(unsigned(args.m * blocks)), dim3(unsigned(threads))};
+    return launch(grid, device, stream, prepare_as_fixed<T, decltype(int4)::value, decltype(aligned)::value>,
+        static_cast<const T*>(args.x), args.pre_quant_scale, to, args.m, args.k, unsigned(blocks));
+  };
+  auto typed = [&](auto int4, auto aligned) {
+    return args.type == QPASS_HALF ? with(Tag<half>(), int4, aligned) : with(Tag<bfloat16>(), int4, aligned);
+  };
+  if (args.k % 8) {
+    return args.int4 ? typed(std::true_type(), std::false_type()) : typed(std::false_type(), std::false_type());
+  }
+  return args.int4 ? typed(std::true_type(), std::true_type()) : typed(std::false_type(), std::true_type());
 }
 
 cudaError_t expand_weight(const qpass_weight_only_matmul_args& args, int64_t first, int64_t rows, void* to,

@@ -3,9 +3,10 @@
 // Weights are operand A of mma.sync, 16 output channels a tile, and tokens operand B, 8 a tile; so one token costs no more
 // than eight. Rows of w stay as they are stored: the order of K within an mma is free as long as both operands agree on it, so
 // of 4 * kRun neighbouring bytes of a row (a unit) each of the four lanes that share the row takes a run of kRun, and the
-// same K of each token. A unit never spans two groups. Integers become 16-bit floats exactly; a unit's partial sum is
-// multiplied by its group's scale in float32. float32 activations come as three bfloat16 planes that add up to them, and
-// units are summed by float32 additions: tensor cores cut off bits of long sums that float32 results would miss.
+// same K of each token. A unit never spans two groups, whose partial sums are multiplied by their scales in float32. Activations of
+// 16 bits come as Fixed, beside which weights are multiplied as integers. float32 activations come as three bfloat16 planes that
+// add up to them, beside which integers become bfloat16 exactly, and units are summed by float32 additions: tensor cores cut off
+// bits of long sums that float32 results would miss.
 //
 // Where n is small, K is split, too, among blocks. From sm_90 on those are a cluster, whose blocks read one another's sums; before,
 // a second kernel adds them up. Either way in the same order every time.
@@ -17,9 +18,7 @@
 
 #include "gemm.h"
 #include "launch.cuh"
-#include "skinny_shape.cuh"
-#include "vectors.cuh"
-#include "weight_codes.cuh"
+#include "skinny_math.cuh"
 
 namespace qpass {
 
@@ -47,20 +46,33 @@ __device__ __forceinline__ void finish(const Gemm& g, int64_t m, int64_t n, floa
   store_as(g.out, g.d, m * g.ldd + n, sum);
 }
 
-// The sums of a cluster's blocks, which lie at the same place in the shared memory of each; every block finishes its share.
-template <typename S, typename Accumulator>
-__device__ __forceinline__ void add_cluster(const Skinny& p, const Accumulator* sums, int64_t n0, int64_t m0) {
+// The sums of a cluster's blocks, which lie at the same place in the shared memory of each; every block finishes its share. What is
+// read of the others takes long to come: all of it is asked for before any is added.
+template <typename S>
+__device__ __forceinline__ void add_cluster(const Skinny& p, const typename S::Accumulator* sums, int64_t n0, int64_t m0) {
 #if __CUDA_ARCH__ >= 900
+  using Four = Pack<typename S::Accumulator, 4>;
+  constexpr int kFours = S::kRows / 4;
   const auto cluster = cooperative_groups::this_cluster();
   const int rank = int(cluster.block_rank());
   cluster.sync();
-  for (int i = rank * S::kThreads + int(threadIdx.x); i < S::kTokens * 8 * S::kRows; i += p.splits * S::kThreads) {
-    const int line = i % S::kRows, column = i / S::kRows;
+  for (int i = rank * S::kThreads + int(threadIdx.x); i < S::kTokens * 8 * kFours; i += p.splits * S::kThreads) {
+    const int line = i % kFours * 4, column = i / kFours;
     if (m0 + column >= p.g.m) break;  // so are all that follow
-    if (n0 + line >= p.g.n) continue;
-    Accumulator sum = 0;
-    for (int s = 0; s < p.splits; ++s) sum += *cluster.map_shared_rank(&sums[column * S::kSumStride + line], s);
-    finish(p.g, m0 + column, n0 + line, float(sum));
+    Four parts[kLargestCluster];
+#pragma unroll
+    for (int s = 0; s < kLargestCluster; ++s) {
+      if (s < p.splits) {
+        parts[s] = *reinterpret_cast<const Four*>(cluster.map_shared_rank(&sums[column * S::kSumStride + line], s));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      typename S::Accumulator sum = 0;
+#pragma unroll
+      for (int s = 0; s < kLargestCluster; ++s) sum += s < p.splits ? parts[s].x[j] : 0;
+      if (n0 + line + j < p.g.n) finish(p.g, m0 + column, n0 + line + j, float(sum));
+    }
   }
   cluster.sync();  // a block that is gone cannot be read
 #endif
@@ -68,38 +80,32 @@ __device__ __forceinline__ void add_cluster(const Skinny& p, const Accumulator* 
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int64_t blocks_n) {
-  using Act = typename S::Act;
-  using Accumulator = typename Mma<Act>::Accumulator;
+  using Accumulator = typename S::Accumulator;
   extern __shared__ __align__(128) char shared[];
   let_next_kernel_start();
   if (!p.follows) wait_for_kernel_before();
   const int64_t n0 = blockIdx.x % blocks_n * S::kRows, m0 = blockIdx.x / blocks_n * (S::kTokens * 8);
   const int64_t all = ceil_div(p.g.k, S::kStageK), first = blockIdx.z * p.stages_a_split;
   const int count = int(min(p.stages_a_split, all - first));
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
-  auto channel = [&](int tile, int h) { return n0 + (warp * S::kTiles + tile) * 16 + h * 8 + row; };
+  const Place at;
+  auto channel = [&](int tile, int h) { return n0 + (at.warp * S::kTiles + tile) * 16 + h * 8 + at.row; };
 
-  // Of each row's scales and zeros in a stage every lane holds those of units `quarter`, `quarter` + 4, …; they are handed round.
-  constexpr int kHeld = S::kUnits > 4 ? S::kUnits / 4 : 1;
-  struct Held {
-    float scale[kHeld][S::kTiles][2];
-    int zero[kHeld][S::kTiles][2];
-  };
+  constexpr int kHeld = Held<S>::kHeld;
   int64_t scale_at[kHeld][S::kTiles][2];
-  int scales_left[kHeld][S::kTiles][2];  // stages whose unit is within K and whose channel within N
+  int scales_left[kHeld][S::kTiles][2];  // stages whose span is within K and whose channel within N
   if constexpr (S::kGrouped) {
 #pragma unroll
     for (int i = 0; i < kHeld * S::kTiles * 2; ++i) {
-      int u = i / (S::kTiles * 2), tile = i / 2 % S::kTiles, h = i % 2, unit = quarter + u * 4;
-      int64_t k = first * S::kStageK + unit * S::kUnitK;
+      int u = i / (S::kTiles * 2), tile = i / 2 % S::kTiles, h = i % 2, span = at.quarter + u * 4;
+      int64_t k = first * S::kStageK + span * S::kSpanK;
       scale_at[u][tile][h] = channel(tile, h) * p.scales + (k >> p.group_shift);
-      bool there = unit < S::kUnits && channel(tile, h) < p.g.n && k < p.g.k;
+      bool there = span < S::kSpans && channel(tile, h) < p.g.n && k < p.g.k;
       scales_left[u][tile][h] = there ? int((p.g.k - k + S::kStageK - 1) / S::kStageK) : 0;
     }
   }
   const int scales_a_stage = S::kStageK >> p.group_shift;
   auto fetch_scales = [&] {
-    Held held = {};
+    Held<S> held = {};
     if constexpr (S::kGrouped) {
 #pragma unroll
       for (int i = 0; i < kHeld * S::kTiles * 2; ++i) {
@@ -140,70 +146,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
     commit_copies();
   };
   Accumulator acc[S::kTiles][S::kTokens][4] = {};
-  Held held = fetch_scales();
+  Held<S> held = fetch_scales();
   for (int i = 0; i < count; ++i) {
     wait_copies<S::kStages - 2>();
     __syncthreads();  // the stage is complete, and everyone is done with the one that is filled next
     const char* weights = shared + (slot + 1 == S::kStages ? 0 : slot + 1) * S::kStageBytes;  // the oldest
     fetch(i + S::kStages - 1);
-    Held next = fetch_scales();
-    const char* acts = weights + S::kWeights;
-#pragma unroll
-    for (int unit = 0; unit < S::kUnits; ++unit) {
-      Accumulator part[S::kTiles][S::kTokens][4] = {};
-      auto& sums = S::kByUnit ? part : acc;
-      uint32_t words[S::kTiles][2][S::kRun / 4];
-      Offset<Act, S::kInt4> offset[S::kTiles][2];
-#pragma unroll
-      for (int j = 0; j < S::kTiles * 2; ++j) {
-        const int tile = j / 2, h = j % 2, byte = unit * 4 * S::kRun + quarter * S::kRun;
-        int line = (warp * S::kTiles + tile) * 16 + h * 8 + row;
-        const char* from = weights + S::weight_place(line, byte / 16) + byte % 16;
-        *reinterpret_cast<Pack<uint32_t, S::kRun / 4>*>(words[tile][h]) =
-            *reinterpret_cast<const Pack<uint32_t, S::kRun / 4>*>(from);
-        int zero = row_zero[tile][h];
-        if (S::kGrouped && p.zero) zero = __shfl_sync(~0u, held.zero[unit / 4][tile][h], (lane & ~3) | unit % 4);
-        offset[tile][h].set(zero);
-      }
-#pragma unroll
-      for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-        uint32_t a[S::kTiles][2][4];  // of each mma of the two that a chunk makes
-#pragma unroll
-        for (int tile = 0; tile < S::kTiles; ++tile) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            uint32_t codes[4];
-            weight_codes<Act, S::kInt4>(words[tile][h] + chunk * (S::kChunkBytes / 4), codes, offset[tile][h]);
-            a[tile][0][h] = codes[0], a[tile][0][h + 2] = codes[1];
-            a[tile][1][h] = codes[2], a[tile][1][h + 2] = codes[3];
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < S::kPlanes * S::kTokens; ++j) {
-          int at = (unit * 4 + quarter) * S::kChunks + chunk;
-          uint4 b = *reinterpret_cast<const uint4*>(acts + S::act_place(j * 8 + row, at));
-#pragma unroll
-          for (int tile = 0; tile < S::kTiles; ++tile) {
-            auto& sum = sums[tile][j % S::kTokens];
-            Mma<Act>::run(sum, a[tile][0], b.x, b.y);
-            Mma<Act>::run(sum, a[tile][1], b.z, b.w);
-          }
-        }
-      }
-      if constexpr (S::kByUnit) {
-#pragma unroll
-        for (int j = 0; j < S::kTiles * 2; ++j) {
-          int tile = j / 2, h = j % 2;
-          float scale = 1;
-          if (S::kGrouped) scale = __shfl_sync(~0u, held.scale[unit / 4][tile][h], (lane & ~3) | unit % 4);
-#pragma unroll
-          for (int token = 0; token < S::kTokens; ++token) {
-            acc[tile][token][h * 2] += scale * part[tile][token][h * 2];
-            acc[tile][token][h * 2 + 1] += scale * part[tile][token][h * 2 + 1];
-          }
-        }
-      }
-    }
+    const Held<S> next = fetch_scales();
+    if constexpr (S::kFixed) multiply_fixed<S>(p, weights, at, held, row_zero, acc);
+    else multiply<S>(p, weights, at, held, row_zero, acc);
     held = next;
   }
 
@@ -212,7 +163,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
 #pragma unroll
   for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
     const int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
-    const int line = (warp * S::kTiles + tile) * 16 + c / 2 * 8 + row, column = token * 8 + quarter * 2 + c % 2;
+    const int line = (at.warp * S::kTiles + tile) * 16 + c / 2 * 8 + at.row, column = token * 8 + at.quarter * 2 + c % 2;
     const int64_t n = n0 + line, m = m0 + column;
     if (p.cluster) sums[column * S::kSumStride + line] = acc[tile][token][c];
     if (p.cluster || n >= p.g.n || m >= p.g.m) continue;
@@ -270,7 +221,7 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   if (cudaError_t e = launch(grid, device, stream, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
   if (p.splits > 1 && !p.cluster) {
     unsigned adding = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));
-    add_splits<typename Mma<typename S::Act>::Accumulator><<<adding, 256, 0, stream>>>(p);
+    add_splits<typename S::Accumulator><<<adding, 256, 0, stream>>>(p);
   }
   return cudaGetLastError();
 }
@@ -283,17 +234,17 @@ bool fills(const Skinny& p) {
 }
 
 // The tiles of tokens and channels by how many tokens there are; beyond `kSkinnyTokens` the largest that fill the GPU.
-template <typename Act, bool kInt4, int kRun, bool kGrouped, int kPlanes>
+template <typename Act, bool kInt4, int kSpanK, bool kGrouped, int kPlanes>
 cudaError_t skinny_by_tokens(const Skinny& p, cudaStream_t stream) {
-  if (p.g.m <= 8) return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 1, 1>>(p, stream);
-  if constexpr (kPlanes > 1) {
-    return launch_skinny<SkinnyShape<Act, kInt4, kRun, kGrouped, kPlanes, 2, 1>>(p, stream);
+  if (p.g.m <= 8) return launch_skinny<SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 1, 1>>(p, stream);
+  if constexpr (std::is_same_v<Act, bfloat16>) {
+    return launch_skinny<SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 2, 1>>(p, stream);
   } else {
     // two tiles of channels a warp: they share what is read of the activations, which else takes longer than the products
-    using Sixteen = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 2, 2>;
-    using ThirtyTwo = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 4, 2>;
-    constexpr bool kSmallGroups = kGrouped && kRun == (kInt4 ? 4 : 8);  // their scales leave no registers for two
-    using SixtyFour = SkinnyShape<Act, kInt4, kRun, kGrouped, 1, 8, kSmallGroups ? 1 : 2>;
+    using Sixteen = SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 2, 2>;
+    using ThirtyTwo = SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 4, 2>;
+    constexpr bool kSmallGroups = kGrouped && kSpanK == 32;  // their scales leave no registers for two
+    using SixtyFour = SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 8, kSmallGroups ? 1 : 2>;
     if (p.g.m <= 16) return launch_skinny<Sixteen>(p, stream);
     const bool beyond = p.g.m > kSkinnyTokens;
     if (beyond && !fills<SixtyFour>(p) && !fills<ThirtyTwo>(p)) return launch_skinny<Sixteen>(p, stream);

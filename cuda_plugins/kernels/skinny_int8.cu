@@ -7,7 +7,7 @@ cudaError_t skinny_int8(const Gemm& g, cudaStream_t stream) {
   Skinny p{};
   p.g = g;
   p.partial = g.workspace;
-  return skinny_by_tokens<int8_t, false, 16, false, 1>(p, stream);
+  return skinny_by_tokens<int8_t, false, kBlockK, false, 1>(p, stream);
 }
 
 size_t skinny_int8_workspace(const Gemm& g) {

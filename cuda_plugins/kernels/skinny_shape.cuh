@@ -14,42 +14,61 @@ struct Skinny {
   int64_t scales;      // a row
   int group_shift;     // log2 of the group size
   bool follows;        // the activations come of the kernel before, and nothing else that is read here does
+  const float* act_scale;    // of Fixed activations: [blocks of kBlockK, side], what their integers are multiplied by
+  const int32_t* act_sum;    // and [spans, side], the sums of the integers
+  int64_t side;              // m, rounded up to 4
   void* partial;       // [splits, m, n] sums, with more than one split where there are no clusters
   bool cluster;        // the splits are one
   int splits;
   int64_t stages_a_split;
 };
 
-constexpr int kSkinnyShared = 74 << 10;     // a block: what lets three share a multiprocessor
-constexpr int kMultiprocessor = 227 << 10;  // shared memory of Hopper's
+constexpr int kMultiprocessor = 227 << 10;  // shared memory of Hopper's, of which a block takes 1 KB more than it asks for
+constexpr int kBlockK = 128;                // values of a token that share a scale in Fixed
 
-// Act: of the activations. kRun: bytes of a row that a lane takes at once. kTokens, kTiles: mma tiles of tokens a block, of
-// output channels a warp.
-template <typename Act_, bool kInt4_, int kRun_, bool kGrouped_, int kPlanes_, int kTokens_, int kTiles_>
+// Activations as integers of 16 bits, 256 * high + low, times a scale that kBlockK neighbours of a token share. High and low are
+// planes of int8, so that int4 and int8 weights are multiplied as they are, by exact integer sums: see prepare_fixed. Two
+// instructions make eight int4 operands, where 16-bit floats would take thirteen.
+struct Fixed {
+  int8_t code;
+};
+
+// Act: of the activations. kSpanK: values of K that share a sum: a group's, or kBlockK. kTokens, kTiles: mma tiles of tokens a
+// block, of output channels a warp.
+template <typename Act_, bool kInt4_, int kSpanK_, bool kGrouped_, int kPlanes_, int kTokens_, int kTiles_>
 struct SkinnyShape {
   using Act = Act_;
-  static constexpr bool kInt4 = kInt4_, kGrouped = kGrouped_;
-  static constexpr int kRun = kRun_, kPlanes = kPlanes_, kTokens = kTokens_, kTiles = kTiles_;
+  static constexpr bool kInt4 = kInt4_, kGrouped = kGrouped_, kFixed = std::is_same_v<Act, Fixed>;
+  static constexpr int kSpanK = kSpanK_, kPlanes = kPlanes_, kTokens = kTokens_, kTiles = kTiles_;
+  using Multiplied = std::conditional_t<kFixed, int8_t, Act>;                                      // by the tensor cores
+  using Accumulator = std::conditional_t<kFixed, float, typename Mma<Multiplied>::Accumulator>;    // of all of K
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
   static constexpr bool kByUnit = kGrouped || kPlanes > 1;  // a unit has a sum of its own
   static constexpr int kRows = kWarps * 16 * kTiles;
+  // of a weight's row a lane takes at once: of a group no more than is there for each of four
+  static constexpr int kRun = kSpanK * (kInt4 ? 1 : 2) / 8 < 16 ? kSpanK * (kInt4 ? 1 : 2) / 8 : 16;
   // of a weight's row, a stage: less where tokens take much, but never less than a group
-  static constexpr int kRowBytes = sizeof(Act) == 2 && kTokens >= 4 && (kInt4 || !kGrouped) ? 64 : 128;
+  static constexpr int kRowBytes = kTokens >= 4 && (kInt4 || (sizeof(Act) == 2 && !kGrouped)) ? 64 : 128;
   static constexpr int kStageK = kRowBytes * (kInt4 ? 2 : 1);
-  static_assert(!kGrouped || kStageK % 128 == 0);
+  static_assert(!(kGrouped || kFixed) || kStageK % kBlockK == 0);
   static constexpr int kActBytes = kStageK * sizeof(Act);            // of a token, a stage
   static constexpr int kUnits = kRowBytes / (4 * kRun);
   static constexpr int kUnitK = kStageK / kUnits;
-  static constexpr int kChunks = kUnitK / 4 * sizeof(Act) / 16;      // 16-byte chunks of a token in a lane's run
-  static constexpr int kChunkBytes = kRun / kChunks;                 // of the weight that go with one
+  static constexpr int kSpans = kStageK / kSpanK;
+  static constexpr int kRunActs = kUnitK / 4 * sizeof(Act);          // bytes of a token that go with a lane's run
+  static constexpr int kChunks = kRunActs / 16;
   static constexpr int kWeights = kRows * kRowBytes;                 // bytes a stage
-  static constexpr int kStageBytes = kWeights + kPlanes * kTokens * 8 * kActBytes;
-  static constexpr int kStages = kSkinnyShared / kStageBytes < 4 ? kSkinnyShared / kStageBytes : 4;
-  static constexpr int kBytes = kStages * kStageBytes;
-  static constexpr int kFitting = kMultiprocessor / (kBytes + 1024);
+  static constexpr int kSideRow = kTokens * 8 * 4;                   // of a scale or a sum of each token
+  static constexpr int kSideRows = kFixed ? kStageK / kBlockK + kSpans : 0;
+  static constexpr int kSideAt = kWeights + kPlanes * kTokens * 8 * kActBytes;
+  static constexpr int kStageBytes = kSideAt + kSideRows * kSideRow;
   // a multiprocessor: more tiles take more registers, and so do small groups, whose scales are many
   static constexpr int kHolding = kTokens == 1 ? 4 : kTokens < 8 && kRun > 4 && (kInt4 || !kGrouped) ? 3 : 2;
+  static constexpr int kShared = kMultiprocessor / (kHolding > 3 ? 3 : kHolding) - 1024;
+  static constexpr int kStages = kShared / kStageBytes < 4 ? kShared / kStageBytes : 4;
+  static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr int kFitting = kMultiprocessor / (kBytes + 1024);
   static constexpr int kBlocks = kFitting < kHolding ? kFitting : kHolding;
   static constexpr int kSumStride = kRows + 4;  // of a token's sums in shared memory: those of a warp lie on different banks
   static_assert(kStages >= 2);
@@ -62,6 +81,7 @@ struct SkinnyShape {
   }
   static __device__ __forceinline__ int act_place(int token, int chunk) {
     int odd = token & 1;
+    if (kRunActs == 8) return token * kActBytes + (chunk ^ (token & 3) << 1) * 16;
     int flip = kChunks == 1 ? odd << 2 : kChunks == 2 ? odd : (chunk >> 3 & 1) ^ odd << 1;
     return token * kActBytes + (chunk ^ flip) * 16;
   }
@@ -87,6 +107,21 @@ class Fetcher {
            first * S::kActBytes + piece * 16;
     act_bytes_ = int((p.g.k - first * S::kStageK) * int64_t(sizeof(typename S::Act))) - piece * 16;
     act_to_ = shared + S::kWeights + S::act_place(token, piece);
+    if constexpr (S::kFixed) {
+      constexpr int kPieces = S::kSideRow / 16, kScales = S::kStageK / kBlockK;  // rows of scales come before those of sums
+      static_assert(S::kSideRows * kPieces <= S::kThreads);
+      const int line = threadIdx.x / kPieces, column = threadIdx.x % kPieces * 4;
+      const bool scales = line < kScales;
+      const int64_t at = scales ? first * kScales + line : first * S::kSpans + line - kScales;
+      const int64_t rows = ceil_div(p.g.k, int64_t(scales ? kBlockK : S::kSpanK));
+      side_step_ = (scales ? kScales : S::kSpans) * p.side * 4;
+      side_ = (scales ? reinterpret_cast<const char*>(p.act_scale) : reinterpret_cast<const char*>(p.act_sum)) +
+              (at * p.side + m0 + column) * 4;
+      side_bytes_ = int(max(min(p.g.m - m0 - column, int64_t(4)), int64_t(0))) * 4;
+      side_rows_ = line < S::kSideRows ? int(rows - at) : kNone;
+      side_rows_step_ = scales ? kScales : S::kSpans;
+      side_to_ = shared + S::kSideAt + threadIdx.x * 16;
+    }
   }
 
   // Copies the next stage's weights to a slot.
@@ -112,6 +147,11 @@ class Fetcher {
       copy_async(act_to_ + offset + line * S::kActBytes, act_ + plane * plane_stride_ + copy * token_stride_, there ? 16 : 0);
     }
     act_ += S::kActBytes, act_bytes_ -= S::kActBytes;
+    if constexpr (S::kFixed) {
+      if (side_rows_ == kNone) return;
+      copy_async(side_to_ + offset, side_, side_rows_ > 0 ? side_bytes_ : 0);
+      side_ += side_step_, side_rows_ = max(side_rows_ - side_rows_step_, 0);
+    }
   }
 
  private:
@@ -128,6 +168,10 @@ class Fetcher {
   char *weight_to_, *act_to_;
   int weight_bytes_, act_bytes_;  // left of the row from here
   int rows_, tokens_;             // left of the matrix from this thread's first
+  const char* side_;  // the 16 bytes of a row of scales or of sums that this thread copies
+  char* side_to_;
+  int64_t side_step_;
+  int side_bytes_, side_rows_, side_rows_step_;
 };
 
 }  // namespace qpass

@@ -22,6 +22,8 @@ bool may_expand(const qpass_weight_only_matmul_args& args) {
   return args.m > kSkinnyTokens && args.type != QPASS_FLOAT;
 }
 
+int span_of(const qpass_weight_only_matmul_args& args) { return args.group_size ? args.group_size : kBlockK; }
+
 // Where in the workspace the parts of a call lie; `few`: on the path for few tokens.
 struct Plan {
   Plan(const qpass_weight_only_matmul_args& args, bool few) : few(few) {
@@ -29,7 +31,8 @@ struct Plan {
     row_bytes = ceil_div(bytes, 16) * 16;
     pads_weight = few && row_bytes != bytes;
     padded = few ? row_bytes * (args.int4 ? 2 : 1) : ceil_div(args.k, 8) * 8;
-    prepares = args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k;
+    fixed = few && args.type != QPASS_FLOAT;
+    prepares = fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k;
     size_t at = 0;
     auto take = [&](size_t size) {
       size_t from = at;
@@ -38,7 +41,10 @@ struct Plan {
     };
     int64_t planes = args.type == QPASS_FLOAT ? kPlanes : 1;
     x = take(prepares ? args.m * padded * 2 * planes : 0);
-    divides = args.pre_quant_scale && args.type == QPASS_HALF;
+    side = ceil_div(args.m, 4) * 4;
+    act_scale = take(fixed ? ceil_div(padded, kBlockK) * side * sizeof(float) : 0);
+    act_sum = take(fixed ? ceil_div(padded, span_of(args)) * side * sizeof(int32_t) : 0);
+    divides = !few && args.pre_quant_scale && args.type == QPASS_HALF;
     row_scale = take(divides ? args.m * sizeof(float) : 0);
     weight = take(pads_weight ? args.n * row_bytes : 0);
     partial = take(few ? partial_bytes(args.m, args.n) : 0);
@@ -51,11 +57,13 @@ struct Plan {
   }
 
   bool few;
+  bool fixed;  // activations come as Fixed
   bool pads_weight, prepares, divides;
+  int64_t side;
   int64_t padded;  // values of a row as the kernel sees it
   int64_t row_bytes;
   int64_t chunk = 0;  // rows of weight that are expanded at a time
-  size_t x, row_scale, weight, partial, expanded = 0, scale = 0, size;
+  size_t x, act_scale, act_sum, row_scale, weight, partial, expanded = 0, scale = 0, size;
 };
 
 Gemm product_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
@@ -71,6 +79,12 @@ Gemm product_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
   g.d = args.y, g.ldd = args.n;
   g.variant = args.variant;
   return g;
+}
+
+FixedActivations fixed_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
+  char* workspace = static_cast<char*>(args.workspace);
+  return {reinterpret_cast<int8_t*>(workspace + plan.x), plan.padded, reinterpret_cast<float*>(workspace + plan.act_scale),
+      reinterpret_cast<int32_t*>(workspace + plan.act_sum), plan.side, span_of(args)};
 }
 
 cudaError_t few_tokens(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
@@ -92,11 +106,10 @@ cudaError_t few_tokens(const qpass_weight_only_matmul_args& args, const Plan& pl
   p.group_shift = args.group_size == 32 ? 5 : args.group_size == 64 ? 6 : 7;
   p.partial = workspace + plan.partial;
   p.follows = plan.prepares && !plan.pads_weight;
-  switch (args.type) {
-    case QPASS_HALF: return weight_only_half(p, args.int4, args.group_size, stream);
-    case QPASS_BFLOAT16: return weight_only_bfloat16(p, args.int4, args.group_size, stream);
-    default: return weight_only_float(p, args.int4, args.group_size, stream);
-  }
+  if (!plan.fixed) return weight_only_float(p, args.int4, args.group_size, stream);
+  const FixedActivations to = fixed_of(args, plan);
+  p.act_scale = to.scale, p.act_sum = to.sum, p.side = to.side;
+  return args.int4 ? weight_only_int4(p, args.group_size, stream) : weight_only_int8(p, args.group_size, stream);
 }
 
 cudaError_t many_tokens(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
@@ -120,7 +133,9 @@ cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaSt
   const bool by_rule = args.variant <= QPASS_RULE;
   const Plan plan(args, by_rule ? few_by_rule(args) : args.variant == QPASS_SKINNY);
   if (!plan.few && !may_expand(args)) return cudaErrorNotSupported;
-  if (plan.prepares) {
+  if (plan.fixed) {
+    if (cudaError_t e = prepare_fixed(args, fixed_of(args, plan), stream)) return e;
+  } else if (plan.prepares) {
     char* workspace = static_cast<char*>(args.workspace);
     float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
     if (cudaError_t e = prepare_activations(args, workspace + plan.x, plan.padded, row_scale, stream)) return e;

@@ -13,35 +13,37 @@ constexpr int kPlanes = 3;  // bfloat16 values that add up to a float32: 3 · 8 
 cudaError_t prepare_activations(const qpass_weight_only_matmul_args& args, void* to, int64_t padded, float* row_scale,
     cudaStream_t stream);
 
+// The same as Fixed, of half and bfloat16. Beside int4 weights the eight values that four bytes of a weight meet come in the order
+// 0, 2, 4, 6, 1, 3, 5, 7, and scales are a sixteenth.
+struct FixedActivations {
+  int8_t* high;  // [m, padded]; the low plane follows
+  int64_t padded;
+  float* scale;  // [blocks of kBlockK, side]
+  int32_t* sum;  // [spans, side]
+  int64_t side;
+  int span;      // 32, 64 or 128
+};
+cudaError_t prepare_fixed(const qpass_weight_only_matmul_args& args, const FixedActivations& to, cudaStream_t stream);
+
 // Rows of a weight as 16-bit floats, `padded` elements apart, each to be multiplied by row_scale: integers less their zero
 // points where there is one scale a row, and shares of the row's largest scale where there are groups.
 cudaError_t expand_weight(const qpass_weight_only_matmul_args& args, int64_t first, int64_t rows, void* to,
     int64_t padded, float* row_scale, cudaStream_t stream);
 
-// Few tokens; `p` has everything but what follows from its shape.
-cudaError_t weight_only_half(const Skinny& p, bool int4, int group_size, cudaStream_t stream);
-cudaError_t weight_only_bfloat16(const Skinny& p, bool int4, int group_size, cudaStream_t stream);
+// Few tokens; `p` has everything but what follows from its shape. The first two of Fixed activations.
+cudaError_t weight_only_int4(const Skinny& p, int group_size, cudaStream_t stream);
+cudaError_t weight_only_int8(const Skinny& p, int group_size, cudaStream_t stream);
 cudaError_t weight_only_float(const Skinny& p, bool int4, int group_size, cudaStream_t stream);
 
-// A run of kRun bytes of each of four lanes stays within a group.
-template <typename Act, int kPlanesOfAct>
-cudaError_t skinny_by_group(const Skinny& p, bool int4, int group_size, cudaStream_t stream) {
-  if (int4) {
-    switch (group_size) {
-      case 0: return skinny_by_tokens<Act, true, 16, false, kPlanesOfAct>(p, stream);
-      case 32: return skinny_by_tokens<Act, true, 4, true, kPlanesOfAct>(p, stream);
-      case 64: return skinny_by_tokens<Act, true, 8, true, kPlanesOfAct>(p, stream);
-      case 128: return skinny_by_tokens<Act, true, 16, true, kPlanesOfAct>(p, stream);
-    }
-  } else {
-    switch (group_size) {
-      case 0: return skinny_by_tokens<Act, false, 16, false, kPlanesOfAct>(p, stream);
-      case 32: return skinny_by_tokens<Act, false, 8, true, kPlanesOfAct>(p, stream);
-      case 64:
-      case 128: return skinny_by_tokens<Act, false, 16, true, kPlanesOfAct>(p, stream);
-    }
+template <typename Act, bool kInt4, int kPlanesOfAct>
+cudaError_t skinny_by_group(const Skinny& p, int group_size, cudaStream_t stream) {
+  switch (group_size) {
+    case 0: return skinny_by_tokens<Act, kInt4, kBlockK, false, kPlanesOfAct>(p, stream);
+    case 32: return skinny_by_tokens<Act, kInt4, 32, true, kPlanesOfAct>(p, stream);
+    case 64: return skinny_by_tokens<Act, kInt4, 64, true, kPlanesOfAct>(p, stream);
+    case 128: return skinny_by_tokens<Act, kInt4, 128, true, kPlanesOfAct>(p, stream);
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace qpass
