@@ -2,17 +2,17 @@
 
     python -m benchmarks.engines benchmarks/results
 
-MiniLM is what samples/01_quickstart.py prepares, with statistics of its calibration sentences. The layer is made by
+MiniLM is what samples/01_quickstart.py prepares, with statistics of its calibration sentences. The layer is made and
+measured by
 
-    python -m benchmarks.llama layer.onnx --layers 1 --hidden 4096 --intermediate 11008 --heads 32 --vocabulary 128
-    qpass build layer.onnx -o fp16_2048.engine --backend tensorrt --opt input_ids:1x2048
-    qpass rewrite layer.onnx -o w8a8.onnx --preset w8a8
-    qpass build w8a8.onnx -o w8a8_2048.engine --backend tensorrt --opt input_ids:1x2048
-
-and so on, or at once by `qpass bench layer.onnx --preset w8a8 --shapes input_ids:1x2048 --profile`.
+    python -m benchmarks.llama layer.onnx --bare --layers 1 --hidden 4096 --intermediate 11008 --heads 32
+    qpass bench layer.onnx --backend tensorrt --preset w4a16-g128 --preset w8a16 --preset w8a8 \\
+        --shapes hidden_states:1x1x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_1_h200.json
+    qpass bench layer.onnx --backend tensorrt --preset w8a8 \\
+        --shapes hidden_states:1x2048x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_2048_h200.json
 
 Latencies are medians; what plugins take, and what TensorRT's own layers do, is of the profile, where every layer takes
-some µs more than within a run: it tells shares.
+some µs more than within a run: it tells shares. The files lack layers of less than 0.05 µs, such as constants.
 """
 
 from __future__ import annotations
@@ -47,14 +47,13 @@ def latencies(results: Path, gpu: str = "h200") -> str:
             others = [layer for layer in row["layers"] if not layer["is_plugin"]]
             parts = ", ".join(f"{layer['layers']} {layer['name']} {layer['us']:.0f}" for layer in plugins)
             own = f"{sum(layer['layers'] for layer in others)} in {sum(layer['us'] for layer in others):.0f}"
-            engine = row["engine"].removesuffix(stem.rpartition("_")[2]).rstrip("_")
-            engine = "FP16" if engine in ("baseline", "fp16") else engine
+            engine = "FP16" if row["engine"] == "baseline" else row["engine"]
             lines.append(f"| {name} | {engine} | {us:.0f} | {base / us:.2f} | {parts} | {own} |")
     return "\n".join(lines)
 
 
 def errors(results: Path, gpu: str = "h200") -> str:
-    """A row a preset of the zoo's engines."""
+    """A row a preset of the zoo's engines, with the model whose engine errs most."""
     told = json.loads((results / f"engines_zoo_{gpu}.json").read_text())
     rows: list[dict[str, Any]] = told["rows"]
     lines = [
@@ -62,12 +61,14 @@ def errors(results: Path, gpu: str = "h200") -> str:
         "|---|---|---|---|---|",
     ]
     for preset in (key for key in rows[0] if key != "model"):
-        good = [row[preset] for row in rows if "error" not in row.get(preset, {"error": ""})]
+        built = {row["model"]: row[preset] for row in rows if "error" not in row.get(preset, {"error": ""})}
+        good = list(built.values())
         rounding = [one["rounding"] for one in good if "rounding" in one]
         layers = f"{sum(one['plugin_layers'] for one in good)} of {sum(one['promised'] for one in good)}"
-        worst = max(one["engine"] for one in good)
+        worst = max(built, key=lambda model: built[model]["engine"])
+        shown = f"{built[worst]['engine']:.1e}, {worst}"
         alone = f"{max(rounding):.1e}" if rounding else ""
-        lines.append(f"| {preset} | {len(good)} | {worst:.1e} | {alone} | {layers} |")
+        lines.append(f"| {preset} | {len(good)} | {shown} | {alone} | {layers} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """MiniLM's presets as engines on this machine's GPU: sentence embeddings beside ONNX Runtime's on the CPU.
 
-    PYTHONPATH=samples python -m benchmarks.engines_minilm -o benchmarks/results/engines_minilm_h100.json
+    PYTHONPATH=samples python -m benchmarks.engines_minilm -o benchmarks/results/engines_minilm_h200.json
 
 Cosines are of the embeddings of 320 sentences with those of the original model in ONNX Runtime, the mean and the worst:
 `cpu` of the rewritten model in ONNX Runtime (what samples/01_quickstart.py prints), `gpu` of the engine.

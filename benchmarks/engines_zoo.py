@@ -1,6 +1,6 @@
 """Every model of a zoo in three presets as an engine on this machine's GPU, its outputs against ONNX Runtime's.
 
-    python -m benchmarks.engines_zoo ZOO -o benchmarks/results/engines_zoo_h100.json
+    python -m benchmarks.engines_zoo ZOO -o benchmarks/results/engines_zoo_h200.json
 
 For each model: an engine of it as it is, and one of each rewritten model with every plugin layer that its ledger
 promises. Errors are ‖a − b‖ / ‖a‖ of an output: `engine` of the engine from ONNX Runtime on the same model (kernels

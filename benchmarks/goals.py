@@ -2,7 +2,7 @@
 
 A goal counts where it is worst: the row of its ops and sizes that is furthest from it.
 
-python -m benchmarks.goals benchmarks/results/plugins_h100.json
+python -m benchmarks.goals benchmarks/results/plugins_h200.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The README's table of kernels, and which goals they reach, from what `qpass plugins bench -o FILE` wrote on a GPU.
 
-python -m benchmarks.plugins benchmarks/results/plugins_h100.json
+python -m benchmarks.plugins benchmarks/results/plugins_h200.json
 """
 
 from __future__ import annotations

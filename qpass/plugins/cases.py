@@ -54,13 +54,21 @@ def every_case(only: Sequence[str] = (), quick: bool = False) -> list[Make]:
     for op in ops:
         signed, sized = list(_every_signature(op)), list(_matmul_sizes(op) if op.name in MATMULS else _row_sizes(op))
         special = list(_special(op))
-        cases += [*signed[::3], *sized[::9], *special[::5]] if quick else [*signed, *sized, *special]
+        if quick:  # steps have no factor in common with what turns in a list: dtypes, signatures, sizes, kinds of cases
+            signed, sized, special = _each_once(signed, len(_dtypes(op))), sized[::11], special[::7]
+        cases += [*signed, *sized, *special]
     return cases
 
 
 def _every_signature(op: Op) -> Iterator[Make]:
     for i, (attrs, dtype) in enumerate(itertools.product(signatures(op), _dtypes(op))):
         yield partial(example, op, attrs, dtype, lead=(2, 3), n=24, k=128, seed=i)
+
+
+def _each_once(signed: Sequence[Make], dtypes: int) -> list[Make]:
+    """Of every signature one dtype, which moves on with the signature and once more with every round of dtypes: no
+    attribute that turns as dtypes do is seen with one of them alone."""
+    return [signed[i * dtypes + (i + i // dtypes) % dtypes] for i in range(len(signed) // dtypes)]
 
 
 def _dtypes(op: Op) -> tuple[np.dtype[Any], ...]:
