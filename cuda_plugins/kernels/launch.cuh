@@ -23,7 +23,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// What a kernel needs once on every device, such as leave for more shared memory: asking for it takes a third of a launch. Threads
+// What a kernel needs once on every device, such as leave for more shared memory: asked at every call, it delays launches. Threads
 // that come to it at the same time all do it; what failed is tried again.
 class OncePerDevice {
  public:
