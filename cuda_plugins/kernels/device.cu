@@ -24,7 +24,7 @@ cudaError_t current_device(Device* device) {
     word = uint64_t(major) << 48 | uint64_t(minor) << 32 | uint64_t(count);
     if (id < kDevices) known[id].store(word, std::memory_order_relaxed);
   }
-  *device = {int(word >> 48), int(word >> 32 & 0xffff), int(word & 0xffffffff)};
+  *device = {int(word >> 48), int(word >> 32 & 0xffff), int(word & 0xffffffff), id};
   return cudaSuccess;
 }
 

@@ -69,26 +69,26 @@ qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
 }
 
 template <typename In, typename Out>
-cudaError_t launch(const Gemm& g, qpass_variant variant, cudaStream_t stream) {
+cudaError_t launch(const Gemm& g, qpass_variant variant, const Device& device, cudaStream_t stream) {
   [[maybe_unused]] constexpr bool kInt8 = std::is_same_v<In, int8_t>, kFloat = std::is_same_v<Out, float>;
   switch (variant) {
 #if QPASS_SM90A
     case QPASS_SM90_64X64:
-      if constexpr (kInt8 && !kFloat) return gemm_sm90<In, Out, QPASS_SM90_64X64>(g, stream);
+      if constexpr (kInt8 && !kFloat) return gemm_sm90<In, Out, QPASS_SM90_64X64>(g, device, stream);
       break;
     case QPASS_SM90_64X128:
-      if constexpr (kInt8) return gemm_sm90<In, Out, QPASS_SM90_64X128>(g, stream);
+      if constexpr (kInt8) return gemm_sm90<In, Out, QPASS_SM90_64X128>(g, device, stream);
       break;
     case QPASS_SM90_128X128:
-      if constexpr (!kFloat) return gemm_sm90<In, Out, QPASS_SM90_128X128>(g, stream);
+      if constexpr (!kFloat) return gemm_sm90<In, Out, QPASS_SM90_128X128>(g, device, stream);
       break;
-    case QPASS_SM90_128X256: return gemm_sm90<In, Out, QPASS_SM90_128X256>(g, stream);
+    case QPASS_SM90_128X256: return gemm_sm90<In, Out, QPASS_SM90_128X256>(g, device, stream);
 #endif
 #if QPASS_SM80
     case QPASS_SM80_128X128: {
       Gemm vectors = g;
       if (cudaError_t e = spread_scales(&vectors, stream)) return e;
-      return gemm_sm80<In, Out>(vectors, stream);
+      return gemm_sm80<In, Out>(vectors, device, stream);
     }
 #endif
     default: break;
@@ -96,13 +96,13 @@ cudaError_t launch(const Gemm& g, qpass_variant variant, cudaStream_t stream) {
   return cudaErrorNotSupported;
 }
 
-cudaError_t launch(const Gemm& g, qpass_variant variant, cudaStream_t stream) {
+cudaError_t launch(const Gemm& g, qpass_variant variant, const Device& device, cudaStream_t stream) {
   if (variant == QPASS_SKINNY) return skinny_int8(g, stream);
   if (variant == QPASS_MMA) return gemm_mma(g, stream);
-  if (g.in == QPASS_HALF) return launch<half, half>(g, variant, stream);
-  if (g.in == QPASS_BFLOAT16) return launch<bfloat16, bfloat16>(g, variant, stream);
+  if (g.in == QPASS_HALF) return launch<half, half>(g, variant, device, stream);
+  if (g.in == QPASS_BFLOAT16) return launch<bfloat16, bfloat16>(g, variant, device, stream);
   return with_float_type(
-      g.out, [&](auto tag) { return launch<int8_t, typename decltype(tag)::type>(g, variant, stream); });
+      g.out, [&](auto tag) { return launch<int8_t, typename decltype(tag)::type>(g, variant, device, stream); });
 }
 
 }  // namespace
@@ -112,8 +112,8 @@ cudaError_t gemm(const Gemm& g, cudaStream_t stream) {
   Device device;
   if (cudaError_t e = current_device(&device)) return e;
   const uint32_t mask = variants_of(g, device);
-  if (g.variant > QPASS_RULE) return mask & bit(g.variant) ? launch(g, g.variant, stream) : cudaErrorNotSupported;
-  cudaError_t e = launch(g, rule(g, mask, device), stream);
+  if (g.variant > QPASS_RULE) return mask & bit(g.variant) ? launch(g, g.variant, device, stream) : cudaErrorNotSupported;
+  cudaError_t e = launch(g, rule(g, mask, device), device, stream);
   return e == cudaErrorNotSupported ? gemm_mma(g, stream) : e;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "types.cuh"
 
 namespace qpass {
 
@@ -10,10 +11,10 @@ cudaError_t gemm_mma(const Gemm& g, cudaStream_t stream);
 
 // CUTLASS 3.x on Hopper, by one of the QPASS_SM90 tiles. Rows of d must be 16-byte aligned.
 template <typename In, typename Out, qpass_variant kVariant>
-cudaError_t gemm_sm90(const Gemm& g, cudaStream_t stream);
+cudaError_t gemm_sm90(const Gemm& g, const Device& device, cudaStream_t stream);
 
 // CUTLASS 2.x, for Ampere to Blackwell. Rows of d must be 16-byte aligned.
 template <typename In, typename Out>
-cudaError_t gemm_sm80(const Gemm& g, cudaStream_t stream);
+cudaError_t gemm_sm80(const Gemm& g, const Device& device, cudaStream_t stream);
 
 }  // namespace qpass

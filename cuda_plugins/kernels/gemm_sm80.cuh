@@ -11,6 +11,7 @@
 
 #include "cutlass_type.cuh"
 #include "gemm_kernels.h"
+#include "prepared.h"
 
 namespace qpass {
 
@@ -56,25 +57,27 @@ struct GemmSm80 {
 
 // Scales must be null or vectors: the visitors know no single value on the device.
 template <typename In, typename Out>
-cudaError_t gemm_sm80(const Gemm& g, cudaStream_t stream) {
+cudaError_t gemm_sm80(const Gemm& g, const Device& device, cudaStream_t stream) {
   using Traits = GemmSm80<In, Out>;
-  using D = typename Traits::D;
-  typename Traits::Scaled::Arguments scaled{{g.row_scale, 1.f, {}}, {}, {}};
-  typename Traits::ScaledTwice::Arguments twice{{g.col_scale, 1.f, {}}, scaled, {}};
-  typename Traits::Biased::Arguments biased{{static_cast<const D*>(g.bias), D(0), {}}, twice, {}};
-  typename Traits::Tree::Arguments tree{biased, {static_cast<D*>(g.d), {g.ldd, cute::_1{}, 0}}};
-  typename Traits::Device::Arguments args(cutlass::gemm::GemmUniversalMode::kGemm, {int(g.m), int(g.n), int(g.k)}, 1, tree,
-      g.a, g.b, nullptr, nullptr, 0, 0, 0, 0, g.lda, g.ldb, 0, 0);
-  typename Traits::Device gemm;
-  if (gemm.can_implement(args) != cutlass::Status::kSuccess || Traits::Device::get_workspace_size(args)) {
-    return cudaErrorNotSupported;
-  }
-  if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorNotSupported;
-  if (gemm(stream) != cutlass::Status::kSuccess) {
-    cudaError_t e = cudaGetLastError();
-    return e ? e : cudaErrorLaunchFailure;
-  }
-  return cudaSuccess;
+  static thread_local Prepared<typename Traits::Device> prepared;
+  auto* launch = prepared.of({g, device.id}, [&]() -> std::optional<typename Traits::Device> {
+    using D = typename Traits::D;
+    typename Traits::Scaled::Arguments scaled{{g.row_scale, 1.f, {}}, {}, {}};
+    typename Traits::ScaledTwice::Arguments twice{{g.col_scale, 1.f, {}}, scaled, {}};
+    typename Traits::Biased::Arguments biased{{static_cast<const D*>(g.bias), D(0), {}}, twice, {}};
+    typename Traits::Tree::Arguments tree{biased, {static_cast<D*>(g.d), {g.ldd, cute::_1{}, 0}}};
+    typename Traits::Device::Arguments args(cutlass::gemm::GemmUniversalMode::kGemm, {int(g.m), int(g.n), int(g.k)}, 1,
+        tree, g.a, g.b, nullptr, nullptr, 0, 0, 0, 0, g.lda, g.ldb, 0, 0);
+    if (Traits::Device::can_implement(args) != cutlass::Status::kSuccess) return std::nullopt;
+    if (Traits::Device::get_workspace_size(args)) return std::nullopt;
+    typename Traits::Device made;  // what the kernel needs once on a device is asked for here, once a device and thread
+    if (made.initialize(args, nullptr, stream) != cutlass::Status::kSuccess) return std::nullopt;
+    return made;
+  });
+  if (!launch) return cudaErrorNotSupported;
+  if (launch->run(stream) == cutlass::Status::kSuccess) return cudaSuccess;
+  cudaError_t e = cudaGetLastError();
+  return e ? e : cudaErrorLaunchFailure;
 }
 
 }  // namespace qpass

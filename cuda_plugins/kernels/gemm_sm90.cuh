@@ -4,14 +4,16 @@
 
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
+#include <cutlass/device_kernel.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include "cutlass_type.cuh"
 #include "gemm_kernels.h"
+#include "launch.cuh"
+#include "prepared.h"
 
 namespace qpass {
 
@@ -72,14 +74,13 @@ struct GemmSm90 {
       Mainloop>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
       CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
-  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static typename Device::Arguments arguments(const Gemm& g, int multiprocessors) {
+  static typename Kernel::Arguments arguments(const Gemm& g, int multiprocessors) {
     int m = int(g.m), n = int(g.n), k = int(g.k);
     typename Kernel::StrideA a{g.lda, cute::_1{}, 0};
     typename Kernel::StrideB b{g.ldb, cute::_1{}, 0};
     typename Kernel::StrideD d{g.ldd, cute::_1{}, 0};
-    typename Device::Arguments args{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1},
+    typename Kernel::Arguments args{cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1},
         {static_cast<const A*>(g.a), a, static_cast<const A*>(g.b), b}, {{}, nullptr, {}, static_cast<D*>(g.d), d}};
     typename Scaled::Arguments scaled{{g.row_scale, 1.f, {g.per_row, {}, 0}}, {}, {}};
     typename ScaledTwice::Arguments twice{{g.col_scale, 1.f, {{}, g.per_column, 0}}, scaled, {}};
@@ -90,21 +91,38 @@ struct GemmSm90 {
 };
 
 template <typename In, typename Out, qpass_variant kVariant>
-cudaError_t gemm_sm90(const Gemm& g, cudaStream_t stream) {
+cudaError_t gemm_sm90(const Gemm& g, const Device& device, cudaStream_t stream) {
   using Traits = GemmSm90<In, Out, kVariant>;
-  Device device;
-  if (cudaError_t e = current_device(&device)) return e;
-  typename Traits::Device gemm;
-  auto args = Traits::arguments(g, device.multiprocessors);
-  if (gemm.can_implement(args) != cutlass::Status::kSuccess || Traits::Device::get_workspace_size(args)) {
-    return cudaErrorNotSupported;
-  }
-  if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorNotSupported;
-  if (gemm.run(stream) != cutlass::Status::kSuccess) {
-    cudaError_t e = cudaGetLastError();
-    return e ? e : cudaErrorLaunchFailure;
-  }
-  return cudaSuccess;
+  using Kernel = typename Traits::Kernel;
+  struct Launch {
+    typename Kernel::Params params;
+    dim3 blocks;
+  };
+  static thread_local Prepared<Launch> prepared;
+  Launch* launch = prepared.of({g, device.id}, [&]() -> std::optional<Launch> {
+    auto args = Traits::arguments(g, device.multiprocessors);
+    if (!Kernel::can_implement(args) || Kernel::get_workspace_size(args)) return std::nullopt;
+    auto params = Kernel::to_underlying_arguments(args, nullptr);
+    return Launch{params, Kernel::get_grid_shape(params)};
+  });
+  if (!launch) return cudaErrorNotSupported;
+
+  const auto kernel = reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>);
+  static OncePerDevice allowed;
+  auto allow = [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+  };
+  if (cudaError_t e = allowed(device, allow)) return e;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Traits::Of::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = launch->blocks, config.blockDim = Kernel::get_block_shape();
+  config.dynamicSmemBytes = Kernel::SharedStorageSize;
+  config.stream = stream;
+  config.attrs = &cluster, config.numAttrs = Traits::Of::kCluster > 1;
+  void* arguments[] = {&launch->params};
+  return taken_back(cudaLaunchKernelExC(&config, kernel, arguments));
 }
 
 }  // namespace qpass

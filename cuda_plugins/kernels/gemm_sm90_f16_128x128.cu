@@ -1,3 +1,4 @@
 #include "gemm_sm90.cuh"
 
-template cudaError_t qpass::gemm_sm90<qpass::half, qpass::half, QPASS_SM90_128X128>(const Gemm&, cudaStream_t);
+template cudaError_t qpass::gemm_sm90<qpass::half, qpass::half, QPASS_SM90_128X128>(
+    const Gemm&, const Device&, cudaStream_t);

@@ -1,3 +1,4 @@
 #include "gemm_sm90.cuh"
 
-template cudaError_t qpass::gemm_sm90<int8_t, qpass::half, QPASS_SM90_64X128>(const Gemm&, cudaStream_t);
+template cudaError_t qpass::gemm_sm90<int8_t, qpass::half, QPASS_SM90_64X128>(
+    const Gemm&, const Device&, cudaStream_t);

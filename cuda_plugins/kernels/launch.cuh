@@ -2,6 +2,8 @@
 // nor what it does before it reads anything is waited for.
 #pragma once
 
+#include <atomic>
+
 #include "types.cuh"
 
 namespace qpass {
@@ -19,6 +21,29 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
+}
+
+// What a kernel needs once on every device, such as leave for more shared memory: asked at every call, it delays launches. Threads
+// that come to it at the same time all do it; what failed is tried again.
+class OncePerDevice {
+ public:
+  template <typename Call>
+  cudaError_t operator()(const Device& device, Call call) {
+    const uint64_t bit = device.id < 64 ? uint64_t(1) << device.id : 0;
+    if (done_.load(std::memory_order_acquire) & bit) return cudaSuccess;
+    cudaError_t error = call();
+    if (!error) done_.fetch_or(bit, std::memory_order_release);
+    return error;
+  }
+
+ private:
+  std::atomic<uint64_t> done_{0};
+};
+
+// What a launch returned. The runtime keeps a failure until somebody asks, who would take it for that of a later launch.
+inline cudaError_t taken_back(cudaError_t error) {
+  if (error) cudaGetLastError();
+  return error;
 }
 
 struct Grid {
@@ -44,7 +69,7 @@ cudaError_t launch(const Grid& grid, const Device& device, cudaStream_t stream, 
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return taken_back(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace qpass

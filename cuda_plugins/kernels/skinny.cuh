@@ -216,7 +216,9 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   p.splits = int(clusters ? splits : ceil_div(stages, p.stages_a_split));
   p.cluster = clusters && splits > 1;
 
-  if (cudaError_t e = cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes)) return e;
+  static OncePerDevice allowed;
+  auto allow = [] { return cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes); };
+  if (cudaError_t e = allowed(device, allow)) return e;
   Grid grid{dim3(unsigned(blocks), 1, unsigned(p.splits)), S::kThreads, S::kBytes, unsigned(p.cluster ? p.splits : 1)};
   if (cudaError_t e = launch(grid, device, stream, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
   if (p.splits > 1 && !p.cluster) {

@@ -23,7 +23,7 @@ from qpass.ops.base import Op
 from qpass.ops.examples import example, signatures
 from qpass.plugins import DeviceTensor, Library
 from qpass.plugins.cases import MATMULS, Make, every_case
-from qpass.plugins.selftest import selftest
+from qpass.plugins.selftest import OnGpu, selftest
 from tests.plugins.emulated import as_cpp, compile_emulated
 from tests.plugins.shells import cuda_include
 
@@ -106,6 +106,21 @@ def test_what_enqueueing_takes(emulated: Library) -> None:
     assert node.host_us([x], [q, scale], count=2) > 0
     with pytest.raises(QpassError, match="QuantizePerToken"):
         node.host_us([x], [scale, q], count=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["QuantizePerToken", *MATMULS])
+def test_calls_after_the_first_only_launch(name: str, emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not change is asked of CUDA once: questions take longer than what else a call does on the CPU."""
+    monkeypatch.setattr(gpu, "Buffer", HostBuffer)
+    op = REGISTRY[name]
+    call = OnGpu(emulated, example(op, list(signatures(op))[-1], DTYPES[0]))
+    questions = ctypes.c_int.in_dll(ctypes.CDLL(str(emulated.path)), "emulated_questions")
+    call.enqueue(0)
+    assert questions.value
+    asked = questions.value
+    call.enqueue(0)
+    assert questions.value == asked
 
 
 def test_launches_become_calls() -> None:

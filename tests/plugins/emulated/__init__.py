@@ -38,13 +38,16 @@ EMULATED = {
 RUNTIME = """
 #include "emulator.h"
 extern "C" {
+int emulated_questions = 0;
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* id) { return *id = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  ++emulated_questions;
   *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : which == cudaDevAttrMultiProcessorCount ? 132 : 0;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  ++emulated_questions;
   *properties = {};
   return std::strcpy(properties->name, "an emulated GPU"), cudaSuccess;
 }
