@@ -24,7 +24,7 @@ namespace qpass {
 
 constexpr int kBigGpu = 132;       // multiprocessors
 constexpr int kMostBlocks = 1056;  // that K is split for
-constexpr int kMostSplits = 32, kLargestCluster = 8;
+constexpr int kMostSplits = 32;
 
 __device__ __forceinline__ void store_as(qpass_type type, void* y, int64_t i, float value) {
   if (type == QPASS_HALF) static_cast<half*>(y)[i] = from_float<half>(value);
@@ -46,36 +46,65 @@ __device__ __forceinline__ void finish(const Gemm& g, int64_t m, int64_t n, floa
   store_as(g.out, g.d, m * g.ldd + n, sum);
 }
 
-// The sums of a cluster's blocks, which lie at the same place in the shared memory of each; every block finishes its share. What is
-// read of the others takes long to come: all of it is asked for before any is added.
+// Adds up the sums of a cluster's blocks: each writes them to the shared memory of the block that finishes them, since what is read
+// from another block takes long to come. Where there is room beside the stages, nobody need wait for the others to be done with
+// theirs.
 template <typename S>
-__device__ __forceinline__ void add_cluster(const Skinny& p, const typename S::Accumulator* sums, int64_t n0, int64_t m0) {
+class ClusterSum {
+ public:
+  using Accumulator = typename S::Accumulator;
+
+  __device__ explicit ClusterSum(char* shared) : sums_(reinterpret_cast<Accumulator*>(shared + (S::kOwnSums ? S::kBytes : 0))) {}
+
 #if __CUDA_ARCH__ >= 900
-  using Four = Pack<typename S::Accumulator, 4>;
-  constexpr int kFours = S::kRows / 4;
-  const auto cluster = cooperative_groups::this_cluster();
-  const int rank = int(cluster.block_rank());
-  cluster.sync();
-  for (int i = rank * S::kThreads + int(threadIdx.x); i < S::kTokens * 8 * kFours; i += p.splits * S::kThreads) {
-    const int line = i % kFours * 4, column = i / kFours;
-    if (m0 + column >= p.g.m) break;  // so are all that follow
-    Four parts[kLargestCluster];
+  // Says that this block runs, and that others may write to it.
+  __device__ __forceinline__ void open() { cooperative_groups::this_cluster().barrier_arrive(); }
+
+  // `each` calls what it is given with every row, column and sum of the thread's.
+  template <typename Each>
+  __device__ __forceinline__ void add(const Skinny& p, int64_t n0, int64_t m0, Each each) {
+    const auto cluster = cooperative_groups::this_cluster();
+    const int columns = int(min(p.g.m - m0, int64_t(S::kTokens * 8)));
+    const int share = ceil_div_int(columns * S::kRows, p.splits), rank = int(cluster.block_rank());
+    cluster.barrier_wait();
+    each([&](int line, int column, Accumulator sum) {
+      if (column >= columns) return;
+      const int i = column * S::kRows + line, owner = i / share;
+      *cluster.map_shared_rank(sums_ + rank * share + i - owner * share, owner) = sum;
+    });
+    __syncwarp();
+    cluster.barrier_arrive();
+    cluster.barrier_wait();
+    for (int i = threadIdx.x; i < share && rank * share + i < columns * S::kRows; i += S::kThreads) {
+      Accumulator sum = 0;
 #pragma unroll
-    for (int s = 0; s < kLargestCluster; ++s) {
-      if (s < p.splits) {
-        parts[s] = *reinterpret_cast<const Four*>(cluster.map_shared_rank(&sums[column * S::kSumStride + line], s));
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      typename S::Accumulator sum = 0;
-#pragma unroll
-      for (int s = 0; s < kLargestCluster; ++s) sum += s < p.splits ? parts[s].x[j] : 0;
-      if (n0 + line + j < p.g.n) finish(p.g, m0 + column, n0 + line + j, float(sum));
+      for (int s = 0; s < kLargestCluster; ++s) sum += s < p.splits ? sums_[s * share + i] : 0;
+      const int line = (rank * share + i) % S::kRows, column = (rank * share + i) / S::kRows;
+      if (n0 + line < p.g.n) finish(p.g, m0 + column, n0 + line, float(sum));
     }
   }
-  cluster.sync();  // a block that is gone cannot be read
 #endif
+
+ private:
+  static __device__ int ceil_div_int(int a, int b) { return (a + b - 1) / b; }
+  Accumulator* sums_;
+};
+
+// What is read in pieces while weights stream, or at the end, is on its way to the L2 cache from the start.
+template <typename S>
+__device__ __forceinline__ void prefetch_scales(const Skinny& p, int64_t n0, int64_t first, int count) {
+  constexpr int kSharing = S::kThreads / S::kRows, kSector = 32;
+  const int64_t n = n0 + threadIdx.x / kSharing;
+  if (n >= p.g.n) return;
+  if (threadIdx.x % kSharing == 0 && p.g.col_scale && p.g.per_column) prefetch(p.g.col_scale + n);
+  if (threadIdx.x % kSharing == 0 && p.g.bias) prefetch(static_cast<const char*>(p.g.bias) + n * (p.g.out == QPASS_FLOAT ? 4 : 2));
+  if constexpr (S::kGrouped) {
+    const int64_t begin = n * p.scales + (first * S::kStageK >> p.group_shift);
+    const int64_t end = min(begin + (int64_t(count) * S::kStageK >> p.group_shift), (n + 1) * p.scales);
+    for (int64_t i = begin + threadIdx.x % kSharing * (kSector / 4); i < end; i += kSharing * (kSector / 4)) prefetch(p.scale + i);
+    if (!p.zero) return;
+    for (int64_t i = begin + threadIdx.x % kSharing * kSector; i < end; i += kSharing * kSector) prefetch(p.zero + i);
+  }
 }
 
 template <typename S>
@@ -83,6 +112,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
   using Accumulator = typename S::Accumulator;
   extern __shared__ __align__(128) char shared[];
   let_next_kernel_start();
+  ClusterSum<S> cluster_sum(shared);
+#if __CUDA_ARCH__ >= 900
+  if (p.cluster && S::kOwnSums) cluster_sum.open();
+#endif
   if (!p.follows) wait_for_kernel_before();
   const int64_t n0 = blockIdx.x % blocks_n * S::kRows, m0 = blockIdx.x / blocks_n * (S::kTokens * 8);
   const int64_t all = ceil_div(p.g.k, S::kStageK), first = blockIdx.z * p.stages_a_split;
@@ -130,6 +163,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
   Fetcher<S> fetcher(p, shared, n0, m0, first);
   if (p.follows) {  // the weights are there before what is multiplied by them
     for (int i = 0; i < S::kStages - 1 && i < count; ++i) fetcher.fetch_weights(i);
+    prefetch_scales<S>(p, n0, first, count);
     wait_for_kernel_before();
   }
   for (int i = 0; i < S::kStages - 1; ++i) {
@@ -139,6 +173,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
     }
     commit_copies();
   }
+  if (!p.follows) prefetch_scales<S>(p, n0, first, count);
   int slot = S::kStages - 1;  // that is filled next
   auto fetch = [&](int i) {
     if (i < count) fetcher.fetch_weights(slot), fetcher.fetch_tokens(slot);
@@ -158,19 +193,26 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
     held = next;
   }
 
-  auto* sums = reinterpret_cast<Accumulator*>(shared);
-  if (p.cluster) __syncthreads();  // the last stage is read
+  auto each = [&](auto take) {
 #pragma unroll
-  for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
-    const int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
-    const int line = (at.warp * S::kTiles + tile) * 16 + c / 2 * 8 + at.row, column = token * 8 + at.quarter * 2 + c % 2;
-    const int64_t n = n0 + line, m = m0 + column;
-    if (p.cluster) sums[column * S::kSumStride + line] = acc[tile][token][c];
-    if (p.cluster || n >= p.g.n || m >= p.g.m) continue;
-    if (p.splits == 1) finish(p.g, m, n, float(acc[tile][token][c]));
-    else static_cast<Accumulator*>(p.partial)[(blockIdx.z * p.g.m + m) * p.g.n + n] = acc[tile][token][c];
+    for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
+      const int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
+      take((at.warp * S::kTiles + tile) * 16 + c / 2 * 8 + at.row, token * 8 + at.quarter * 2 + c % 2, acc[tile][token][c]);
+    }
+  };
+#if __CUDA_ARCH__ >= 900
+  if (p.cluster) {
+    __syncthreads();  // the last stage is read
+    if (!S::kOwnSums) cluster_sum.open();
+    return cluster_sum.add(p, n0, m0, each);
   }
-  if (p.cluster) add_cluster<S>(p, sums, n0, m0);
+#endif
+  each([&](int line, int column, Accumulator sum) {
+    const int64_t n = n0 + line, m = m0 + column;
+    if (n >= p.g.n || m >= p.g.m) return;
+    if (p.splits == 1) finish(p.g, m, n, float(sum));
+    else static_cast<Accumulator*>(p.partial)[(blockIdx.z * p.g.m + m) * p.g.n + n] = sum;
+  });
 }
 
 // The sums of the splits, always in the same order.
@@ -217,9 +259,9 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   p.cluster = clusters && splits > 1;
 
   static OncePerDevice allowed;
-  auto allow = [] { return cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes); };
+  auto allow = [] { return cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes); };
   if (cudaError_t e = allowed(device, allow)) return e;
-  Grid grid{dim3(unsigned(blocks), 1, unsigned(p.splits)), S::kThreads, S::kBytes, unsigned(p.cluster ? p.splits : 1)};
+  Grid grid{dim3(unsigned(blocks), 1, unsigned(p.splits)), S::kThreads, S::kSharedBytes, unsigned(p.cluster ? p.splits : 1)};
   if (cudaError_t e = launch(grid, device, stream, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
   if (p.splits > 1 && !p.cluster) {
     unsigned adding = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));

@@ -24,6 +24,7 @@ struct Skinny {
 };
 
 constexpr int kMultiprocessor = 227 << 10;  // shared memory of Hopper's, of which a block takes 1 KB more than it asks for
+constexpr int kLargestCluster = 8;
 constexpr int kBlockK = 128;                // values of a token that share a scale in Fixed
 
 // Activations as integers of 16 bits, 256 * high + low, times a scale that kBlockK neighbours of a token share. High and low are
@@ -68,11 +69,14 @@ struct SkinnyShape {
   static constexpr int kShared = kMultiprocessor / (kHolding > 3 ? 3 : kHolding) - 1024;
   static constexpr int kStages = kShared / kStageBytes < 4 ? kShared / kStageBytes : 4;
   static constexpr int kBytes = kStages * kStageBytes;
-  static constexpr int kFitting = kMultiprocessor / (kBytes + 1024);
+  // the sums of a cluster, of which every block finishes its share: beside the stages where they take little, else over them
+  static constexpr bool kOwnSums = kTokens == 1;
+  static constexpr int kSumBytes = (kTokens * 8 * kRows + kLargestCluster) * 4;
+  static constexpr int kSharedBytes = kBytes + (kOwnSums ? kSumBytes : 0);
+  static constexpr int kFitting = kMultiprocessor / (kSharedBytes + 1024);
   static constexpr int kBlocks = kFitting < kHolding ? kFitting : kHolding;
-  static constexpr int kSumStride = kRows + 4;  // of a token's sums in shared memory: those of a warp lie on different banks
   static_assert(kStages >= 2);
-  static_assert(kTokens * 8 * kSumStride * 4 <= kBytes);
+  static_assert(kSumBytes <= kBytes);
 
   // Where the chunks of a row lie in shared memory: those that lanes of one phase of a load read fall on different banks.
   static __device__ __forceinline__ int weight_place(int row, int chunk) {

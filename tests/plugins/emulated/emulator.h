@@ -57,7 +57,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   uint3 thread, block;
   int rank = 0, lane = 0, warp = 0;  // rank: of its block in the cluster
-  unsigned collectives = 0;
+  unsigned collectives = 0, arrived_at = 0;  // arrived_at: the cluster's barrier
   bool done = false;
   std::vector<Copy> copies;  // of the group that is open
   std::deque<std::vector<Copy>> groups;
@@ -74,12 +74,19 @@ inline void release(Barrier& b) {
   if (b.size && b.arrived == b.size) b.arrived = 0, ++b.generation;
 }
 
-inline void wait(Barrier& b) {
+// The generation that ends when all have arrived.
+inline unsigned arrive(Barrier& b) {
   const unsigned generation = b.generation;
   ++b.arrived;
   release(b);
+  return generation;
+}
+
+inline void wait_after(Barrier& b, unsigned generation) {
   while (b.generation == generation) swapcontext(&current->context, &scheduler);
 }
+
+inline void wait(Barrier& b) { wait_after(b, arrive(b)); }
 
 inline Block& own() { return blocks[current->rank]; }
 
@@ -248,11 +255,11 @@ using std::isfinite;
 namespace cooperative_groups {
 struct Cluster {
   unsigned block_rank() const { return unsigned(emulator::current->rank); }
-  void sync() const { emulator::wait(emulator::cluster); }
+  void barrier_arrive() const { emulator::current->arrived_at = emulator::arrive(emulator::cluster); }
+  void barrier_wait() const { emulator::wait_after(emulator::cluster, emulator::current->arrived_at); }
   template <typename T>
-  const T* map_shared_rank(const T* from, int rank) const {
-    const char* place = reinterpret_cast<const char*>(from);
-    return reinterpret_cast<const T*>(emulator::blocks[rank].shared + (place - emulator::own().shared));
+  T* map_shared_rank(T* place, int rank) const {
+    return reinterpret_cast<T*>(emulator::blocks[rank].shared + (reinterpret_cast<char*>(place) - emulator::own().shared));
   }
 };
 inline Cluster this_cluster() { return {}; }
