@@ -289,7 +289,7 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
     cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, shared);
     if (error) return error;
     const int64_t at_once = int64_t(resident > 1 ? resident : 1) * device.multiprocessors;
-    blocks = ceil_div(blocks, ceil_div(blocks, at_once));  // each takes as many rows as the others, or one less
+    blocks = blocks < at_once ? blocks : at_once;  // full multiprocessors, also where some blocks then take a row less
   }
   return launch({unsigned(blocks), dim3(threads, kRows), shared}, device, stream, kernel, source, rows, int(k), result);
 }
