@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
           smooth(begin);
         }
         packs([&](int i, int column, bool within) {
-          rounding.template round<how()>(v[i]);
+          rounding.template round<how(), !Source::kNorm>(v[i]);
           if (within) store_bytes<V>(result.q + start + column, v[i]);
         }, begin);
       });

@@ -38,16 +38,18 @@ struct Rounding {
     high = fmaxf(least, most);
   }
 
+  // Of the quotient, or of the product with the inverse: as good where y itself is off by as much, an ulp or two.
+  //
   // The low byte of what is left in v's bits is the integer: added to 1.5 * 2^23, whose last bit counts ones, the quotient is
   // rounded to an integer, ties to even; what is added after that is exact.
   enum How { kUnclipped, kClipped, kFactored };  // the last two clip
-  template <How how, int V>
+  template <How how, bool kQuotient, int V>
   __device__ void round(float (&v)[V]) const {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float near = how == kFactored ? v[i] * factor : v[i];
       const float y = how == kUnclipped ? near : fminf(fmaxf(near, low), high);
-      v[i] = __fadd_rn(__fmaf_rn(y, inverse, __fmul_rn(y, off)), 0x1.8p23f);
+      v[i] = kQuotient ? __fadd_rn(__fmaf_rn(y, inverse, __fmul_rn(y, off)), 0x1.8p23f) : __fmaf_rn(y, inverse, 0x1.8p23f);
     }
     if (how != kUnclipped && zero != 0) {
 #pragma unroll
