@@ -127,11 +127,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   });
   if constexpr (Source::kNorm) if (!all.rms)
     reduce.count(k / chunk * 32 * N * V + min(max(k % chunk - first_of_warp, 0), 32 * N * V));
-  float scale = 0, zero = 0;
-  if (result.scale) {
-    scale = *result.scale;
-    if (result.zero) zero = *result.zero;
-  }
+  if (result.zero) prefetch(result.zero);
+  float scale = result.scale ? *result.scale : 0;
   for (; row < rows; row += step) {
     const Source source = all.at(row);
     const int64_t start = row * k;
@@ -251,7 +248,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
       scale = scale_of(reduce(over(most, Max()), Max()));
       if (threadIdx.x == 0) result.token_scale[row] = scale;
     }
-    const Rounding rounding(scale, zero);
+    const Rounding rounding(scale, result.zero ? float(*result.zero) : 0.f);
     auto write = [&](auto how) {
       each([&](int begin) {
         if constexpr (kLong) {
