@@ -63,7 +63,8 @@ struct Layout {
 template <typename Source, typename Layout, bool kLong>
 constexpr int staged_bytes(int threads) {
   constexpr int kPack = sizeof(Operands<Source, Layout::V>), kMost = 64 << 10;
-  constexpr bool kFits = !Layout::kFew && !(Source::kNorm && Layout::N > 4) && Layout::kThreads * Layout::kRows * Layout::N * kPack <= kMost;
+  constexpr bool kRegisters = Layout::kFew || (Source::kNorm && Layout::N > 4);
+  constexpr bool kFits = !kRegisters && Layout::kThreads * Layout::kRows * Layout::N * kPack <= kMost;
   return !kLong && kFits && kPack == 16 * Source::kOperands ? threads * Layout::N * kPack : 0;
 }
 
@@ -109,11 +110,11 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   Bits<T, V>* const own = reinterpret_cast<Bits<T, V>*>(staging) + (thread & ~31) * N * Source::kOperands + thread % 32;
   auto staged = [&](int i, int operand) { return own + (i * Source::kOperands + operand) * 32; };
   auto stage = [&](const Source& source) {
-    packs([&](int i, int column, bool within) {
 #pragma unroll
-      for (int o = 0; o < Source::kOperands; ++o)
-        if (within) copy_async(staged(i, o), source.operand(o) + column, 16);
-    });
+    for (int o = 0; o < Source::kOperands; ++o) {
+      const T* from = source.operand(o) + first;  // one address for all packs
+      packs([&](int i, int, bool within) { if (within) copy_async(staged(i, o), from + i * 32 * V, 16); });
+    }
     commit_copies();
   };
 

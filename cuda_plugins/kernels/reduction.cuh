@@ -96,7 +96,8 @@ class Reduction {
       });
       mean = sum * share;
       each_four([&](int warp) {
-        const float4 means = four_of(partial.turns[turn][0], warp), sums = four_of(partial.turns[turn][1], warp), counts = four_of(partial.counts, warp);
+        const float4 means = four_of(partial.turns[turn][0], warp), sums = four_of(partial.turns[turn][1], warp);
+        const float4 counts = four_of(partial.counts, warp);
         auto about = [&](float other, float n) { return (other - mean) * (other - mean) * n; };
         between += (sums.x + about(means.x, counts.x)) + (sums.y + about(means.y, counts.y));
         between += (sums.z + about(means.z, counts.z)) + (sums.w + about(means.w, counts.w));
