@@ -9,37 +9,23 @@ template <typename Element, bool kGated>
 struct Activated {
   using T = Element;
   static constexpr bool kNorm = false, kHasY = true;
-  static constexpr int kRegisters = 56;
-
-  template <int V>
-  struct Raw {
-    Bits<T, V> factors[kGated ? 2 : 1];
-  };
-  template <int V>
-  struct Coefficients {};
+  static constexpr int kOperands = kGated ? 2 : 1, kRegisters = 56;
 
   __device__ Activated at(int64_t row) const {
     return {x + row * k, kGated ? up + row * k : nullptr, k, activation};
   }
 
-  template <int V>
-  __device__ Raw<V> fetch(int column) const {
-    if constexpr (kGated) return {read_once<V>(x + column), read_once<V>(up + column)};
-    else return {read_once<V>(x + column)};
-  }
+  __device__ const T* operand(int i) const { return i ? up : x; }
 
-  template <int V, int N>
-  __device__ void values(const Raw<V> (&raw)[N], float (&v)[N][V]) const {
+  template <int V>
+  __device__ void values(const Operands<Activated, V>& raw, float (&v)[V]) const {
+    to_floats(raw.of[0], v);
+    activate(v, activation);
+    if constexpr (kGated) {
+      float factor[V];
+      to_floats(raw.of[1], factor);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      to_floats(raw[i].factors[0], v[i]);
-      activate(v[i], activation);
-      if constexpr (kGated) {
-        float factor[V];
-        to_floats(raw[i].factors[1], factor);
-#pragma unroll
-        for (int j = 0; j < V; ++j) v[i][j] *= factor[j];
-      }
+      for (int i = 0; i < V; ++i) v[i] *= factor[i];
     }
   }
 

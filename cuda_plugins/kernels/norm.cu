@@ -20,16 +20,7 @@ template <typename Element, bool kResidual>
 struct Normed {
   using T = Element;
   static constexpr bool kNorm = true, kHasY = true, kHasSum = kResidual;
-  static constexpr int kRegisters = 36;
-
-  template <int V>
-  struct Raw {
-    Bits<T, V> terms[kResidual ? 2 : 1];
-  };
-  template <int V>
-  struct Coefficients {
-    Bits<T, V> gamma;
-  };
+  static constexpr int kOperands = kResidual ? 2 : 1, kRegisters = 48;
 
   __device__ Normed at(int64_t row) const {
     Normed one = *this;
@@ -39,54 +30,25 @@ struct Normed {
     return one;
   }
 
-  template <int V>
-  __device__ Raw<V> fetch(int column) const {
-    if constexpr (kResidual) return {read_once<V>(x + column), read_once<V>(residual + column)};
-    else return {read_once<V>(x + column)};
-  }
+  __device__ const T* operand(int i) const { return i ? residual : x; }
 
-  template <int V, int N>
-  __device__ void values(const Raw<V> (&raw)[N], float (&v)[N][V]) const {
+  template <int V>
+  __device__ void values(const Operands<Normed, V>& raw, float (&v)[V]) const {
+    to_floats(raw.of[0], v);
+    if constexpr (kResidual) {
+      float other[V];
+      to_floats(raw.of[1], other);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      to_floats(raw[i].terms[0], v[i]);
-      if constexpr (kResidual) {
-        float other[V];
-        to_floats(raw[i].terms[1], other);
-#pragma unroll
-        for (int j = 0; j < V; ++j) v[i][j] += other[j];
-        to_floats(to_bits<T>(v[i]), v[i]);  // rounded, as the Add that it stands for
-      }
+      for (int i = 0; i < V; ++i) v[i] += other[i];
+      to_floats(to_bits<T>(v), v);  // rounded, as the Add that it stands for
     }
-  }
-
-  template <int V>
-  __device__ Coefficients<V> coefficients(int column) const {
-    return {read<V>(gamma + column)};
-  }
-
-  __device__ void prefetch(int column) const {
-    if (beta) qpass::prefetch(beta + column);
-  }
-
-  template <int V>
-  __device__ void scale(int column, bool within, const Coefficients<V>& by, float inverse, float (&v)[V]) const {
-    float factor[V];
-    to_floats(by.gamma, factor);
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], inverse), factor[i]);  // rounded like the ONNX body
-    if (!beta) return;
-    float plus[V] = {};
-    if (within) load<V>(beta + column, plus);
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = __fadd_rn(v[i], plus[i]);
   }
 
   const T *x, *residual, *gamma, *beta;
   T* sum;
   int64_t k;
   qpass_rows x_rows, residual_rows;
-  float epsilon;
+  float epsilon, share;  // share: 1 / k
   bool rms;
 };
 
@@ -100,7 +62,8 @@ int qpass_norm_quantize(const qpass_norm_quantize_args* args, cudaStream_t strea
     auto typed = [](const void* p) { return static_cast<const T*>(p); };
     auto launch = [&](auto residual) {
       qpass::Normed<T, residual()> source{typed(args->x), typed(args->residual), typed(args->gamma), typed(args->beta),
-          static_cast<T*>(args->sum), args->k, args->x_rows, args->residual_rows, args->epsilon, args->rms != 0};
+          static_cast<T*>(args->sum), args->k, args->x_rows, args->residual_rows, args->epsilon, 1.f / float(args->k),
+          args->rms != 0};
       return qpass::quantize_rows_of(source, args->rows, args->k, args->result, stream);
     };
     return args->residual ? launch(std::true_type()) : launch(std::false_type());

@@ -8,25 +8,15 @@ template <typename Element>
 struct Plain {
   using T = Element;
   static constexpr bool kNorm = false, kHasY = false;
-  static constexpr int kRegisters = 36;
+  static constexpr int kOperands = 1, kRegisters = 36;
 
   __device__ Plain at(int64_t row) const { return {x + row * k, k}; }
 
-  template <int V>
-  using Raw = Bits<T, V>;
+  __device__ const T* operand(int) const { return x; }
 
   template <int V>
-  struct Coefficients {};
-
-  template <int V>
-  __device__ Raw<V> fetch(int column) const {
-    return read_once<V>(x + column);
-  }
-
-  template <int V, int N>
-  __device__ void values(const Raw<V> (&raw)[N], float (&v)[N][V]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) to_floats(raw[i], v[i]);
+  __device__ void values(const Operands<Plain, V>& raw, float (&v)[V]) const {
+    to_floats(raw.of[0], v);
   }
 
   const T* x;

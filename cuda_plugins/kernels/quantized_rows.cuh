@@ -1,15 +1,17 @@
 // The kernel behind every op that quantizes rows: a row is read once, held in registers, and leaves as q, scale and y.
 //
-// A `Source` says what rows are made of. at() is the source of one row; fetch() reads a pack of V neighbours as they lie in
-// memory, values() makes floats of them. For a norm (kNorm) statistics over the row follow, and coefficients() and scale().
-// kRegisters are what it takes beside all those, as compiled.
+// A `Source` says what rows are made of. at() is the source of one row; operand() is where its kOperands tensors lie, and values()
+// makes floats of a pack of V neighbours of each. For a norm (kNorm) statistics over the row follow, and gamma and beta.
+// kRegisters are what it takes beside packs, as compiled.
 //
 // A row is spread over a warp or a block of just so many warps as it fills, N packs a thread. Where there are more rows than
-// the GPU holds at once, blocks stay and take one row after another; with registers to spare the next is asked for before one
-// is written. Rows too long for registers (kLong) are read again in every pass, from L2.
+// the GPU holds at once, blocks stay and take one row after another; while one is worked on the next is on its way to shared
+// memory (kStaged), where each thread finds what it asked for itself. Rows too long for registers (kLong) are read again in
+// every pass, from L2.
 #pragma once
 
 #include "launch.cuh"
+#include "mma.cuh"
 #include "reduction.cuh"
 #include "rounding.cuh"
 
@@ -23,6 +25,12 @@ __device__ __forceinline__ float over(const float (&parts)[N], Op op) {
   for (int i = 1; i < N; ++i) whole = op(whole, parts[i]);
   return whole;
 }
+
+// A pack of every operand.
+template <typename Source, int V>
+struct Operands {
+  Bits<typename Source::T, V> of[Source::kOperands];
+};
 
 template <int V>
 __device__ __forceinline__ void centre(float (&v)[V], float mean) {
@@ -38,11 +46,11 @@ __device__ __forceinline__ float inverse_root(float x) {
 }
 
 // How a kernel is laid out: N packs of V neighbours a thread; the threads of a row, at most; how many blocks of those a
-// multiprocessor is to hold, which bounds their registers.
-template <int width, int packs, int threads, int blocks>
+// multiprocessor is to hold, which bounds their registers; whether there are so few rows that none is taken after another.
+template <int width, int packs, int threads, int blocks, bool few = false>
 struct Layout {
   static constexpr int V = width, N = packs, kThreads = threads, kBlocks = blocks;
-  static constexpr bool kWarp = threads == 32;
+  static constexpr bool kWarp = threads == 32, kFew = few;
   static constexpr int kRows = kWarp ? 4 : 1;  // of a block
 
   // Whether there are registers for this much of every pack beside its floats and what all else takes.
@@ -51,17 +59,27 @@ struct Layout {
   }
 };
 
+// Bytes of shared memory that hold a row ahead for every thread, or 0 where registers are to or that would be too many.
+template <typename Source, typename Layout, bool kLong>
+constexpr int staged_bytes(int threads) {
+  constexpr int kPack = sizeof(Operands<Source, Layout::V>), kMost = 64 << 10;
+  constexpr bool kRegisters = Layout::kFew || (Source::kNorm && Layout::N > 4);
+  constexpr bool kFits = !kRegisters && Layout::kThreads * Layout::kRows * Layout::N * kPack <= kMost;
+  return !kLong && kFits && kPack == 16 * Source::kOperands ? threads * Layout::N * kPack : 0;
+}
+
 template <typename Source, typename Layout, bool kLong, bool kSmooth>
 __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlocks)
     quantize_rows(Source all, int64_t rows, int k, qpass_quantized result) {
   using T = typename Source::T;
+  using Raw = Operands<Source, Layout::V>;
   constexpr int V = Layout::V, N = Layout::N;
   constexpr int kParts = N < 4 ? N : 4;  // of a thread's sum: one would be a long chain
-  using Raw = typename Source::template Raw<V>;
-  using Coefficients = typename Source::template Coefficients<V>;
   constexpr int kOthers = Source::kRegisters + (kSmooth ? 2 * V : 0);
-  constexpr bool kEarly = !kLong && Layout::holds(sizeof(Coefficients), kOthers);  // with x, not when they are needed
-  constexpr bool kAhead = Layout::holds(sizeof(Coefficients) + sizeof(Raw), kOthers);  // before the row before is written
+  constexpr bool kStaged = staged_bytes<Source, Layout, kLong>(1) > 0;
+  constexpr bool kGamma = !kLong && Layout::holds(sizeof(Bits<T, V>), kOthers);  // with x, not when it is needed
+  constexpr bool kBeta = !kLong && Layout::holds(2 * sizeof(Bits<T, V>), kOthers);
+  extern __shared__ __align__(16) char staging[];
   __shared__ __align__(16) typename Reduction<Layout::kWarp>::Partial partial;
   Reduction<Layout::kWarp> reduce(partial);
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
@@ -73,7 +91,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   // A warp's packs are neighbours: a thread's lie a constant apart. Beyond the row zeros are computed with, and left out of
   // what is reduced or stored: a branch around every pack would keep the compiler from mixing them.
   const int chunk = int(blockDim.x) * N * V;
-  const int first = ((int(threadIdx.x) & ~31) * N + int(threadIdx.x) % 32) * V;
+  const int first_of_warp = (int(threadIdx.x) & ~31) * N * V;
+  const int first = first_of_warp + int(threadIdx.x) % 32 * V;
   auto packs = [&](auto&& f, int begin = 0) {  // f(pack, its column, whether that is within the row)
 #pragma unroll
     for (int i = 0; i < N; ++i) f(i, begin + first + i * 32 * V, begin + first + i * 32 * V < k);
@@ -81,107 +100,166 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   Raw raw[N];
   float v[N][V];
   auto fetch = [&](const Source& source, int begin = 0) {
-    packs([&](int i, int column, bool within) { raw[i] = within ? source.template fetch<V>(column) : Raw(); }, begin);
+    packs([&](int i, int column, bool within) {
+#pragma unroll
+      for (int o = 0; o < Source::kOperands; ++o)
+        raw[i].of[o] = within ? read_once<V>(source.operand(o) + column) : Bits<T, V>();
+    }, begin);
+  };
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  Bits<T, V>* const own = reinterpret_cast<Bits<T, V>*>(staging) + (thread & ~31) * N * Source::kOperands + thread % 32;
+  auto staged = [&](int i, int operand) { return own + (i * Source::kOperands + operand) * 32; };
+  auto stage = [&](const Source& source) {
+#pragma unroll
+    for (int o = 0; o < Source::kOperands; ++o) {
+      const T* from = source.operand(o) + first;  // one address for all packs
+      packs([&](int i, int, bool within) { if (within) copy_async(staged(i, o), from + i * 32 * V, 16); });
+    }
+    commit_copies();
   };
 
-  if (kAhead && !kLong) fetch(all.at(row));
+  if (kStaged) stage(all.at(row));
   if (!kLong) packs([&](int, int column, bool within) {
-    if constexpr (Source::kNorm) if (within) all.prefetch(column);
+    if constexpr (Source::kNorm) if (within) {
+      if (!kGamma) prefetch(all.gamma + column);
+      if (!kBeta && all.beta) prefetch(all.beta + column);
+    }
     if (kSmooth && within) prefetch(result.smoother + column);
   });
-  [[maybe_unused]] const float share = __frcp_rn(float(k));
-  float scale = 0, zero = 0;
-  if (result.scale) {
-    scale = *result.scale;
-    if (result.zero) zero = *result.zero;
-  }
+  if constexpr (Source::kNorm) if (!all.rms)
+    reduce.count(k / chunk * 32 * N * V + min(max(k % chunk - first_of_warp, 0), 32 * N * V));
+  if (result.zero) prefetch(result.zero);
+  float scale = result.scale ? *result.scale : 0;
   for (; row < rows; row += step) {
     const Source source = all.at(row);
     const int64_t start = row * k;
-    if (!kAhead && !kLong) fetch(source);
-    [[maybe_unused]] Coefficients coefficients[N];
-    if constexpr (Source::kNorm && kEarly) packs([&](int i, int column, bool within) {
-      coefficients[i] = within ? source.template coefficients<V>(column) : Coefficients();
+    if (!kStaged && !kLong) fetch(source);
+    [[maybe_unused]] Bits<T, V> gamma[N], beta[N];
+    if constexpr (Source::kNorm) packs([&](int i, int column, bool within) {
+      if constexpr (kGamma) gamma[i] = within ? read<V>(source.gamma + column) : Bits<T, V>();
+      if constexpr (kBeta) beta[i] = within && source.beta ? read<V>(source.beta + column) : Bits<T, V>();
     });
-    if (!kLong) source.values(raw, v);
-    auto each = [&](auto&& f) {
+    auto to_values = [&] {
+#pragma unroll
+      for (int i = 0; i < N; ++i) source.values(raw[i], v[i]);
+    };
+    if constexpr (kStaged) {
+      wait_copies<0>();
+      packs([&](int i, int, bool within) {
+        Raw one;
+#pragma unroll
+        for (int o = 0; o < Source::kOperands; ++o) one.of[o] = within ? *staged(i, o) : Bits<T, V>();
+        source.values(one, v[i]);
+      });
+      if (row + step < rows) stage(all.at(row + step));
+    } else if (!kLong) {
+      to_values();
+    }
+    auto each = [&](auto&& f) {  // f(the first column of a chunk that v holds)
       if constexpr (kLong) {
         for (int begin = 0; begin < k; begin += chunk) {
           fetch(source, begin);
-          source.values(raw, v);
-          packs(f, begin);
+          to_values();
+          f(begin);
         }
       } else {
-        packs(f);
+        f(0);
       }
     };
 
-    [[maybe_unused]] float mean = 0, inverse_deviation = 1;
+    // Statistics are about the mean of each warp's own columns, of which those of the row follow by one exchange between warps.
+    [[maybe_unused]] float mean_of_warp = 0, inverse_deviation = 1, shift = 0;
     if constexpr (Source::kNorm) {
-      if (Source::kHasSum && source.sum) each([&](int i, int column, bool within) {
-        if (within) store<V>(source.sum + column, v[i]);
+      if (Source::kHasSum && source.sum) each([&](int begin) {
+        packs([&](int i, int column, bool within) { if (within) store<V>(source.sum + column, v[i]); }, begin);
       });
       if (!source.rms) {
         float sums[kParts] = {};
-        each([&](int i, int, bool) {
+        each([&](int begin) {
+          packs([&](int i, int, bool) {
 #pragma unroll
-          for (int j = 0; j < V; ++j) sums[i % kParts] += v[i][j];
+            for (int j = 0; j < V; ++j) sums[i % kParts] += v[i][j];
+          }, begin);
         });
-        mean = reduce(over(sums, Sum()), Sum()) * share;
+        mean_of_warp = reduce.mean_of_warp(over(sums, Sum()), source.share);
       }
       float squares[kParts] = {};
-      each([&](int i, int, bool within) {
-        if (!source.rms) centre(v[i], mean);
-        float& part = squares[i % kParts];
-        const float before = part;
+      each([&](int begin) {
+        if (!source.rms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
+        packs([&](int i, int, bool within) {
+          float& part = squares[i % kParts];
+          const float before = part;
 #pragma unroll
-        for (int j = 0; j < V; ++j) part += v[i][j] * v[i][j];
-        if (!within) part = before;
+          for (int j = 0; j < V; ++j) part += v[i][j] * v[i][j];
+          if (!within) part = before;
+        }, begin);
       });
+      float total = over(squares, Sum()), mean = mean_of_warp;
+      if (source.rms) total = reduce(total, Sum());
+      else reduce.moments(mean, total, source.share);
       // a product instead of the body's division: one more rounding, and half the time of the whole kernel
-      inverse_deviation = inverse_root(reduce(over(squares, Sum()), Sum()) * share + source.epsilon);
+      inverse_deviation = inverse_root(total * source.share + source.epsilon);
+      shift = (mean_of_warp - mean) * inverse_deviation;
     }
 
-    auto finish = [&](int i, int column, bool within) {
+    auto finish = [&](int begin) {
       if constexpr (Source::kNorm) {
-        if (kLong && !source.rms) centre(v[i], mean);
-        if (!kEarly) coefficients[i] = within ? source.template coefficients<V>(column) : Coefficients();
-        source.scale(column, within, coefficients[i], inverse_deviation, v[i]);
+        if (kLong && !source.rms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
+        packs([&](int i, int column, bool within) {
+          if constexpr (!kGamma) gamma[i] = within ? read<V>(source.gamma + column) : Bits<T, V>();
+          float factor[V];
+          to_floats(gamma[i], factor);
+#pragma unroll
+          for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], inverse_deviation, shift) * factor[j];
+        }, begin);
+        if (source.beta) packs([&](int i, int column, bool within) {
+          if constexpr (!kBeta) beta[i] = within ? read<V>(source.beta + column) : Bits<T, V>();
+          float plus[V];
+          to_floats(beta[i], plus);
+#pragma unroll
+          for (int j = 0; j < V; ++j) v[i][j] = __fadd_rn(v[i][j], plus[j]);
+        }, begin);
       }
     };
-    auto smooth = [&](int i, int column, bool within) {
-      if (!kSmooth || !within) return;
-      float smoother[V];
-      load<V>(result.smoother + column, smoother);
+    auto smooth = [&](int begin) {
+      if (kSmooth) packs([&](int i, int column, bool within) {
+        if (!within) return;
+        float smoother[V];
+        load<V>(result.smoother + column, smoother);
 #pragma unroll
-      for (int j = 0; j < V; ++j) v[i][j] = __fdiv_rn(v[i][j], smoother[j]);
+        for (int j = 0; j < V; ++j) v[i][j] = __fdiv_rn(v[i][j], smoother[j]);
+      }, begin);
     };
     float most[kParts] = {};
-    each([&](int i, int column, bool within) {
-      finish(i, column, within);
-      if (Source::kHasY && result.y && within) store<V>(static_cast<T*>(result.y) + start + column, v[i]);
-      smooth(i, column, within);
-      if (result.scale) return;
-      float& part = most[i % kParts];
-      const float before = part;
+    each([&](int begin) {
+      finish(begin);
+      if (Source::kHasY && result.y) packs([&](int i, int column, bool within) {
+        if (within) store<V>(static_cast<T*>(result.y) + start + column, v[i]);
+      }, begin);
+      smooth(begin);
+      if (!result.scale) packs([&](int i, int, bool within) {
+        float& part = most[i % kParts];
+        const float before = part;
 #pragma unroll
-      for (int j = 0; j < V; ++j) part = Max()(part, fabsf(v[i][j]));
-      if (!within) part = before;
+        for (int j = 0; j < V; ++j) part = Max()(part, fabsf(v[i][j]));
+        if (!within) part = before;
+      }, begin);
     });
     if (!result.scale) {
       scale = scale_of(reduce(over(most, Max()), Max()));
       if (threadIdx.x == 0) result.token_scale[row] = scale;
     }
-    const Rounding rounding(scale, zero);
-    if (kAhead && !kLong && row + step < rows) fetch(all.at(row + step));
+    const Rounding rounding(scale, result.zero ? float(*result.zero) : 0.f);
     auto write = [&](auto how) {
-      each([&](int i, int column, bool within) {
+      each([&](int begin) {
         if constexpr (kLong) {
-          finish(i, column, within);
-          smooth(i, column, within);
+          finish(begin);
+          smooth(begin);
         }
-        rounding.template round<how()>(v[i]);
-        if (within) store_bytes<V>(result.q + start + column, v[i]);
+        packs([&](int i, int column, bool within) {
+          rounding.template round<how(), !Source::kNorm>(v[i]);
+          if (within) store_bytes<V>(result.q + start + column, v[i]);
+        }, begin);
       });
     };
     if (rounding.factor != 1) write(std::integral_constant<Rounding::How, Rounding::kFactored>());
@@ -190,34 +268,38 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   }
 }
 
-template <typename Layout, bool kLong, typename Source>
+template <typename Layout, bool kLong, bool kSmooth, typename Source>
 cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
-  const auto kernel =
-      result.smoother ? quantize_rows<Source, Layout, kLong, true> : quantize_rows<Source, Layout, kLong, false>;
+  const auto kernel = quantize_rows<Source, Layout, kLong, kSmooth>;
   constexpr int kRows = Layout::kRows;
   const int threads = kLong || Layout::kWarp ? Layout::kThreads : int(ceil_div(k, 32 * Layout::N * Layout::V)) * 32;
+  const int shared = staged_bytes<Source, Layout, kLong>(threads * kRows);
   int64_t blocks = ceil_div(rows, kRows);
   Device device;
   if (cudaError_t error = current_device(&device)) return error;
+  constexpr int kWithoutAsking = 47 << 10;  // beside what is declared in the kernel
+  if (shared > kWithoutAsking) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error) return error;
+  }
   if (blocks > device.multiprocessors) {
     int resident = 0;
-    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, 0);
+    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, shared);
     if (error) return error;
     const int64_t at_once = int64_t(resident > 1 ? resident : 1) * device.multiprocessors;
-    blocks = ceil_div(blocks, ceil_div(blocks, at_once));  // each takes as many rows as the others, or one less
+    blocks = blocks < at_once ? blocks : at_once;  // full multiprocessors, also where some blocks then take a row less
   }
-  return launch({unsigned(blocks), dim3(threads, kRows)}, device, stream, kernel, source, rows, int(k), result);
+  return launch({unsigned(blocks), dim3(threads, kRows), shared}, device, stream, kernel, source, rows, int(k), result);
 }
 
 // Launches the kernel that holds a row with the fewest idle threads.
-template <typename Source>
-cudaError_t quantize_rows_of(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
+template <bool kSmooth, typename Source>
+cudaError_t launch_fitting(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
   constexpr int V = kWidest<typename Source::T>;
-  constexpr int64_t kLongest = INT32_MAX - (1 << 16);  // columns are counted in 32 bits
-  if (rows == 0) return cudaSuccess;
-  if (k == 0 || k > kLongest) return cudaErrorInvalidValue;
+  constexpr int kMost = Source::kNorm || kSmooth ? 384 : 512;  // threads of which two blocks have registers enough
+  constexpr int64_t kFewRows = 64;                             // fewer than a GPU for servers has multiprocessors
   auto with = [&](auto layout, auto is_long) {
-    return launch_rows<decltype(layout), is_long()>(source, rows, k, result, stream);
+    return launch_rows<decltype(layout), is_long(), kSmooth>(source, rows, k, result, stream);
   };
   constexpr std::false_type held;
   constexpr std::true_type read_again;
@@ -231,9 +313,19 @@ cudaError_t quantize_rows_of(const Source& source, int64_t rows, int64_t k, cons
   if (packs <= 32 * 2) return with(Layout<V, 2, 32, 5>(), held);
   if (packs <= 32 * 3) return with(Layout<V, 3, 32, 5>(), held);
   if (packs <= 32 * 4) return with(Layout<V, 4, 32, 5>(), held);
-  if (packs <= 384 * 4) return with(Layout<V, 4, 384, 2>(), held);
+  if (rows <= kFewRows && packs <= 512 * 2) return with(Layout<V, 2, 512, 1, true>(), held);
+  if (packs <= kMost * 4) return with(Layout<V, 4, kMost, 2>(), held);
   if (packs <= 512 * 8) return with(Layout<V, 8, 512, 1>(), held);
   return with(Layout<V, 4, 512, 1>(), read_again);
+}
+
+template <typename Source>
+cudaError_t quantize_rows_of(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
+  constexpr int64_t kLongest = INT32_MAX - (1 << 16);  // columns are counted in 32 bits
+  if (rows == 0) return cudaSuccess;
+  if (k == 0 || k > kLongest) return cudaErrorInvalidValue;
+  return result.smoother ? launch_fitting<true>(source, rows, k, result, stream)
+                         : launch_fitting<false>(source, rows, k, result, stream);
 }
 
 }  // namespace qpass

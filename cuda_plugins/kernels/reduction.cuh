@@ -34,34 +34,89 @@ constexpr int kMostThreads = 512;  // of a block
 template <bool kWarp>
 class Reduction {
  public:
-  using Partial = float[2][kMostThreads / 32];
+  struct Partial {
+    float turns[2][2][kMostThreads / 32], counts[kMostThreads / 32], inverses[kMostThreads / 32];
+  };
 
   __device__ explicit Reduction(Partial& shared) : partial(shared) {
     if constexpr (!kWarp) {  // read four at a time
-      const int warp = threadIdx.x % (kMostThreads / 32);
-      if (threadIdx.x < 2 * (kMostThreads / 32) && warp >= int(blockDim.x) / 32)
-        partial[threadIdx.x / (kMostThreads / 32)][warp] = 0;
+      const int warp = threadIdx.x;
+      if (warp < kMostThreads / 32 && warp >= int(blockDim.x) / 32) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) partial.turns[i / 2][i % 2][warp] = 0;
+        partial.counts[warp] = 0;
+      }
     }
+  }
+
+  // How many numbers this warp has of those that moments are of. Kept in shared memory: registers are short.
+  __device__ void count(int numbers) {
+    if constexpr (!kWarp) {
+      partial.counts[threadIdx.x / 32] = float(numbers);
+      partial.inverses[threadIdx.x / 32] = __frcp_rn(float(numbers));
+    }
+  }
+
+  // From a thread's part of their sum. Of the row's numbers each is a `share`.
+  __device__ float mean_of_warp(float sum, float share) const {
+    sum = Sum().over_warp(sum);
+    if constexpr (kWarp) return sum * share;
+    else return sum * partial.inverses[threadIdx.x / 32];
   }
 
   template <typename Op>
   __device__ float operator()(float value, Op op) {
     value = op.over_warp(value);
     if constexpr (!kWarp) {
-      if (threadIdx.x % 32 == 0) partial[turn][threadIdx.x / 32] = value;
+      if (threadIdx.x % 32 == 0) partial.turns[turn][0][threadIdx.x / 32] = value;
       __syncthreads();
       value = 0;
-#pragma unroll 1
-      for (int warp = 0; warp < int(blockDim.x) / 32; warp += 4) {
-        float4 four = *reinterpret_cast<const float4*>(&partial[turn][warp]);
+      each_four([&](int warp) {
+        float4 four = four_of(partial.turns[turn][0], warp);
         value = op(value, op(op(four.x, four.y), op(four.z, four.w)));
-      }
+      });
       turn ^= 1;
     }
     return value;
   }
 
+  // From the mean of a warp's numbers, and a thread's part of the sum of their squared distances from it: both over the row.
+  __device__ void moments(float& mean, float& squares, float share) {
+    squares = Sum().over_warp(squares);
+    if constexpr (!kWarp) {
+      if (threadIdx.x % 32 == 0) {
+        partial.turns[turn][0][threadIdx.x / 32] = mean;
+        partial.turns[turn][1][threadIdx.x / 32] = squares;
+      }
+      __syncthreads();
+      float sum = 0, between = 0;
+      each_four([&](int warp) {
+        const float4 means = four_of(partial.turns[turn][0], warp), counts = four_of(partial.counts, warp);
+        sum += (means.x * counts.x + means.y * counts.y) + (means.z * counts.z + means.w * counts.w);
+      });
+      mean = sum * share;
+      each_four([&](int warp) {
+        const float4 means = four_of(partial.turns[turn][0], warp), sums = four_of(partial.turns[turn][1], warp);
+        const float4 counts = four_of(partial.counts, warp);
+        auto about = [&](float other, float n) { return (other - mean) * (other - mean) * n; };
+        between += (sums.x + about(means.x, counts.x)) + (sums.y + about(means.y, counts.y));
+        between += (sums.z + about(means.z, counts.z)) + (sums.w + about(means.w, counts.w));
+      });
+      squares = between;
+      turn ^= 1;
+    }
+  }
+
  private:
+  template <typename F>
+  __device__ void each_four(F&& f) const {
+#pragma unroll 1
+    for (int warp = 0; warp < int(blockDim.x) / 32; warp += 4) f(warp);
+  }
+  static __device__ float4 four_of(const float* of_warps, int warp) {
+    return *reinterpret_cast<const float4*>(of_warps + warp);
+  }
+
   Partial& partial;
   int turn = 0;
 };

@@ -8,21 +8,22 @@ namespace qpass {
 
 // What a row's elements are rounded by.
 //
-// y / scale is the product with the correctly rounded inverse and one correction by the remainder. Before its last rounding
-// that is within 2^-22 ulp of the quotient, so that rint of it could differ from rint of the rounded quotient only where the
+// y / scale is the product with the inverse, which is held as a float and what that is off by: before its last rounding the sum
+// is within 2^-22 ulp of the quotient, so that rint of it could differ from rint of the rounded quotient only where the
 // quotient is that close to the middle between a half and a float beside it. There are some 3000 pairs of mantissas with
 // |y / scale| < 256 of which that is true, and none of them differs (tests/plugins/test_approximations.py goes through them).
 //
-// This takes a remainder that does not underflow and a normal inverse. Scales beyond 2^-100..2^100 are brought there, and y
-// with them, by a power of two: what that rounds or makes infinite is far below a half or beyond what is clipped. A scale of
-// zero or infinity is what every y is zero beside.
+// This takes a normal inverse; what underflows of the rest of it is below 2^-50 of the quotient. Scales beyond 2^-100..2^100 are
+// brought there, and y with them, by a power of two: what that rounds or makes infinite is far below a half or beyond what is
+// clipped. A scale of zero or infinity is what every y is zero beside.
 //
 // A scale that was taken from the row itself leaves nothing to clip, but where it is subnormal and so off by up to a half. A
 // static scale clips y, not the integer: beyond 127.25 (or -128.25) scales, less the zero point, is 127 (-128) anyway.
 struct Rounding {
-  float scale, inverse, factor = 1, zero, low, high;
+  float inverse, off, factor = 1, zero, low, high;
 
-  __device__ Rounding(float given, float zero_point) : scale(given), zero(zero_point) {
+  __device__ Rounding(float given, float zero_point) : zero(zero_point) {
+    float scale = given;
     const float size = fabsf(given);
     if (!(size >= 0x1p-100f && size <= 0x1p100f)) {
       const bool none = size == 0 || size == INFINITY;
@@ -30,22 +31,25 @@ struct Rounding {
       scale = none ? 1 : given * factor;
     }
     inverse = __frcp_rn(scale);
+    const float rest = __fmaf_rn(-inverse, scale, 1.f);
+    off = __fmul_rn(__fmaf_rn(rest, rest, rest), inverse);  // without the square one of the 3000 would differ
     const float least = (-128.25f - zero) * scale, most = (127.25f - zero) * scale;
     low = fminf(least, most);  // a scale may be negative
     high = fmaxf(least, most);
   }
 
+  // Of the quotient, or of the product with the inverse: as good where y itself is off by as much, an ulp or two.
+  //
   // The low byte of what is left in v's bits is the integer: added to 1.5 * 2^23, whose last bit counts ones, the quotient is
   // rounded to an integer, ties to even; what is added after that is exact.
   enum How { kUnclipped, kClipped, kFactored };  // the last two clip
-  template <How how, int V>
+  template <How how, bool kQuotient, int V>
   __device__ void round(float (&v)[V]) const {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float near = how == kFactored ? v[i] * factor : v[i];
       const float y = how == kUnclipped ? near : fminf(fmaxf(near, low), high);
-      const float q = __fmul_rn(y, inverse);
-      v[i] = __fadd_rn(__fmaf_rn(__fmaf_rn(-q, scale, y), inverse, q), 0x1.8p23f);
+      v[i] = kQuotient ? __fadd_rn(__fmaf_rn(y, inverse, __fmul_rn(y, off)), 0x1.8p23f) : __fmaf_rn(y, inverse, 0x1.8p23f);
     }
     if (how != kUnclipped && zero != 0) {
 #pragma unroll

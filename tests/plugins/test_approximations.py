@@ -37,9 +37,10 @@ def test_no_quotient_rounds_to_another_integer() -> None:
     for y, scale in pairs:
         wanted = round(_float32(y / scale))
         inverse = _float32(1 / scale)
-        q = _float32(y * inverse)
-        products += round(q) != wanted
-        assert round(_float32(q + _float32(y - q * scale) * inverse)) == wanted
+        rest = _float32(1 - inverse * scale)
+        off = _float32(_float32(rest + rest * rest) * inverse)
+        products += round(_float32(y * inverse)) != wanted
+        assert round(_float32(y * inverse + _float32(y * off))) == wanted
     assert products > 500
 
 
@@ -105,11 +106,11 @@ def _as_rounded(y: Array, scale: Array, zero: np.float32) -> Array:
 
 
 def _corrected(y: Array, scale: Array) -> Array:
-    """The product with the inverse and its correction; float64 holds the remainder, and nearly all of the sum."""
+    """The product with the inverse and what that is off by; float64 holds the remainder, and nearly all of the sum."""
     inverse = F32(1) / scale
-    q = y * inverse
-    remainder = (y.astype(np.float64) - q.astype(np.float64) * scale).astype(F32)
-    corrected: Array = (q + remainder.astype(np.float64) * inverse).astype(F32)
+    rest = 1 - inverse.astype(np.float64) * scale
+    off = (rest + rest * rest).astype(F32) * inverse
+    corrected: Array = (y.astype(np.float64) * inverse + y * off).astype(F32)
     return corrected
 
 
