@@ -283,10 +283,16 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
     if (error) return error;
   }
   if (blocks > device.multiprocessors) {
-    int resident = 0;
-    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, shared);
-    if (error) return error;
-    const int64_t at_once = int64_t(resident > 1 ? resident : 1) * device.multiprocessors;
+    static thread_local struct {
+      int device = -1, threads, shared, resident;
+    } last;  // asked of the same rows as before it takes longer than the launch
+    if (last.device != device.id || last.threads != threads || last.shared != shared) {
+      int resident = 0;
+      cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, shared);
+      if (error) return error;
+      last = {device.id, threads, shared, resident > 1 ? resident : 1};
+    }
+    const int64_t at_once = int64_t(last.resident) * device.multiprocessors;
     blocks = blocks < at_once ? blocks : at_once;  // full multiprocessors, also where some blocks then take a row less
   }
   return launch({unsigned(blocks), dim3(threads, kRows), shared}, device, stream, kernel, source, rows, int(k), result);
