@@ -57,11 +57,16 @@ uint32_t variants_of(const Gemm& g, const Device& device) {
 }
 
 qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
-  if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8)) return QPASS_SKINNY;
+  // Hopper's smallest tiles are faster from the second tile of tokens on
+  const int64_t few = mask & bit(QPASS_SM90_64X128) ? 16 : kSkinnyTokens;
+  if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8, few)) return QPASS_SKINNY;
   // the largest tile does the most with what it reads, unless its tiles are so few that two fifths of the GPU or more are idle
   const bool idle = ceil_div(g.m, 128) * ceil_div(g.n, 256) * 5 <= 3 * device.multiprocessors;
   qpass_variant first = idle ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
-  if (g.in == QPASS_INT8 && g.m <= 128) first = QPASS_SM90_64X128;
+  if (g.in == QPASS_INT8 && g.m <= 128) {
+    const bool at_once = ceil_div(g.m, 64) * ceil_div(g.n, 64) <= device.multiprocessors;
+    first = at_once && (mask & bit(QPASS_SM90_64X64)) ? QPASS_SM90_64X64 : QPASS_SM90_64X128;
+  }
   for (qpass_variant variant : {first, QPASS_SM90_128X256, QPASS_SM80_128X128}) {
     if (mask & bit(variant)) return variant;
   }

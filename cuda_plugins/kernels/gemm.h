@@ -31,12 +31,12 @@ cudaError_t gemm(const Gemm& g, cudaStream_t stream);
 size_t gemm_workspace(const Gemm& g);  // an upper bound for every m up to this one and every variant
 cudaError_t gemm_choice(const Gemm& g, qpass_choice* choice);
 
-// Few tokens: weights stream once through the tensor cores. Any m; by the rule it is the best for `kSkinnyTokens` and fewer. Beyond,
-// it does a third (float) or a sixth (int8) of the arithmetic in a time but starts sooner than what it competes with, so that it
-// wins while a product is small: that many multiplications more are done while the other gets going.
-constexpr int kSkinnyTokens = 64;
-inline int64_t skinny_tokens(int64_t n, int64_t k, double head_start) {
-  return std::max<int64_t>(kSkinnyTokens, int64_t(head_start / (double(n) * double(k) + 1)));
+// Few tokens: weights stream once through the tensor cores. Any m; by the rule it is the best for `least` and fewer. Beyond, it does a
+// third (float) or a sixth (int8) of the arithmetic in a time but starts sooner than what it competes with, so that it wins while a
+// product is small: that many multiplications more are done while the other gets going.
+constexpr int kSkinnyTokens = 64;  // that its largest tile takes
+inline int64_t skinny_tokens(int64_t n, int64_t k, double head_start, int64_t least) {
+  return std::max<int64_t>(least, int64_t(head_start / (double(n) * double(k) + 1)));
 }
 constexpr double kHeadStartInt8 = 3.8e8;
 cudaError_t skinny_int8(const Gemm& g, cudaStream_t stream);  // int8 inputs

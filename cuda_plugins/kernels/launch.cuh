@@ -49,22 +49,17 @@ inline cudaError_t taken_back(cudaError_t error) {
 struct Grid {
   dim3 blocks, threads;
   int shared = 0;        // bytes of dynamic shared memory
-  unsigned cluster = 1;  // blocks along z that are one, from sm_90 on
 };
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const Grid& grid, const Device& device, cudaStream_t stream, void (*kernel)(Parameters...),
     const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[1];
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks, config.blockDim = grid.threads;
   config.dynamicSmemBytes = grid.shared;
   config.stream = stream;
   config.attrs = attributes;
-  if (grid.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {1, 1, grid.cluster};
-  }
   if (device.major >= 9) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;

@@ -52,8 +52,11 @@ class Reduction {
   // How many numbers this warp has of those that moments are of. Kept in shared memory: registers are short.
   __device__ void count(int numbers) {
     if constexpr (!kWarp) {
-      partial.counts[threadIdx.x / 32] = float(numbers);
-      partial.inverses[threadIdx.x / 32] = __frcp_rn(float(numbers));
+      if (threadIdx.x % 32 == 0) {
+        partial.counts[threadIdx.x / 32] = float(numbers);
+        partial.inverses[threadIdx.x / 32] = __frcp_rn(float(numbers));
+      }
+      __syncwarp();
     }
   }
 

@@ -8,11 +8,10 @@
 // add up to them, beside which integers become bfloat16 exactly, and units are summed by float32 additions: tensor cores cut off
 // bits of long sums that float32 results would miss.
 //
-// Where n is small, K is split, too, among blocks. From sm_90 on those are a cluster, whose blocks read one another's sums; before,
-// a second kernel adds them up. Either way in the same order every time.
+// Where n is small, K is split, too, among blocks, whose sums a second kernel adds up, in the same order every time. (Clusters that
+// add up their sums in shared memory save that kernel, but not all multiprocessors take clusters: on an H200 124 of 132 hold one of
+// four blocks, and what is left over for a second wave takes as long as the first.)
 #pragma once
-
-#include <cooperative_groups.h>
 
 #include <algorithm>
 
@@ -25,6 +24,7 @@ namespace qpass {
 constexpr int kBigGpu = 132;       // multiprocessors
 constexpr int kMostBlocks = 1056;  // that K is split for
 constexpr int kMostSplits = 32;
+constexpr int kAddingThreads = 256;
 
 __device__ __forceinline__ void store_as(qpass_type type, void* y, int64_t i, float value) {
   if (type == QPASS_HALF) static_cast<half*>(y)[i] = from_float<half>(value);
@@ -45,50 +45,6 @@ __device__ __forceinline__ void finish(const Gemm& g, int64_t m, int64_t n, floa
   if (g.bias) sum += load_as(g.out, g.bias, n);
   store_as(g.out, g.d, m * g.ldd + n, sum);
 }
-
-// Adds up the sums of a cluster's blocks: each writes them to the shared memory of the block that finishes them, since what is read
-// from another block takes long to come. Where there is room beside the stages, nobody need wait for the others to be done with
-// theirs.
-template <typename S>
-class ClusterSum {
- public:
-  using Accumulator = typename S::Accumulator;
-
-  __device__ explicit ClusterSum(char* shared) : sums_(reinterpret_cast<Accumulator*>(shared + (S::kOwnSums ? S::kBytes : 0))) {}
-
-#if __CUDA_ARCH__ >= 900
-  // Says that this block runs, and that others may write to it.
-  __device__ __forceinline__ void open() { cooperative_groups::this_cluster().barrier_arrive(); }
-
-  // `each` calls what it is given with every row, column and sum of the thread's.
-  template <typename Each>
-  __device__ __forceinline__ void add(const Skinny& p, int64_t n0, int64_t m0, Each each) {
-    const auto cluster = cooperative_groups::this_cluster();
-    const int columns = int(min(p.g.m - m0, int64_t(S::kTokens * 8)));
-    const int share = ceil_div_int(columns * S::kRows, p.splits), rank = int(cluster.block_rank());
-    cluster.barrier_wait();
-    each([&](int line, int column, Accumulator sum) {
-      if (column >= columns) return;
-      const int i = column * S::kRows + line, owner = i / share;
-      *cluster.map_shared_rank(sums_ + rank * share + i - owner * share, owner) = sum;
-    });
-    __syncwarp();
-    cluster.barrier_arrive();
-    cluster.barrier_wait();
-    for (int i = threadIdx.x; i < share && rank * share + i < columns * S::kRows; i += S::kThreads) {
-      Accumulator sum = 0;
-#pragma unroll
-      for (int s = 0; s < kLargestCluster; ++s) sum += s < p.splits ? sums_[s * share + i] : 0;
-      const int line = (rank * share + i) % S::kRows, column = (rank * share + i) / S::kRows;
-      if (n0 + line < p.g.n) finish(p.g, m0 + column, n0 + line, float(sum));
-    }
-  }
-#endif
-
- private:
-  static __device__ int ceil_div_int(int a, int b) { return (a + b - 1) / b; }
-  Accumulator* sums_;
-};
 
 // What is read in pieces while weights stream, or at the end, is on its way to the L2 cache from the start.
 template <typename S>
@@ -112,10 +68,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
   using Accumulator = typename S::Accumulator;
   extern __shared__ __align__(128) char shared[];
   let_next_kernel_start();
-  ClusterSum<S> cluster_sum(shared);
-#if __CUDA_ARCH__ >= 900
-  if (p.cluster && S::kOwnSums) cluster_sum.open();
-#endif
   if (!p.follows) wait_for_kernel_before();
   const int64_t n0 = blockIdx.x % blocks_n * S::kRows, m0 = blockIdx.x / blocks_n * (S::kTokens * 8);
   const int64_t all = ceil_div(p.g.k, S::kStageK), first = blockIdx.z * p.stages_a_split;
@@ -193,37 +145,35 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
     held = next;
   }
 
-  auto each = [&](auto take) {
 #pragma unroll
-    for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
-      const int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
-      take((at.warp * S::kTiles + tile) * 16 + c / 2 * 8 + at.row, token * 8 + at.quarter * 2 + c % 2, acc[tile][token][c]);
-    }
-  };
-#if __CUDA_ARCH__ >= 900
-  if (p.cluster) {
-    __syncthreads();  // the last stage is read
-    if (!S::kOwnSums) cluster_sum.open();
-    return cluster_sum.add(p, n0, m0, each);
+  for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
+    const int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
+    const int64_t n = n0 + (at.warp * S::kTiles + tile) * 16 + c / 2 * 8 + at.row, m = m0 + token * 8 + at.quarter * 2 + c % 2;
+    if (n >= p.g.n || m >= p.g.m) continue;
+    if (p.splits == 1) finish(p.g, m, n, float(acc[tile][token][c]));
+    else static_cast<Accumulator*>(p.partial)[(blockIdx.z * p.g.m + m) * p.g.n + n] = acc[tile][token][c];
   }
-#endif
-  each([&](int line, int column, Accumulator sum) {
-    const int64_t n = n0 + line, m = m0 + column;
-    if (n >= p.g.n || m >= p.g.m) return;
-    if (p.splits == 1) finish(p.g, m, n, float(sum));
-    else static_cast<Accumulator*>(p.partial)[(blockIdx.z * p.g.m + m) * p.g.n + n] = sum;
-  });
 }
 
-// The sums of the splits, always in the same order.
+// The sums of the splits, always in the same order. What several splits have is asked for at once.
 template <typename Accumulator>
-__global__ void __launch_bounds__(256) add_splits(Skinny p) {
-  const int64_t count = p.g.m * p.g.n;
-  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count; i += int64_t(gridDim.x) * 256) {
-    Accumulator sum = 0;
-    for (int s = 0; s < p.splits; ++s) sum += static_cast<const Accumulator*>(p.partial)[s * count + i];
-    finish(p.g, i / p.g.n, i % p.g.n, float(sum));
+__global__ void __launch_bounds__(kAddingThreads) add_splits(Skinny p) {
+  let_next_kernel_start();
+  const int64_t count = p.g.m * p.g.n, i = int64_t(blockIdx.x) * kAddingThreads + threadIdx.x;
+  wait_for_kernel_before();
+  if (i >= count) return;
+  constexpr int kAtOnce = 8;
+  Accumulator sum = 0;
+  for (int first = 0; first < p.splits; first += kAtOnce) {
+    Accumulator parts[kAtOnce];
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) {
+      parts[s] = first + s < p.splits ? static_cast<const Accumulator*>(p.partial)[(first + s) * count + i] : 0;
+    }
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) sum += parts[s];
   }
+  finish(p.g, i / p.g.n, i % p.g.n, float(sum));
 }
 
 // An upper bound of the bytes that `splits` can ask for, for every m up to this one.
@@ -249,25 +199,17 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   // as many as run at the same time
   int64_t splits = std::min<int64_t>(device.multiprocessors * S::kBlocks, kMostBlocks) / blocks;
   splits = std::max<int64_t>(std::min(splits, most_splits<S>(p)), 1);
-  const bool clusters = device.major >= 9;
-  if (clusters) {
-    splits = std::min<int64_t>(splits, kLargestCluster);
-    while (splits & (splits - 1)) splits &= splits - 1;  // a power of two; the last of the splits may have nothing to do
-  }
   p.stages_a_split = ceil_div(stages, splits);
-  p.splits = int(clusters ? splits : ceil_div(stages, p.stages_a_split));
-  p.cluster = clusters && splits > 1;
+  p.splits = int(ceil_div(stages, p.stages_a_split));
 
   static OncePerDevice allowed;
-  auto allow = [] { return cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes); };
+  auto allow = [] { return cudaFuncSetAttribute(skinny<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes); };
   if (cudaError_t e = allowed(device, allow)) return e;
-  Grid grid{dim3(unsigned(blocks), 1, unsigned(p.splits)), S::kThreads, S::kSharedBytes, unsigned(p.cluster ? p.splits : 1)};
+  const Grid grid{dim3(unsigned(blocks), 1, unsigned(p.splits)), S::kThreads, S::kBytes};
   if (cudaError_t e = launch(grid, device, stream, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
-  if (p.splits > 1 && !p.cluster) {
-    unsigned adding = unsigned(std::min<int64_t>(ceil_div(p.g.m * p.g.n, 256), 132 * 16));
-    add_splits<typename S::Accumulator><<<adding, 256, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  if (p.splits == 1) return cudaSuccess;
+  const Grid adding{dim3(unsigned(ceil_div(p.g.m * p.g.n, kAddingThreads))), kAddingThreads};
+  return launch(adding, device, stream, add_splits<typename S::Accumulator>, p);
 }
 
 // Whether tiles of this size make a block for each multiprocessor of a big GPU.
@@ -287,7 +229,7 @@ cudaError_t skinny_by_tokens(const Skinny& p, cudaStream_t stream) {
     // two tiles of channels a warp: they share what is read of the activations, which else takes longer than the products
     using Sixteen = SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 2, 2>;
     using ThirtyTwo = SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 4, 2>;
-    constexpr bool kSmallGroups = kGrouped && kSpanK == 32;  // their scales leave no registers for two
+    constexpr bool kSmallGroups = kGrouped && kSpanK < 128;  // their scales leave no registers for two
     using SixtyFour = SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 8, kSmallGroups ? 1 : 2>;
     if (p.g.m <= 16) return launch_skinny<Sixteen>(p, stream);
     const bool beyond = p.g.m > kSkinnyTokens;

@@ -161,28 +161,35 @@ __device__ __forceinline__ void multiply_fixed(const Skinny& p, const char* weig
     const char* scales = side + span * S::kSpanK / kBlockK * S::kSideRow;
     const char* sums = side + (S::kStageK / kBlockK + span) * S::kSideRow;
     float scale[S::kTiles][2];
-    int zero[S::kTiles][2];
+    int zero[S::kTiles][2] = {};
 #pragma unroll
     for (int j = 0; j < S::kTiles * 2; ++j) {
       const int tile = j / 2, h = j % 2;
       scale[tile][h] = S::kGrouped ? handed(held.scale[span / 4], tile, h, span, at) : 1.f;
-      zero[tile][h] = row_zero[tile][h];
-      if (S::kGrouped && p.zero) zero[tile][h] = handed(held.zero[span / 4], tile, h, span, at);
+      if (!p.zero) continue;
+      zero[tile][h] = S::kGrouped ? handed(held.zero[span / 4], tile, h, span, at) : row_zero[tile][h];
       if (S::kInt4) zero[tile][h] *= 16;
     }
 #pragma unroll
     for (int token = 0; token < S::kTokens; ++token) {
       const int column = (token * 8 + at.quarter * 2) * 4;  // and the next
       const float2 by = *reinterpret_cast<const float2*>(scales + column);
-      int2 sum = {};
-      if (p.zero) sum = *reinterpret_cast<const int2*>(sums + column);
+      if (p.zero) {
+        const int2 sum = *reinterpret_cast<const int2*>(sums + column);
+#pragma unroll
+        for (int j = 0; j < S::kTiles * 2; ++j) {
+          const int tile = j / 2, h = j % 2;
+          part[tile][token][h * 2] -= zero[tile][h] * sum.x;
+          part[tile][token][h * 2 + 1] -= zero[tile][h] * sum.y;
+        }
+      }
 #pragma unroll
       for (int j = 0; j < S::kTiles * 2; ++j) {
         const int tile = j / 2, h = j % 2;
         auto& to = acc[tile][token];
         const auto& from = part[tile][token];
-        to[h * 2] += scale[tile][h] * by.x * float(from[h * 2] - zero[tile][h] * sum.x);
-        to[h * 2 + 1] += scale[tile][h] * by.y * float(from[h * 2 + 1] - zero[tile][h] * sum.y);
+        to[h * 2] += scale[tile][h] * by.x * float(from[h * 2]);
+        to[h * 2 + 1] += scale[tile][h] * by.y * float(from[h * 2 + 1]);
       }
     }
   }

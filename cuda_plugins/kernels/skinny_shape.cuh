@@ -17,14 +17,13 @@ struct Skinny {
   const float* act_scale;    // of Fixed activations: [blocks of kBlockK, side], what their integers are multiplied by
   const int32_t* act_sum;    // and [spans, side], the sums of the integers
   int64_t side;              // m, rounded up to 4
-  void* partial;       // [splits, m, n] sums, with more than one split where there are no clusters
-  bool cluster;        // the splits are one
+  void* partial;       // [splits, m, n] sums, with more than one split
   int splits;
   int64_t stages_a_split;
 };
 
 constexpr int kMultiprocessor = 227 << 10;  // shared memory of Hopper's, of which a block takes 1 KB more than it asks for
-constexpr int kLargestCluster = 8;
+constexpr int kMostOfBlock = 99 << 10;      // shared memory that a block may have on every GPU from Ampere on
 constexpr int kBlockK = 128;                // values of a token that share a scale in Fixed
 
 // Activations as integers of 16 bits, 256 * high + low, times a scale that kBlockK neighbours of a token share. High and low are
@@ -66,17 +65,13 @@ struct SkinnyShape {
   static constexpr int kStageBytes = kSideAt + kSideRows * kSideRow;
   // a multiprocessor: more tiles take more registers, and so do small groups, whose scales are many
   static constexpr int kHolding = kTokens == 1 ? 4 : kTokens < 8 && kRun > 4 && (kInt4 || !kGrouped) ? 3 : 2;
-  static constexpr int kShared = kMultiprocessor / (kHolding > 3 ? 3 : kHolding) - 1024;
+  static constexpr int kShare = kMultiprocessor / (kHolding > 3 ? 3 : kHolding) - 1024;
+  static constexpr int kShared = kShare < kMostOfBlock ? kShare : kMostOfBlock;
   static constexpr int kStages = kShared / kStageBytes < 4 ? kShared / kStageBytes : 4;
   static constexpr int kBytes = kStages * kStageBytes;
-  // the sums of a cluster, of which every block finishes its share: beside the stages where they take little, else over them
-  static constexpr bool kOwnSums = kTokens == 1;
-  static constexpr int kSumBytes = (kTokens * 8 * kRows + kLargestCluster) * 4;
-  static constexpr int kSharedBytes = kBytes + (kOwnSums ? kSumBytes : 0);
-  static constexpr int kFitting = kMultiprocessor / (kSharedBytes + 1024);
+  static constexpr int kFitting = kMultiprocessor / (kBytes + 1024);
   static constexpr int kBlocks = kFitting < kHolding ? kFitting : kHolding;
   static_assert(kStages >= 2);
-  static_assert(kSumBytes <= kBytes);
 
   // Where the chunks of a row lie in shared memory: those that lanes of one phase of a load read fall on different banks.
   static __device__ __forceinline__ int weight_place(int row, int chunk) {

@@ -10,11 +10,12 @@ namespace {
 constexpr int64_t kChunkBytes = 512 << 20;  // of expanded weight
 
 constexpr double kHeadStart = 7e8;  // of the integers, over expanding them: see skinny_tokens
+constexpr int64_t kFewTokens = 128;
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 bool few_by_rule(const qpass_weight_only_matmul_args& args) {
-  return args.m <= skinny_tokens(args.n, args.k, kHeadStart) || args.type == QPASS_FLOAT;
+  return args.m <= skinny_tokens(args.n, args.k, kHeadStart, kFewTokens) || args.type == QPASS_FLOAT;
 }
 
 // Few tokens never expand, so that a model that knows no others needs no workspace for it.

@@ -67,7 +67,7 @@ DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 def split_cases(op: Op) -> list[Make]:
-    """Products whose K is long enough to be split among a cluster's blocks, in every signature."""
+    """Products whose K is long enough to be split among blocks, in every signature."""
     found: list[Make] = []
     for attrs, dtype in itertools.product(signatures(op), DTYPES):
         if attrs.get("output_type", code := helper.np_dtype_to_tensor_dtype(dtype)) == code:

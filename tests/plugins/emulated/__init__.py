@@ -99,8 +99,7 @@ def run(command: list[str]) -> None:
 
 def as_cpp(source: str) -> str:
     """A CUDA source in plain C++."""
-    source = re.sub(r"^#include <cooperative_groups.h>$", "", source, flags=re.M)
-    source = re.sub(r"extern __shared__ [^;]*?char (\w+)\[\];", r"char* const \1 = emulator::own().shared;", source)
+    source = re.sub(r"extern __shared__ [^;]*?char (\w+)\[\];", r"char* const \1 = emulator::own.shared;", source)
     source = re.sub(r'asm(?: volatile)?\("([^"]*)".*?\);', lambda m: ASSEMBLY.get(m[1], m[0]), source, flags=re.S)
     for name, emulated in EMULATED.items():
         source = source.replace(f"{name}(", f"emulator::{emulated}(")

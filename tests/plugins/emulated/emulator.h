@@ -1,7 +1,6 @@
 // CUDA's threads on a CPU, for kernels to be tested where there is no GPU.
 //
-// Every thread of a block, or of a cluster of blocks, is a fiber of one CPU thread; barriers and what a warp does together switch
-// between them. Blocks run one after another. Shared memory begins as NaNs. Asynchronous copies happen as late as they may: when
+// Every thread of a block is a fiber of one CPU thread; barriers and what a warp does together switch between them. Blocks run one after another. Shared memory begins as NaNs. Asynchronous copies happen as late as they may: when
 // they are waited for. Not seen are races that no order of fibers shows, and what memory beside a tensor is read.
 #pragma once
 
@@ -56,8 +55,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   uint3 thread, block;
-  int rank = 0, lane = 0, warp = 0;  // rank: of its block in the cluster
-  unsigned collectives = 0, arrived_at = 0;  // arrived_at: the cluster's barrier
+  int lane = 0, warp = 0;
+  unsigned collectives = 0;
   bool done = false;
   std::vector<Copy> copies;  // of the group that is open
   std::deque<std::vector<Copy>> groups;
@@ -65,8 +64,7 @@ struct Fiber {
 
 inline Fiber* current;
 inline ucontext_t scheduler;
-inline std::vector<Block> blocks;  // of the cluster that runs
-inline Barrier cluster;
+inline Block own;  // the block that runs
 inline std::function<void()> body;
 inline dim3 grid, block_size;
 
@@ -74,27 +72,18 @@ inline void release(Barrier& b) {
   if (b.size && b.arrived == b.size) b.arrived = 0, ++b.generation;
 }
 
-// The generation that ends when all have arrived.
-inline unsigned arrive(Barrier& b) {
+inline void wait(Barrier& b) {
   const unsigned generation = b.generation;
   ++b.arrived;
   release(b);
-  return generation;
-}
-
-inline void wait_after(Barrier& b, unsigned generation) {
   while (b.generation == generation) swapcontext(&current->context, &scheduler);
 }
-
-inline void wait(Barrier& b) { wait_after(b, arrive(b)); }
-
-inline Block& own() { return blocks[current->rank]; }
 
 // What every lane of the warp gives.
 template <typename T>
 const T* gather(const T& mine) {
   static_assert(sizeof(T) <= 64);
-  Warp& warp = own().warps[current->warp];
+  Warp& warp = own.warps[current->warp];
   char* values = warp.values[current->collectives++ % 2];
   std::memcpy(values + current->lane * sizeof(T), &mine, sizeof(T));
   wait(warp.barrier);
@@ -105,35 +94,31 @@ inline void enter() {
   body();
   Fiber& me = *current;
   me.done = true;
-  for (Barrier* b : {&own().barrier, &own().warps[me.warp].barrier, &cluster}) --b->size, release(*b);
+  for (Barrier* b : {&own.barrier, &own.warps[me.warp].barrier}) --b->size, release(*b);
   swapcontext(&me.context, &scheduler);
 }
 
-inline void run_cluster(uint3 first, unsigned size, size_t shared_bytes) {
+inline void run_block(uint3 place, size_t shared_bytes) {
   constexpr size_t kStack = 256 << 10;
   const int threads = int(block_size.x * block_size.y * block_size.z);
-  blocks.assign(size, Block());
-  cluster = {int(size) * threads};
-  std::vector<Fiber> fibers(size * threads);
-  for (unsigned r = 0; r < size; ++r) {
-    Block& b = blocks[r];
-    b.barrier.size = threads;
-    b.warps.resize((threads + 31) / 32);
-    b.memory.assign(shared_bytes + 128, char(0xff));
-    b.shared = b.memory.data() + (128 - reinterpret_cast<uintptr_t>(b.memory.data()) % 128) % 128;
-    for (int t = 0; t < threads; ++t) {
-      Fiber& f = fibers[r * threads + t];
-      f.thread = {t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y)};
-      f.block = {first.x, first.y, first.z + r};
-      f.rank = int(r), f.lane = t % 32, f.warp = t / 32;
-      ++b.warps[f.warp].barrier.size;
-      f.stack.reset(new char[kStack]);
-      getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.get();
-      f.context.uc_stack.ss_size = kStack;
-      f.context.uc_link = nullptr;
-      makecontext(&f.context, enter, 0);
-    }
+  own = Block();
+  own.barrier.size = threads;
+  own.warps.resize((threads + 31) / 32);
+  own.memory.assign(shared_bytes + 128, char(0xff));
+  own.shared = own.memory.data() + (128 - reinterpret_cast<uintptr_t>(own.memory.data()) % 128) % 128;
+  std::vector<Fiber> fibers(threads);
+  for (int t = 0; t < threads; ++t) {
+    Fiber& f = fibers[t];
+    f.thread = {t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y)};
+    f.block = place;
+    f.lane = t % 32, f.warp = t / 32;
+    ++own.warps[f.warp].barrier.size;
+    f.stack.reset(new char[kStack]);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
   }
   for (bool busy = true; busy;) {
     busy = false;
@@ -150,27 +135,22 @@ struct Config {
   dim3 grid, block;
   size_t shared = 0;
   cudaStream_t stream = nullptr;
-  unsigned cluster = 1;
 };
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Config& config, void (*kernel)(Parameters...), Arguments... arguments) {
   grid = config.grid, block_size = config.block;
   body = [=] { kernel(arguments...); };
-  for (unsigned z = 0; z < grid.z; z += config.cluster) {
+  for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) run_cluster({x, y, z}, config.cluster, config.shared);
+      for (unsigned x = 0; x < grid.x; ++x) run_block({x, y, z}, config.shared);
     }
   }
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_with(const cudaLaunchConfig_t* told, void (*kernel)(Parameters...), Arguments... arguments) {
-  Config config{told->gridDim, told->blockDim, told->dynamicSmemBytes, told->stream};
-  for (unsigned i = 0; i < told->numAttrs; ++i) {
-    if (told->attrs[i].id == cudaLaunchAttributeClusterDimension) config.cluster = told->attrs[i].val.clusterDim.z;
-  }
-  launch(config, kernel, arguments...);
+  launch({told->gridDim, told->blockDim, told->dynamicSmemBytes, told->stream}, kernel, arguments...);
   return cudaSuccess;
 }
 
@@ -193,7 +173,7 @@ inline dim3 &gridDim = emulator::grid, &blockDim = emulator::block_size;
 
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
-inline void __syncthreads() { emulator::wait(emulator::own().barrier); }
+inline void __syncthreads() { emulator::wait(emulator::own.barrier); }
 inline void __syncwarp(unsigned = ~0u) { emulator::gather(0); }
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -251,16 +231,3 @@ std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
 using std::isfinite;
-
-namespace cooperative_groups {
-struct Cluster {
-  unsigned block_rank() const { return unsigned(emulator::current->rank); }
-  void barrier_arrive() const { emulator::current->arrived_at = emulator::arrive(emulator::cluster); }
-  void barrier_wait() const { emulator::wait_after(emulator::cluster, emulator::current->arrived_at); }
-  template <typename T>
-  T* map_shared_rank(T* place, int rank) const {
-    return reinterpret_cast<T*>(emulator::blocks[rank].shared + (reinterpret_cast<char*>(place) - emulator::own().shared));
-  }
-};
-inline Cluster this_cluster() { return {}; }
-}  // namespace cooperative_groups
