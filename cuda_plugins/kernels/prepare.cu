@@ -70,13 +70,11 @@ __global__ void __launch_bounds__(kThreads) prepare(const T* x, const float* sca
   }
 }
 
-constexpr float kLargestFixed = 127 * 256 + 127;
-
-// Eight values a thread, so that sixteen lanes share a block of kBlockK.
+// Sixteen lanes share a block of kBlockK.
 template <typename T, bool kInt4, bool kAligned>
 __global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const float* scale, FixedActivations to, int64_t m,
     int64_t k, unsigned blocks_a_row) {
-  constexpr int V = 8, kLanes = kBlockK / V;
+  constexpr int V = kFixedV;
   let_next_kernel_start();  // it fetches weights meanwhile
   wait_for_kernel_before();
   const int64_t row = blockIdx.x / blocks_a_row;
@@ -92,35 +90,15 @@ __global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const f
       by[j] = scale && i + j < k ? scale[i + j] : 1.f;
     }
   }
-  float largest = 0;
 #pragma unroll
-  for (int j = 0; j < V; ++j) {
-    if (scale) value[j] *= by[j];
-    // what is not finite counts for more than any number, and makes the block's scale, and so what comes of it, no number
-    largest = fmaxf(largest, isfinite(value[j]) ? fabsf(value[j]) : INFINITY);
-  }
-#pragma unroll
-  for (int step = kLanes / 2; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-  constexpr float kLeast = 1e-33f;  // below, the reciprocal would be infinite
-  const float inverse = largest > kLeast ? kLargestFixed / largest : 0.f;
-  uint32_t high[2] = {}, low[2] = {};
-  int sum = 0;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
-    const int code = isfinite(largest) ? __float2int_rn(value[j] * inverse) : 0, upper = (code + 128) >> 8;
-    const int at = kInt4 ? j / 2 + j % 2 * 4 : j;
-    high[at / 4] |= uint32_t(upper & 0xff) << at % 4 * 8;
-    low[at / 4] |= uint32_t(code & 0xff) << at % 4 * 8;
-    sum += code;
-  }
-  const int lanes = to.span / V;
-  for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  for (int j = 0; j < V; ++j) value[j] *= scale ? by[j] : 1.f;
+  const FixedCodes codes = to_fixed<kInt4>(value);
+  const int lanes = to.span / V, sum = sum_of_lanes(codes.sum, lanes);
   if (i >= to.padded) return;
   int8_t* at = to.high + row * to.padded + i;
-  *reinterpret_cast<uint2*>(at) = {high[0], high[1]};
-  *reinterpret_cast<uint2*>(at + m * to.padded) = {low[0], low[1]};
-  const float unit = !isfinite(largest) ? NAN : largest > kLeast ? largest / kLargestFixed : 0.f;
-  if (threadIdx.x % kLanes == 0) to.scale[i / kBlockK * to.side + row] = unit * (kInt4 ? 1.f / 16 : 1.f);
+  *reinterpret_cast<uint2*>(at) = codes.high;
+  *reinterpret_cast<uint2*>(at + m * to.padded) = codes.low;
+  if (threadIdx.x % kFixedLanes == 0) to.scale[i / kBlockK * to.side + row] = codes.scale;
   if (threadIdx.x % lanes == 0) to.sum[i / to.span * to.side + row] = sum;
 }
 

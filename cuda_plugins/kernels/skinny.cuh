@@ -17,6 +17,7 @@
 
 #include "gemm.h"
 #include "launch.cuh"
+#include "skinny_made.cuh"
 #include "skinny_math.cuh"
 
 namespace qpass {
@@ -118,17 +119,31 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
     prefetch_scales<S>(p, n0, first, count);
     wait_for_kernel_before();
   }
+  const Maker<S> maker(p, shared, first);
+  typename Maker<S>::Ahead ahead[S::kStages - 1];
+  if constexpr (S::kMade) {
+#pragma unroll
+    for (int i = 0; i < S::kStages - 1; ++i) ahead[i] = maker.ask(i, count);
+  }
+#pragma unroll
   for (int i = 0; i < S::kStages - 1; ++i) {
     if (i < count) {
       if (!p.follows) fetcher.fetch_weights(i);
-      fetcher.fetch_tokens(i);
+      if constexpr (S::kMade) maker.put(ahead[i], i, i);
+      else fetcher.fetch_tokens(i);
     }
     commit_copies();
   }
   if (!p.follows) prefetch_scales<S>(p, n0, first, count);
+  if constexpr (S::kMade) ahead[0] = maker.ask(S::kStages - 1, count);
   int slot = S::kStages - 1;  // that is filled next
   auto fetch = [&](int i) {
-    if (i < count) fetcher.fetch_weights(slot), fetcher.fetch_tokens(slot);
+    if (i < count) {
+      fetcher.fetch_weights(slot);
+      if constexpr (S::kMade) maker.put(ahead[0], i, slot);
+      else fetcher.fetch_tokens(slot);
+    }
+    if constexpr (S::kMade) ahead[0] = maker.ask(i + 1, count);
     slot = slot + 1 == S::kStages ? 0 : slot + 1;
     commit_copies();
   };
@@ -222,6 +237,9 @@ bool fills(const Skinny& p) {
 // The tiles of tokens and channels by how many tokens there are; beyond `kSkinnyTokens` the largest that fill the GPU.
 template <typename Act, bool kInt4, int kSpanK, bool kGrouped, int kPlanes>
 cudaError_t skinny_by_tokens(const Skinny& p, cudaStream_t stream) {
+  if constexpr (std::is_same_v<Act, Fixed>) {
+    if (p.x) return launch_skinny<SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 1, 1, true>>(p, stream);
+  }
   if (p.g.m <= 8) return launch_skinny<SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 1, 1>>(p, stream);
   if constexpr (std::is_same_v<Act, bfloat16>) {
     return launch_skinny<SkinnyShape<Act, kInt4, kSpanK, kGrouped, kPlanes, 2, 1>>(p, stream);

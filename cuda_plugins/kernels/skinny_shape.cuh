@@ -1,6 +1,7 @@
 // The few-token kernel's tiles: what of the operands lies where in shared memory, and how it gets there.
 #pragma once
 
+#include "fixed.cuh"
 #include "gemm.h"
 #include "mma.cuh"
 
@@ -17,6 +18,9 @@ struct Skinny {
   const float* act_scale;    // of Fixed activations: [blocks of kBlockK, side], what their integers are multiplied by
   const int32_t* act_sum;    // and [spans, side], the sums of the integers
   int64_t side;              // m, rounded up to 4
+  const void* x;             // or what they are made of here, where few read it: [m, x_k] of g.out, rows 16-byte aligned
+  const float* x_scale;      // [x_k], or null
+  int64_t x_k;
   void* partial;       // [splits, m, n] sums, with more than one split
   int splits;
   int64_t stages_a_split;
@@ -24,21 +28,15 @@ struct Skinny {
 
 constexpr int kMultiprocessor = 227 << 10;  // shared memory of Hopper's, of which a block takes 1 KB more than it asks for
 constexpr int kMostOfBlock = 99 << 10;      // shared memory that a block may have on every GPU from Ampere on
-constexpr int kBlockK = 128;                // values of a token that share a scale in Fixed
-
-// Activations as integers of 16 bits, 256 * high + low, times a scale that kBlockK neighbours of a token share. High and low are
-// planes of int8, so that int4 and int8 weights are multiplied as they are, by exact integer sums: see prepare_fixed. Two
-// instructions make eight int4 operands, where 16-bit floats would take thirteen.
-struct Fixed {
-  int8_t code;
-};
 
 // Act: of the activations. kSpanK: values of K that share a sum: a group's, or kBlockK. kTokens, kTiles: mma tiles of tokens a
-// block, of output channels a warp.
-template <typename Act_, bool kInt4_, int kSpanK_, bool kGrouped_, int kPlanes_, int kTokens_, int kTiles_>
+// block, of output channels a warp. kMade: at most kMadeTokens tokens become Fixed here.
+constexpr int kMadeTokens = 4;
+template <typename Act_, bool kInt4_, int kSpanK_, bool kGrouped_, int kPlanes_, int kTokens_, int kTiles_, bool kMade_ = false>
 struct SkinnyShape {
   using Act = Act_;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGrouped_, kFixed = std::is_same_v<Act, Fixed>;
+  static constexpr bool kMade = kMade_;
   static constexpr int kSpanK = kSpanK_, kPlanes = kPlanes_, kTokens = kTokens_, kTiles = kTiles_;
   using Multiplied = std::conditional_t<kFixed, int8_t, Act>;                                      // by the tensor cores
   using Accumulator = std::conditional_t<kFixed, float, typename Mma<Multiplied>::Accumulator>;    // of all of K
@@ -106,7 +104,7 @@ class Fetcher {
            first * S::kActBytes + piece * 16;
     act_bytes_ = int((p.g.k - first * S::kStageK) * int64_t(sizeof(typename S::Act))) - piece * 16;
     act_to_ = shared + S::kWeights + S::act_place(token, piece);
-    if constexpr (S::kFixed) {
+    if constexpr (S::kFixed && !S::kMade) {
       constexpr int kPieces = S::kSideRow / 16, kScales = S::kStageK / kBlockK;  // rows of scales come before those of sums
       static_assert(S::kSideRows * kPieces <= S::kThreads);
       const int line = threadIdx.x / kPieces, column = threadIdx.x % kPieces * 4;

@@ -33,7 +33,8 @@ struct Plan {
     pads_weight = few && row_bytes != bytes;
     padded = few ? row_bytes * (args.int4 ? 2 : 1) : ceil_div(args.k, 8) * 8;
     fixed = few && args.type != QPASS_FLOAT;
-    prepares = fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k;
+    makes = fixed && args.m <= kMadeTokens && args.k % kFixedV == 0;
+    prepares = !makes && (fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k);
     size_t at = 0;
     auto take = [&](size_t size) {
       size_t from = at;
@@ -43,8 +44,8 @@ struct Plan {
     int64_t planes = args.type == QPASS_FLOAT ? kPlanes : 1;
     x = take(prepares ? args.m * padded * 2 * planes : 0);
     side = ceil_div(args.m, 4) * 4;
-    act_scale = take(fixed ? ceil_div(padded, kBlockK) * side * sizeof(float) : 0);
-    act_sum = take(fixed ? ceil_div(padded, span_of(args)) * side * sizeof(int32_t) : 0);
+    act_scale = take(fixed && !makes ? ceil_div(padded, kBlockK) * side * sizeof(float) : 0);
+    act_sum = take(fixed && !makes ? ceil_div(padded, span_of(args)) * side * sizeof(int32_t) : 0);
     divides = !few && args.pre_quant_scale && args.type == QPASS_HALF;
     row_scale = take(divides ? args.m * sizeof(float) : 0);
     weight = take(pads_weight ? args.n * row_bytes : 0);
@@ -58,7 +59,7 @@ struct Plan {
   }
 
   bool few;
-  bool fixed;  // activations come as Fixed
+  bool fixed, makes;  // activations are multiplied as Fixed; made by the product itself
   bool pads_weight, prepares, divides;
   int64_t side;
   int64_t padded;  // values of a row as the kernel sees it
@@ -106,10 +107,11 @@ cudaError_t few_tokens(const qpass_weight_only_matmul_args& args, const Plan& pl
   p.scales = args.group_size ? args.k / args.group_size : 1;
   p.group_shift = args.group_size == 32 ? 5 : args.group_size == 64 ? 6 : 7;
   p.partial = workspace + plan.partial;
-  p.follows = plan.prepares && !plan.pads_weight;
+  p.follows = (plan.prepares || plan.makes) && !plan.pads_weight;
   if (!plan.fixed) return weight_only_float(p, args.int4, args.group_size, stream);
   const FixedActivations to = fixed_of(args, plan);
   p.act_scale = to.scale, p.act_sum = to.sum, p.side = to.side;
+  if (plan.makes) p.x = args.x, p.x_scale = args.pre_quant_scale, p.x_k = args.k;
   return args.int4 ? weight_only_int4(p, args.group_size, stream) : weight_only_int8(p, args.group_size, stream);
 }
 
@@ -134,7 +136,7 @@ cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaSt
   const bool by_rule = args.variant <= QPASS_RULE;
   const Plan plan(args, by_rule ? few_by_rule(args) : args.variant == QPASS_SKINNY);
   if (!plan.few && !may_expand(args)) return cudaErrorNotSupported;
-  if (plan.fixed) {
+  if (plan.fixed && plan.prepares) {
     if (cudaError_t e = prepare_fixed(args, fixed_of(args, plan), stream)) return e;
   } else if (plan.prepares) {
     char* workspace = static_cast<char*>(args.workspace);

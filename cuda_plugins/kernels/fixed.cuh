@@ -1,0 +1,56 @@
+// Activations as integers of 16 bits, 256 * high + low, times a scale that kBlockK neighbours of a token share. High and low are
+// planes of int8, so that int4 and int8 weights are multiplied as they are, by exact integer sums. Two instructions make eight int4
+// operands, where 16-bit floats would take thirteen.
+#pragma once
+
+#include "vectors.cuh"
+
+namespace qpass {
+
+constexpr int kBlockK = 128;
+constexpr int kFixedV = 8, kFixedLanes = kBlockK / kFixedV;  // values a lane has, neighbours; lanes that share a block
+
+// As a type of activations.
+struct Fixed {
+  int8_t code;
+};
+
+struct FixedCodes {
+  uint2 high, low;  // of eight values: beside int4 weights in the order 0, 2, 4, 6, 1, 3, 5, 7, that of a word's low and high nibbles
+  float scale;      // of the block; no number where a value is none, or infinite
+  int sum;          // of the eight integers
+};
+
+// By all lanes of a warp together, each of which has eight neighbours.
+template <bool kInt4>
+__device__ __forceinline__ FixedCodes to_fixed(const float (&value)[kFixedV]) {
+  constexpr float kLargest = 127 * 256 + 127, kLeast = 1e-33f;  // below kLeast, the reciprocal would be infinite
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kFixedV; ++i) largest = fmaxf(largest, isfinite(value[i]) ? fabsf(value[i]) : INFINITY);
+#pragma unroll
+  for (int step = kFixedLanes / 2; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  const bool counts = largest > kLeast && isfinite(largest);
+  const float inverse = counts ? kLargest / largest : 0.f;
+  uint32_t high[2] = {}, low[2] = {};
+  FixedCodes codes{};
+#pragma unroll
+  for (int i = 0; i < kFixedV; ++i) {
+    const int code = counts ? __float2int_rn(value[i] * inverse) : 0, at = kInt4 ? i / 2 + i % 2 * 4 : i;
+    high[at / 4] |= uint32_t(code + 128 >> 8 & 0xff) << at % 4 * 8;
+    low[at / 4] |= uint32_t(code & 0xff) << at % 4 * 8;
+    codes.sum += code;
+  }
+  codes.high = {high[0], high[1]}, codes.low = {low[0], low[1]};
+  // int4 weights are multiplied as sixteen times what they are
+  codes.scale = isfinite(largest) ? counts ? largest / kLargest * (kInt4 ? 1.f / 16 : 1.f) : 0.f : NAN;
+  return codes;
+}
+
+// What `lanes` neighbouring lanes have, a power of two, in each of them.
+__device__ __forceinline__ int sum_of_lanes(int value, int lanes) {
+  for (int step = 1; step < lanes; step *= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
+}  // namespace qpass
