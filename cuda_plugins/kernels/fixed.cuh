@@ -31,7 +31,7 @@ __device__ __forceinline__ FixedCodes to_fixed(const float (&value)[kFixedV]) {
 #pragma unroll
   for (int step = kFixedLanes / 2; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
   const bool counts = largest > kLeast && isfinite(largest);
-  const float inverse = counts ? kLargest / largest : 0.f;
+  const float inverse = counts ? kLargest * __frcp_rn(largest) : 0.f;  // a rounding off what is kLargest at most: int8 still
   uint32_t high[2] = {}, low[2] = {};
   FixedCodes codes{};
 #pragma unroll
@@ -43,7 +43,7 @@ __device__ __forceinline__ FixedCodes to_fixed(const float (&value)[kFixedV]) {
   }
   codes.high = {high[0], high[1]}, codes.low = {low[0], low[1]};
   // int4 weights are multiplied as sixteen times what they are
-  codes.scale = isfinite(largest) ? counts ? largest / kLargest * (kInt4 ? 1.f / 16 : 1.f) : 0.f : NAN;
+  codes.scale = isfinite(largest) ? counts ? largest * (1 / kLargest / (kInt4 ? 16 : 1)) : 0.f : NAN;
   return codes;
 }
 

@@ -174,21 +174,22 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) skinny(Skinny p, int6
 template <typename Accumulator>
 __global__ void __launch_bounds__(kAddingThreads) add_splits(Skinny p) {
   let_next_kernel_start();
-  const int64_t count = p.g.m * p.g.n, i = int64_t(blockIdx.x) * kAddingThreads + threadIdx.x;
+  const int64_t n = int64_t(blockIdx.x) * kAddingThreads + threadIdx.x, m = blockIdx.y;
   wait_for_kernel_before();
-  if (i >= count) return;
+  if (n >= p.g.n) return;
+  const Accumulator* partial = static_cast<const Accumulator*>(p.partial) + m * p.g.n + n;
   constexpr int kAtOnce = 8;
   Accumulator sum = 0;
   for (int first = 0; first < p.splits; first += kAtOnce) {
     Accumulator parts[kAtOnce];
 #pragma unroll
     for (int s = 0; s < kAtOnce; ++s) {
-      parts[s] = first + s < p.splits ? static_cast<const Accumulator*>(p.partial)[(first + s) * count + i] : 0;
+      parts[s] = first + s < p.splits ? partial[(first + s) * p.g.m * p.g.n] : 0;
     }
 #pragma unroll
     for (int s = 0; s < kAtOnce; ++s) sum += parts[s];
   }
-  finish(p.g, i / p.g.n, i % p.g.n, float(sum));
+  finish(p.g, m, n, float(sum));
 }
 
 // An upper bound of the bytes that `splits` can ask for, for every m up to this one.
@@ -223,7 +224,8 @@ cudaError_t launch_skinny(Skinny p, cudaStream_t stream) {
   const Grid grid{dim3(unsigned(blocks), 1, unsigned(p.splits)), S::kThreads, S::kBytes};
   if (cudaError_t e = launch(grid, device, stream, skinny<S>, p, ceil_div(p.g.n, S::kRows))) return e;
   if (p.splits == 1) return cudaSuccess;
-  const Grid adding{dim3(unsigned(ceil_div(p.g.m * p.g.n, kAddingThreads))), kAddingThreads};
+  // tokens are few enough for y: with more than one split there are at most kMostBlocks blocks
+  const Grid adding{dim3(unsigned(ceil_div(p.g.n, kAddingThreads)), unsigned(p.g.m)), kAddingThreads};
   return launch(adding, device, stream, add_splits<typename S::Accumulator>, p);
 }
 

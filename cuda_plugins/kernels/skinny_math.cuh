@@ -134,28 +134,38 @@ __device__ __forceinline__ void multiply_fixed(const Skinny& p, const char* weig
         }
       }
     }
-    int part[S::kTiles][S::kTokens][4] = {};
+    // Apart, the planes' sums do not wait for one another; with many tokens there are others to do meanwhile, and no registers.
+    constexpr bool kApart = S::kTiles * S::kTokens <= 2;
+    constexpr int kSteps = kUnits * kMmas / kTogether;
+    int parts[kApart ? 2 : 1][S::kTiles][S::kTokens][4] = {};
+    auto& part = parts[0];  // of the high plane: at most 2^7 * 2^7 * 128 before it is shifted
 #pragma unroll
-    for (int plane = 0; plane < 2; ++plane) {
-      if (plane) {  // at most 2^7 · 2^7 · 128 so far
+    for (int step = 0; step < kSteps * 2; ++step) {
+      const int plane = kApart ? step % 2 : step / kSteps, i = kApart ? step / 2 : step % kSteps;
+      if (!kApart && step == kSteps) {
 #pragma unroll
-        for (int i = 0; i < S::kTiles * S::kTokens * 4; ++i) part[i / (S::kTokens * 4)][i / 4 % S::kTokens][i % 4] *= 256;
+        for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) part[j / (S::kTokens * 4)][j / 4 % S::kTokens][j % 4] *= 256;
       }
+      const int unit = i * kTogether / kMmas, mma = i * kTogether % kMmas;
+      const int byte = ((span * kUnits + unit) * 4 + at.quarter) * S::kRunActs + mma * 8;
 #pragma unroll
-      for (int i = 0; i < kUnits * kMmas / kTogether; ++i) {
-        const int unit = i * kTogether / kMmas, mma = i * kTogether % kMmas;
-        const int byte = ((span * kUnits + unit) * 4 + at.quarter) * S::kRunActs + mma * 8;
+      for (int token = 0; token < S::kTokens; ++token) {
+        const char* from = acts + S::act_place((plane * S::kTokens + token) * 8 + at.row, byte / 16) + byte % 16;
+        uint32_t b[kTogether * 2];
+        *reinterpret_cast<Pack<uint32_t, kTogether * 2>*>(b) = *reinterpret_cast<const Pack<uint32_t, kTogether * 2>*>(from);
 #pragma unroll
-        for (int token = 0; token < S::kTokens; ++token) {
-          const char* from = acts + S::act_place((plane * S::kTokens + token) * 8 + at.row, byte / 16) + byte % 16;
-          uint32_t b[kTogether * 2];
-          *reinterpret_cast<Pack<uint32_t, kTogether * 2>*>(b) = *reinterpret_cast<const Pack<uint32_t, kTogether * 2>*>(from);
-#pragma unroll
-          for (int j = 0; j < S::kTiles * kTogether; ++j) {
-            const int tile = j / kTogether, with = j % kTogether;
-            Mma<int8_t>::run(part[tile][token], a[tile][unit * kMmas + mma + with], b[with * 2], b[with * 2 + 1]);
-          }
+        for (int j = 0; j < S::kTiles * kTogether; ++j) {
+          const int tile = j / kTogether, with = j % kTogether;
+          auto& sum = parts[kApart ? plane : 0][tile][token];
+          Mma<int8_t>::run(sum, a[tile][unit * kMmas + mma + with], b[with * 2], b[with * 2 + 1]);
         }
+      }
+    }
+    if constexpr (kApart) {
+#pragma unroll
+      for (int j = 0; j < S::kTiles * S::kTokens * 4; ++j) {
+        const int tile = j / (S::kTokens * 4), token = j / 4 % S::kTokens, c = j % 4;
+        part[tile][token][c] = part[tile][token][c] * 256 + parts[1][tile][token][c];
       }
     }
     const char* scales = side + span * S::kSpanK / kBlockK * S::kSideRow;

@@ -71,7 +71,7 @@ def split_cases(op: Op) -> list[Make]:
     found: list[Make] = []
     for attrs, dtype in itertools.product(signatures(op), DTYPES):
         if attrs.get("output_type", code := helper.np_dtype_to_tensor_dtype(dtype)) == code:
-            m, n = (1, 9, 20, 40)[len(found) % 4], (130, 70, 24)[len(found) % 3]
+            m, n = (1, 3, 9, 20, 40)[len(found) % 5], (130, 70, 24)[len(found) % 3]
             found.append(partial(example, op, attrs, dtype, lead=(m,), n=n, k=1536, seed=m))
     return found
 
