@@ -24,7 +24,7 @@ FLOAT, HALF, INT8 = 0, 1, 2  # of TensorRT's DataType
 def ask(shells8: Library, tmp_path_factory: pytest.TempPathFactory) -> Ask:
     host = tmp_path_factory.mktemp("host") / "libhost.so"
     include = cuda_include()
-    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-isystem", str(include)]
+    command = ["g++", "-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-isystem", str(include)]
     command += [f"-I{source_folder() / 'minimal' / '8'}", str(Path(__file__).with_name("host_v2.cpp")), "-o", str(host)]
     subprocess.run([*command, "-ldl"], check=True)
     code = "import ctypes, sys; h, *a = sys.argv[1:]; sys.exit(ctypes.CDLL(h).host(*(x.encode() for x in a)))"
