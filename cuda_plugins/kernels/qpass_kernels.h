@@ -167,6 +167,9 @@ int qpass_weight_only_matmul(const qpass_weight_only_matmul_args* args, cudaStre
 size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* args);
 int qpass_weight_only_matmul_choice(const qpass_weight_only_matmul_args* args, qpass_choice* choice);  // reads none either
 
+// A kernel that does nothing, launched as the others are: what a launch alone costs.
+int qpass_launch_nothing(cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -70,6 +70,14 @@ int told(const std::string& error, char* text, size_t size) {
   return 1;
 }
 
+// The mean of `count` calls in a row.
+template <typename F>
+double us_of(int count, F call) {
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < count; ++i) call();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count() / count;
+}
+
 }  // namespace
 }  // namespace qpass
 
@@ -133,8 +141,17 @@ QPASS_EXPORT int qpass_node_host_us(const void* node, const qpass::Tensor* in, i
     void* workspace, cudaStream_t stream, int count, double* us, char* error, size_t size) {
   const qpass::Node& n = *static_cast<const qpass::Node*>(node);
   std::string wrong = n.check(in, n_in, out, n_out);
-  const auto begin = std::chrono::steady_clock::now();
-  for (int i = 0; i < count && wrong.empty(); ++i) wrong = n.run(in, out, workspace, stream);
-  *us = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count() / count;
+  *us = qpass::us_of(count, [&] {
+    if (wrong.empty()) wrong = n.run(in, out, workspace, stream);
+  });
   return qpass::told(wrong, error, size);
+}
+
+// Of a launch of a kernel that does nothing, what it takes of the CPU, µs: the mean of `count` in a row. 0, or a cudaError_t.
+QPASS_EXPORT int qpass_launch_us(cudaStream_t stream, int count, double* us) {
+  int error = 0;
+  *us = qpass::us_of(count, [&] {
+    if (!error) error = qpass_launch_nothing(stream);
+  });
+  return error;
 }

@@ -125,6 +125,7 @@ class Library:
                 ctypes.c_char_p,
                 ctypes.c_size_t,
             ]
+            c.qpass_launch_us.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_double)]
             c.qpass_node_choice.argtypes = [
                 ctypes.c_void_p,
                 tensors,
@@ -177,6 +178,17 @@ class Library:
         if number < 0:
             raise QpassError(f"{self.path} has no kind {kind}; it has {', '.join(self.kinds)}")
         return self.variants[number]
+
+    def launch_us(self, stream: int, count: int = 100) -> float:
+        """What a launch alone takes of the CPU, µs: of a kernel that does nothing, the mean of `count` in a row.
+
+        Raises:
+            QpassError: CUDA refused.
+        """
+        us = ctypes.c_double()
+        if error := int(self._c.qpass_launch_us(stream, count, ctypes.byref(us))):
+            raise QpassError(f"CUDA: a kernel that does nothing could not be launched, error {error}")
+        return us.value
 
     @cached_property
     def ops(self) -> dict[str, OpInfo]:

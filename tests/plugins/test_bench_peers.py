@@ -76,6 +76,9 @@ class StandInOurs:
     def host_us(self, job: Job) -> float:
         return 2.5
 
+    def launch_us(self) -> float:
+        return 1.5
+
 
 class StandIn(Peer):
     """A peer of every matmul; `ways` are its times, an exception is what asking for calls raises."""
@@ -476,7 +479,8 @@ class TestCommand:
         told = json.loads(path.read_text())
         (row,), (about,) = told["rows"], told["runs"]
         assert (told["device"], told["dtype"]) == ("NVIDIA H200", "bfloat16")
-        assert set(about) == {"command", "date", "versions", "copy_tb_per_s", "cublas_tflop_per_s", "clocks"}
+        rates = {"copy_tb_per_s", "cublas_tflop_per_s", "launch_us"}
+        assert set(about) == {"command", "date", "versions", "clocks"} | rates
         assert about["command"].startswith("qpass plugins bench --peers")
         assert about["versions"]["cuda"] == "13.0"
         assert set(about["clocks"]) == {"before", "after"}
@@ -493,6 +497,7 @@ class TestCommand:
         done = run("plugins", "bench", "--peers", "--only", "SmoothQuantGemm", *SIZES)
         lines = done.out.splitlines()
         assert lines[0].startswith("NVIDIA H200, bfloat16: copy 1000 GB/s")
+        assert "a launch 1.5 µs of the CPU" in done.out
         header = next(line for line in lines if "best peer" in line)
         assert header.split()[-6:] == ["cuBLAS", "humming", "tinygemm", "best", "peer", "×"]
         values = next(line for line in lines if "8192×8192" in line).split()

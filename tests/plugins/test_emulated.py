@@ -104,6 +104,7 @@ def test_what_enqueueing_takes(emulated: Library) -> None:
     held[0].fill(0)
     node = emulated.node("QuantizePerToken", attrs)
     assert node.host_us([x], [q, scale], count=2) > 0
+    assert emulated.launch_us(0, count=2) > 0
     with pytest.raises(QpassError, match="QuantizePerToken"):
         node.host_us([x], [scale, q], count=2)
 

@@ -251,6 +251,8 @@ def test_errors_reach_the_logger_of_every_tensorrt(
 
 
 def test_what_a_library_lacks(shells: Library, tmp_path: Path) -> None:
+    with pytest.raises(QpassError, match="a kernel that does nothing could not be launched, error 801"):
+        shells.launch_us(0)
     with pytest.raises(QpassError, match="has no op Nothing; it has QuantizeTensor"):
         shells.node("Nothing", {})
     with pytest.raises(QpassError, match="SmoothQuantGemm needs its attribute 'output_type'"):

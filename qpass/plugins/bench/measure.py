@@ -62,6 +62,7 @@ class Timed(Protocol):
     def bytes(self, job: Job) -> int: ...
     def calls(self, job: Job, copies: int) -> Sequence[Call]: ...
     def host_us(self, job: Job) -> float: ...
+    def launch_us(self) -> float: ...
 
 
 class Bench:
@@ -85,6 +86,11 @@ class Bench:
     def bandwidth(self) -> float:
         """Bytes a second of a copy, read and written."""
         return self.timer.bandwidth
+
+    @cached_property
+    def launch_us(self) -> float:
+        """What a launch takes of the CPU, µs."""
+        return self._ours.launch_us()
 
     @cached_property
     def tensor_rate(self) -> float:

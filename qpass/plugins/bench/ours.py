@@ -34,6 +34,14 @@ class Ours:
         workspace = gpu.Buffer(node.workspace([i.tensor for i in inputs], [o.tensor for o in outputs]))
         return [Run(node, inputs, outputs, workspace) for inputs, outputs in sets]
 
+    def launch_us(self) -> float:
+        """What a launch alone takes of the CPU: no op's call can take less."""
+        stream = gpu.driver().Stream()
+        gpu.synchronize()
+        us = self.library.launch_us(stream.handle)
+        gpu.synchronize()
+        return us
+
     def host_us(self, job: Job) -> float:
         """What enqueueing a call takes of the CPU."""
         (run,) = self.calls(job, 1)

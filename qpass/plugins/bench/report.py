@@ -14,7 +14,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table | str]:
     """What `Results.to_dict` gives as a line about the GPU, a table an op, and why peers have no time."""
     run, rows = results["runs"][-1], results["rows"]
     copy, tensor = run["copy_tb_per_s"] * 1e3, run["cublas_tflop_per_s"]
-    yield f"{results['device']}, {results['dtype']}: copy {copy:.0f} GB/s, cuBLAS {tensor:.0f} TFLOP/s"
+    launch = f", a launch {run['launch_us']:.1f} µs of the CPU" if "launch_us" in run else ""  # older files lack it
+    yield f"{results['device']}, {results['dtype']}: copy {copy:.0f} GB/s, cuBLAS {tensor:.0f} TFLOP/s{launch}"
     for op in dict.fromkeys(r["op"] for r in rows):
         yield _table(op, [r for r in rows if r["op"] == op])
     yield from dict.fromkeys(f"{name}: {note}" for r in rows for name, note in r["notes"].items())

@@ -52,6 +52,7 @@ class Session:
         bench = self.bench
         todo = [j for j in jobs if self.results.lacks(j, [p.name for p in bench.peers if p.applies(j)])]
         self._run |= {"copy_tb_per_s": bench.bandwidth / 1e12, "cublas_tflop_per_s": bench.tensor_rate / 1e12}
+        self._run["launch_us"] = bench.launch_us
         self._run["clocks"] = {"before": machine.clocks()}  # the product has just put the GPU under load
         bench.prepare(todo)
         for done, job in enumerate(todo, 1):
