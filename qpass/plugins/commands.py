@@ -20,6 +20,7 @@ from qpass.ops import REGISTRY
 from qpass.options import NOT_MET, Json, Quiet, bar
 from qpass.plugins.library import Library
 from qpass.plugins.toolchain import installed_tensorrt
+from qpass.plugins.tune.table import beside, read, to_text
 
 app = typer.Typer(no_args_is_help=True, help="Compile, inspect, test and measure the CUDA plugins.")
 
@@ -48,6 +49,8 @@ def build(
 ) -> None:
     """Compile the plugin library into the cache; what is compiled already is not compiled again.
 
+    With -o the table that `plugins tune` made for it goes along.
+
     Example: `qpass plugins build --arch 90a`
     """
     if output is not None:
@@ -66,7 +69,10 @@ def build(
         )
     if output is not None:
         check_place(output, [library.path])
+        tables = read(beside(library.path))
         write(output, library.path.read_bytes())
+        if tables:
+            write(beside(output), to_text(tables).encode())
         library = Library(output.resolve())
     if not quiet:
         typer.echo(f"{library.path} for {', '.join(library.architectures)}, {library.interface}")
@@ -88,8 +94,9 @@ def info(
         _list_all(as_json)
         return
     found = plugins.find(library)
+    tuned = {device: len(entries) for device, entries in read(beside(found.path)).items()}
     if as_json:
-        typer.echo(json.dumps({"path": str(found.path)} | found.description, indent=1))
+        typer.echo(json.dumps({"path": str(found.path), "tuned": tuned} | found.description, indent=1))
         return
     d = found.description
     out = Console(highlight=False)
@@ -97,6 +104,8 @@ def info(
         f"{found.path}\narchitectures {', '.join(found.architectures)}; {d['interface']}; CUDA {d['cuda']}",
         soft_wrap=True,
     )
+    for device, entries in tuned.items():
+        out.print(f"tuned for {device}: {entries} lines of {beside(found.path)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("op", "version", "attributes", "inputs → outputs"):
         table.add_column(name, overflow="fold")
@@ -241,7 +250,6 @@ def tune(
     from qpass.plugins.tune.products import TOKENS, products
     from qpass.plugins.tune.report import record, table_of
     from qpass.plugins.tune.session import Tuner
-    from qpass.plugins.tune.table import beside, read
 
     if dtype not in ("bfloat16", "float16"):
         raise QpassError(f"--dtype {dtype}: wants bfloat16 or float16; products of float32 activations go one way only")

@@ -20,6 +20,7 @@ from qpass.errors import QpassError
 from qpass.plugins import Library, toolchain
 from qpass.plugins import compile as building
 from qpass.plugins.library import LIBRARY
+from qpass.plugins.tune.table import Entry, beside, read, update
 from tests.conftest import Run
 
 
@@ -328,6 +329,24 @@ def test_all_libraries(compiled: list[Path], run: Run, monkeypatch: pytest.Monke
     assert "give one of them" in run("plugins", "info", "--all", "--library", old.path).err
 
 
+def test_the_table_of_a_library_goes_along(compiled: list[Path], run: Run, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.so"
+    assert run("plugins", "build", "--arch", "90a").code == 0
+    library = plugins.find().path
+    update(beside(library), "NVIDIA H200", [Entry("w8a8", 256, 256, 16, "skinny"), Entry("w8a8", 256, 256, 64, "mma")])
+    assert run("plugins", "build", "--arch", "90a", "-o", mine).code == 0
+    assert read(beside(mine)) == read(beside(library))
+    assert f"tuned for NVIDIA H200: 2 lines of {mine}.tuning" in run("plugins", "info", "-l", mine).out
+    assert json.loads(run("plugins", "info", "-l", mine, "--json").out)["tuned"] == {"NVIDIA H200": 2}
+    beside(mine).write_text("no table")
+    refused = run("plugins", "info", "-l", mine)
+    assert (refused.code, "mine.so.tuning is no table of tuning" in refused.err) == (2, True), refused.err
+    before = mine.read_bytes()
+    beside(library).write_text("no table")
+    assert run("plugins", "build", "--arch", "90a", "-o", mine).code == 2
+    assert mine.read_bytes() == before
+
+
 def test_commands(compiled: list[Path], run: Run, tmp_path: Path) -> None:
     assert "not compiled" in run("plugins", "info").err
     built = run("plugins", "build", "--arch", "90a", "-o", tmp_path / "mine.so")
@@ -335,6 +354,8 @@ def test_commands(compiled: list[Path], run: Run, tmp_path: Path) -> None:
     assert "mine.so for 80, 90a" in built.out
     assert "SmoothQuantGemm" in run("plugins", "info").out
     assert '"architectures": "80 90a"' in run("plugins", "info", "--library", tmp_path / "mine.so", "--json").out
+    assert "tuned for" not in run("plugins", "info").out
+    assert not beside(tmp_path / "mine.so").exists()
     for args, said in (
         (("build", "--arch", "75"), "--arch 75: qpass compiles for 80, 86"),
         (("build", "--with", tmp_path / "none.cu"), "wants a .cpp or .cu file that is there"),
