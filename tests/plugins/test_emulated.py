@@ -6,6 +6,7 @@ It takes minutes, most of them to compile.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import shutil
 from functools import partial
@@ -21,9 +22,10 @@ from qpass.errors import QpassError
 from qpass.ops import REGISTRY
 from qpass.ops.base import Op
 from qpass.ops.examples import example, signatures
+from qpass.ops.weight_only_quant_matmul import INT8
 from qpass.plugins import DeviceTensor, Library
 from qpass.plugins.cases import MATMULS, Make, every_case
-from qpass.plugins.selftest import OnGpu, selftest
+from qpass.plugins.selftest import OnGpu, run, selftest
 from tests.plugins.emulated import as_cpp, compile_emulated
 from tests.plugins.shells import cuda_include
 
@@ -91,6 +93,32 @@ def test_kernels_agree_with_their_references(name: str, emulated: Library, monke
     for tally in selftest(emulated, small_cases(name) + (split_cases(REGISTRY[name]) if name in MATMULS else [])):
         assert tally.cases
         assert tally.passed, tally.failures[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_large_values_and_none(tokens: int, emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large value costs its 128 neighbours half a step of 16 bits at most; what is not finite, its own token alone.
+
+    Three tokens become integers in the product itself, nine in a kernel ahead of it.
+    """
+    monkeypatch.setattr(gpu, "Buffer", HostBuffer)
+    monkeypatch.setattr(gpu, "synchronize", lambda: None)
+    op = REGISTRY["WeightOnlyQuantMatmul"]
+    attrs = op.attributes_for(["x", "weight", "scale"], ["y"], {"weight_type_id": INT8})
+    case = example(op, attrs, np.dtype(np.float16), lead=(tokens,), n=24, k=256, seed=1)
+    x, weight, scale = (np.array(v) for v in case.inputs[:3])
+    x[0, 7], x[1, 7], x[1, 200] = 1000, np.inf, np.nan
+    weight[3, 7] = 0  # a channel that does not see it
+    case = dataclasses.replace(case, inputs=[x, weight, scale, *case.inputs[3:]])
+    (y,) = run(emulated, case)
+    others = [t for t in range(tokens) if t != 1]
+    products = np.abs(weight * scale.reshape(-1, 1)).reshape(24, 2, 128).sum(2)  # of a block, at most, with ones
+    steps = np.abs(x[others]).reshape(-1, 2, 128).max(2).astype(np.float64) / (127 * 256 + 127)
+    with np.errstate(invalid="ignore"):
+        wanted = op.reference(case.inputs, attrs)[0][others].astype(np.float64)
+    assert np.isnan(y[1].astype(np.float32)).all()
+    assert (np.abs(y[others] - wanted) <= steps @ products.T / 2 + 2e-3 * np.abs(wanted)).all()
 
 
 @pytest.mark.slow
