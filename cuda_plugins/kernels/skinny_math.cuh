@@ -41,7 +41,7 @@ __device__ __forceinline__ void load_runs(
   }
 }
 
-// Weights as operands of the activations' type.
+// Weights as operands of the activations' type: int8, or bfloat16.
 template <typename S, typename Accumulator>
 __device__ __forceinline__ void multiply(const Skinny& p, const char* weights, const Place& at, const Held<S>& held,
     const int (&row_zero)[S::kTiles][2], Accumulator (&acc)[S::kTiles][S::kTokens][4]) {
