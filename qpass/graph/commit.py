@@ -158,6 +158,8 @@ def check_place(target: Path, inputs: Iterable[Path]) -> None:
     """Raise QpassError where a file cannot be written, or where one of `inputs` is that would be lost."""
     if not target.parent.is_dir():
         raise QpassError(f"cannot write {target}: there is no folder {target.parent}; make it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise QpassError(f"cannot write in {target.parent}; choose another place with -o")
     if target.is_dir():
         raise QpassError(f"cannot write {target}: it is a folder; give a file name")
     if target.exists() and not target.is_file():

@@ -226,6 +226,18 @@ def test_rewrite_and_build_in_one_go(block: Path, library: Library, run: Run) ->
     assert len(told["plugin_layers"]) == 2
 
 
+def test_a_folder_that_cannot_be_written_in(
+    block: Path, library: Library, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the model is rewritten."""
+    (locked := tmp_path / "locked").mkdir()
+    may = os.access
+    monkeypatch.setattr("os.access", lambda path, *how: Path(path) != locked and may(path, *how))
+    refused = run("build", block, "--preset", "w8a8", "-o", locked / "x.engine")
+    assert (refused.code, f"cannot write in {locked}" in refused.err) == (2, True), refused.err
+    assert not block.with_name("block.qpass.onnx").exists()
+
+
 def test_mistakes(block: Path, library: Library, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = rewritten(block)
     (tmp_path / "folder").mkdir()
