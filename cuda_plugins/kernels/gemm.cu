@@ -40,12 +40,19 @@ bool fits_cutlass(const Gemm& g) {
   return g.ldd * size % 16 == 0 && g.n * size % 16 == 0 && g.m <= kMost && g.n <= kMost && g.k <= kMost;
 }
 
+// Whether the split-K product for few tokens takes it, which copies rows one behind another.
+bool fits_split_k(const Gemm& g) {
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1024;
+  return g.in == QPASS_INT8 && g.m <= kSplitKTokens && g.n < kMost && g.k < kMost && g.ldd == g.n;
+}
+
 constexpr uint32_t bit(qpass_variant variant) { return 1u << variant; }
 
 // The variants that are compiled for the device, and can do what is asked.
 uint32_t variants_of(const Gemm& g, const Device& device) {
   uint32_t mask = bit(QPASS_MMA);
   if (g.in == QPASS_INT8) mask |= bit(QPASS_SKINNY);
+  if (QPASS_STREAMS && device.major == 9 && fits_split_k(g)) mask |= bit(QPASS_SM90_SPLIT_K);
   if (!fits_cutlass(g)) return mask;
   const bool hopper = QPASS_SM90A && device.major == 9;
   if (hopper) mask |= bit(QPASS_SM90_128X256);
@@ -57,6 +64,7 @@ uint32_t variants_of(const Gemm& g, const Device& device) {
 }
 
 qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
+  if (mask & bit(QPASS_SM90_SPLIT_K) && g.m <= 32) return QPASS_SM90_SPLIT_K;
   // Hopper's smallest tiles are faster from the second tile of tokens on
   const int64_t few = mask & bit(QPASS_SM90_64X128) ? 16 : kSkinnyTokens;
   if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8, few)) return QPASS_SKINNY;
@@ -103,6 +111,11 @@ cudaError_t launch(const Gemm& g, qpass_variant variant, const Device& device, c
 
 cudaError_t launch(const Gemm& g, qpass_variant variant, const Device& device, cudaStream_t stream) {
   if (variant == QPASS_SKINNY) return skinny_int8(g, stream);
+#if QPASS_STREAMS
+  if (variant == QPASS_SM90_SPLIT_K) {
+    return with_float_type(g.out, [&](auto tag) { return int8_sm90<typename decltype(tag)::type>(g, device, stream); });
+  }
+#endif
   if (variant == QPASS_MMA) return gemm_mma(g, stream);
   if (g.in == QPASS_HALF) return launch<half, half>(g, variant, device, stream);
   if (g.in == QPASS_BFLOAT16) return launch<bfloat16, bfloat16>(g, variant, device, stream);
@@ -124,7 +137,8 @@ cudaError_t gemm(const Gemm& g, cudaStream_t stream) {
 
 size_t gemm_workspace(const Gemm& g) {
   size_t vectors = QPASS_SM80 ? aligned(g.m * sizeof(float)) + aligned(g.n * sizeof(float)) : 0;
-  return std::max(vectors, g.in == QPASS_INT8 ? skinny_int8_workspace(g) : 0);
+  const size_t split = QPASS_STREAMS ? split_bytes(std::min(g.m, kSplitKTokens), g.n, kSplitKTokens) : 0;
+  return g.in == QPASS_INT8 ? std::max({vectors, split, skinny_int8_workspace(g)}) : vectors;
 }
 
 cudaError_t gemm_choice(const Gemm& g, qpass_choice* choice) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "qpass_kernels.h"
+#include "types.cuh"
 
 namespace qpass {
 
@@ -41,6 +42,23 @@ inline int64_t skinny_tokens(int64_t n, int64_t k, double head_start, int64_t le
 constexpr double kHeadStartInt8 = 3.8e8;
 cudaError_t skinny_int8(const Gemm& g, cudaStream_t stream);  // int8 inputs
 size_t skinny_int8_workspace(const Gemm& g);
+
+// int8 inputs on Hopper, few tokens: K split among blocks. Compiled for Hopper alone, as its other products on streams are.
+#ifndef QPASS_STREAMS
+#define QPASS_STREAMS QPASS_SM90A
+#endif
+constexpr int64_t kSplitKTokens = 64;
+template <typename Out>
+cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream);
+
+// Bytes of the sums of all splits, of four bytes each: an upper bound for every m up to this one and tiles of 256 channels × `tokens`
+// or half as many × twice as many, two of which a cluster may have beside each other.
+constexpr int64_t kMostStreaming = 132, kMostSplitsOfK = 16;  // blocks that K is split for; splits
+inline size_t split_bytes(int64_t m, int64_t n, int64_t tokens) {
+  auto tiles = [&](int64_t channels, int64_t tokens) { return ceil_div(n, channels * 2) * 2 * ceil_div(m, tokens); };
+  const int64_t most = std::max(tiles(256, tokens), tiles(128, tokens * 2));
+  return size_t(std::min(kMostSplitsOfK * most, kMostStreaming) * 256 * tokens * 4);
+}
 
 // Copies rows of `bytes` bytes (any number) to rows `padded` bytes apart (a multiple of 16), zeros behind.
 cudaError_t pad_rows(const void* from, void* to, int64_t rows, int64_t bytes, int64_t padded, cudaStream_t stream);

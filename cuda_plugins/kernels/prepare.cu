@@ -95,9 +95,16 @@ __global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const f
   const FixedCodes codes = to_fixed<kInt4>(value);
   const int lanes = to.span / V, sum = sum_of_lanes(codes.sum, lanes);
   if (i >= to.padded) return;
-  int8_t* at = to.high + row * to.padded + i;
-  *reinterpret_cast<uint2*>(at) = codes.high;
-  *reinterpret_cast<uint2*>(at + m * to.padded) = codes.low;
+  int8_t* const high = to.high + row * to.padded;
+  int8_t* const low = high + m * to.padded;
+  if (to.by_lanes) {
+    const int64_t at = i / 32 * 32 + i % 32 / 8 * 4;
+    *reinterpret_cast<uint32_t*>(high + at) = codes.high.x, *reinterpret_cast<uint32_t*>(high + at + 16) = codes.high.y;
+    *reinterpret_cast<uint32_t*>(low + at) = codes.low.x, *reinterpret_cast<uint32_t*>(low + at + 16) = codes.low.y;
+  } else {
+    *reinterpret_cast<uint2*>(high + i) = codes.high;
+    *reinterpret_cast<uint2*>(low + i) = codes.low;
+  }
   if (threadIdx.x % kFixedLanes == 0) to.scale[i / kBlockK * to.side + row] = codes.scale;
   if (threadIdx.x % lanes == 0) to.sum[i / to.span * to.side + row] = sum;
 }

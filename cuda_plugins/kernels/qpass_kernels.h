@@ -114,6 +114,8 @@ typedef enum {
   QPASS_SM90_64X128,
   QPASS_SM90_128X128,
   QPASS_SM90_128X256,
+  QPASS_SM90_MIXED,    // integer weights on their way to wgmma become 16-bit floats; tiles by the number of tokens
+  QPASS_SM90_SPLIT_K,  // int8 beside int8: 64 tokens at most × 256, K split among blocks
   QPASS_VARIANTS,  // how many there are
 } qpass_variant;
 const char* qpass_variant_name(qpass_variant variant);  // such as "sm90_128x256"

@@ -21,7 +21,7 @@ constexpr const char* kFirstLine = "qpass tuning 1";
 constexpr const char* kKinds[] = {"w8a8", "w8a8-float32", "w8a16", "w8a16-g32", "w8a16-g64", "w8a16-g128",
     "w4a16", "w4a16-g32", "w4a16-g64", "w4a16-g128"};
 constexpr const char* kVariants[] = {"auto", "rule", "skinny", "mma", "sm80_128x128", "sm90_64x64", "sm90_64x128",
-    "sm90_128x128", "sm90_128x256"};
+    "sm90_128x128", "sm90_128x256", "sm90_mixed", "sm90_split_k"};
 static_assert(sizeof(kKinds) / sizeof(*kKinds) == kProductKinds);
 static_assert(sizeof(kVariants) / sizeof(*kVariants) == QPASS_VARIANTS);
 

@@ -1,7 +1,9 @@
-// WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by the skinny kernel on the integers, many by a 16-bit
-// product on the weight expanded chunk by chunk: a chunk is large enough to fill the GPU, and bounds the workspace.
+// WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by the skinny kernel on the integers, more on Hopper by one that
+// makes 16-bit floats of them on their way to the tensor cores, and else by a 16-bit product on the weight expanded chunk by chunk: a
+// chunk is large enough to fill the GPU, and bounds the workspace.
 #include "weight_only.h"
 
+#include "mixed.h"
 #include "tuning.h"
 
 namespace qpass {
@@ -14,8 +16,16 @@ constexpr int64_t kFewTokens = 128;
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-bool few_by_rule(const qpass_weight_only_matmul_args& args) {
-  return args.m <= skinny_tokens(args.n, args.k, kHeadStart, kFewTokens) || args.type == QPASS_FLOAT;
+enum Path { kFew, kSplitK, kMixed, kMany };
+
+// The product that the mixed path would be; whether there is one does not depend on where tensors lie.
+MixedGemm mixed_of(const qpass_weight_only_matmul_args& args) {
+  MixedGemm g{};
+  g.type = args.type, g.int4 = args.int4 != 0;
+  g.m = args.m, g.n = args.n, g.k = args.k;
+  g.x = args.x, g.weight = args.weight, g.group_size = args.group_size;
+  g.scale = args.scale, g.zero = args.zero, g.bias = args.bias, g.y = args.y;
+  return g;
 }
 
 // Few tokens never expand, so that a model that knows no others needs no workspace for it.
@@ -23,17 +33,50 @@ bool may_expand(const qpass_weight_only_matmul_args& args) {
   return args.m > kSkinnyTokens && args.type != QPASS_FLOAT;
 }
 
+bool may_mix(const qpass_weight_only_matmul_args& args) {
+  Device device;
+  return QPASS_STREAMS && !current_device(&device) && device.major == 9 && fits_mixed(mixed_of(args));
+}
+
+Path path_by_rule(const qpass_weight_only_matmul_args& args) {
+  if (args.type == QPASS_FLOAT) return kFew;
+  if (may_mix(args)) {
+    const int64_t weights = args.n * args.k;
+    if (args.m <= 8 && weights <= 1 << 26) return kFew;  // the fewest launches
+    if (args.m <= 32) return kSplitK;
+    return args.m <= kSplitKTokens && !args.int4 && weights > 1 << 26 ? kSplitK : kMixed;
+  }
+  return args.m <= skinny_tokens(args.n, args.k, kHeadStart, kFewTokens) ? kFew : kMany;
+}
+
+Path path_of(const qpass_weight_only_matmul_args& args) {
+  if (args.variant <= QPASS_RULE) return path_by_rule(args);
+  switch (args.variant) {
+    case QPASS_SKINNY: return kFew;
+    case QPASS_SM90_SPLIT_K: return kSplitK;
+    case QPASS_SM90_MIXED: return kMixed;
+    default: return kMany;
+  }
+}
+
+// A call of as many tokens as the split-K product takes at most.
+qpass_weight_only_matmul_args few_of(qpass_weight_only_matmul_args args) {
+  args.m = std::min(args.m, kSplitKTokens);
+  return args;
+}
+
 int span_of(const qpass_weight_only_matmul_args& args) { return args.group_size ? args.group_size : kBlockK; }
 
-// Where in the workspace the parts of a call lie; `few`: on the path for few tokens.
+// Where in the workspace the parts of a call lie.
 struct Plan {
-  Plan(const qpass_weight_only_matmul_args& args, bool few) : few(few) {
+  Plan(const qpass_weight_only_matmul_args& args, Path path) : path(path) {
+    const bool few = path == kFew;
     int64_t bytes = args.int4 ? args.k / 2 : args.k;
     row_bytes = ceil_div(bytes, 16) * 16;
     pads_weight = few && row_bytes != bytes;
-    padded = few ? row_bytes * (args.int4 ? 2 : 1) : ceil_div(args.k, 8) * 8;
-    fixed = few && args.type != QPASS_FLOAT;
-    makes = fixed && args.m <= kMadeTokens && args.k % kFixedV == 0;
+    padded = few ? row_bytes * (args.int4 ? 2 : 1) : path == kSplitK ? ceil_div(args.k, kBlockK) * kBlockK : ceil_div(args.k, 8) * 8;
+    fixed = (few && args.type != QPASS_FLOAT) || path == kSplitK;
+    makes = few && fixed && args.m <= kMadeTokens && args.k % kFixedV == 0;
     prepares = !makes && (fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k);
     size_t at = 0;
     auto take = [&](size_t size) {
@@ -46,11 +89,13 @@ struct Plan {
     side = ceil_div(args.m, 4) * 4;
     act_scale = take(fixed && !makes ? ceil_div(padded, kBlockK) * side * sizeof(float) : 0);
     act_sum = take(fixed && !makes ? ceil_div(padded, span_of(args)) * side * sizeof(int32_t) : 0);
-    divides = !few && args.pre_quant_scale && args.type == QPASS_HALF;
+    divides = !fixed && args.pre_quant_scale && args.type == QPASS_HALF;
     row_scale = take(divides ? args.m * sizeof(float) : 0);
     weight = take(pads_weight ? args.n * row_bytes : 0);
-    partial = take(few ? partial_bytes(args.m, args.n) : 0);
-    if (!few) {
+    partial = take(few ? partial_bytes(args.m, args.n)
+                   : path == kSplitK ? split_bytes(std::min(args.m, kSplitKTokens), args.n, kSplitKTokens)
+                   : path == kMixed ? mixed_workspace(args.m, args.n) : 0);
+    if (path == kMany) {
       chunk = std::min(args.n, std::max<int64_t>(128, kChunkBytes / (padded * 2) / 128 * 128));
       expanded = take(chunk * padded * 2);
       scale = take(chunk * sizeof(float));
@@ -58,7 +103,7 @@ struct Plan {
     size = at;
   }
 
-  bool few;
+  Path path;
   bool fixed, makes;  // activations are multiplied as Fixed; made by the product itself
   bool pads_weight, prepares, divides;
   int64_t side;
@@ -86,7 +131,7 @@ Gemm product_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
 FixedActivations fixed_of(const qpass_weight_only_matmul_args& args, const Plan& plan) {
   char* workspace = static_cast<char*>(args.workspace);
   return {reinterpret_cast<int8_t*>(workspace + plan.x), plan.padded, reinterpret_cast<float*>(workspace + plan.act_scale),
-      reinterpret_cast<int32_t*>(workspace + plan.act_sum), plan.side, span_of(args)};
+      reinterpret_cast<int32_t*>(workspace + plan.act_sum), plan.side, span_of(args), plan.path == kSplitK};
 }
 
 cudaError_t few_tokens(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
@@ -132,10 +177,22 @@ cudaError_t many_tokens(const qpass_weight_only_matmul_args& args, const Plan& p
   return cudaSuccess;
 }
 
+cudaError_t mixed(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
+  char* workspace = static_cast<char*>(args.workspace);
+  MixedGemm g = mixed_of(args);
+  g.workspace = workspace + plan.partial;
+  g.follows = plan.prepares;
+  if (plan.path == kSplitK) return fixed_gemm(g, fixed_of(args, plan), stream);
+  if (plan.prepares) g.x = workspace + plan.x;
+  if (plan.divides) g.row_scale = reinterpret_cast<float*>(workspace + plan.row_scale);
+  return mixed_gemm(g, stream);
+}
+
 cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaStream_t stream) {
-  const bool by_rule = args.variant <= QPASS_RULE;
-  const Plan plan(args, by_rule ? few_by_rule(args) : args.variant == QPASS_SKINNY);
-  if (!plan.few && !may_expand(args)) return cudaErrorNotSupported;
+  const Plan plan(args, path_of(args));
+  if (plan.path == kMany && !may_expand(args)) return cudaErrorNotSupported;
+  const bool streams = plan.path == kMixed || plan.path == kSplitK;
+  if (streams && (!may_mix(args) || (plan.path == kSplitK && args.m > kSplitKTokens))) return cudaErrorNotSupported;
   if (plan.fixed && plan.prepares) {
     if (cudaError_t e = prepare_fixed(args, fixed_of(args, plan), stream)) return e;
   } else if (plan.prepares) {
@@ -143,7 +200,9 @@ cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaSt
     float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
     if (cudaError_t e = prepare_activations(args, workspace + plan.x, plan.padded, row_scale, stream)) return e;
   }
-  return plan.few ? few_tokens(args, plan, stream) : many_tokens(args, plan, stream);
+  return plan.path == kFew ? few_tokens(args, plan, stream)
+         : streams          ? mixed(args, plan, stream)
+                            : many_tokens(args, plan, stream);
 }
 
 }  // namespace
@@ -152,19 +211,23 @@ cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaSt
 size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* args) {
   using namespace qpass;
   if (!args->n || !args->k) return 0;
-  size_t few = Plan(*args, true).size;
-  return may_expand(*args) ? std::max(few, Plan(*args, false).size) : few;
+  size_t most = Plan(*args, kFew).size;
+  if (may_mix(*args)) most = std::max({most, Plan(*args, kMixed).size, Plan(few_of(*args), kSplitK).size});
+  if (may_expand(*args)) most = std::max(most, Plan(*args, kMany).size);
+  return most;
 }
 
 int qpass_weight_only_matmul_choice(const qpass_weight_only_matmul_args* args, qpass_choice* choice) {
   using namespace qpass;
   *choice = {};
   if (may_expand(*args)) {
-    if (cudaError_t e = gemm_choice(product_of(*args, Plan(*args, false)), choice)) return e;
+    if (cudaError_t e = gemm_choice(product_of(*args, Plan(*args, kMany)), choice)) return e;
   }
   choice->mask |= 1u << QPASS_SKINNY;
+  if (may_mix(*args)) choice->mask |= 1u << QPASS_SM90_MIXED | (args->m <= kSplitKTokens ? 1u << QPASS_SM90_SPLIT_K : 0);
   choice->kind = kind_of(*args);
-  if (few_by_rule(*args)) choice->rule = QPASS_SKINNY;
+  const Path path = path_by_rule(*args);
+  if (path != kMany) choice->rule = path == kFew ? QPASS_SKINNY : path == kSplitK ? QPASS_SM90_SPLIT_K : QPASS_SM90_MIXED;
   return cudaSuccess;
 }
 

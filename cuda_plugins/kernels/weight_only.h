@@ -1,6 +1,7 @@
 // The parts of the weight-only matmul: activations and weights made ready, and the kernel for few tokens by activation type.
 #pragma once
 
+#include "mixed.h"
 #include "skinny.cuh"
 
 namespace qpass {
@@ -13,16 +14,7 @@ constexpr int kPlanes = 3;  // bfloat16 values that add up to a float32: 3 · 8 
 cudaError_t prepare_activations(const qpass_weight_only_matmul_args& args, void* to, int64_t padded, float* row_scale,
     cudaStream_t stream);
 
-// The same as Fixed, of half and bfloat16. Beside int4 weights the eight values that four bytes of a weight meet come in the order
-// 0, 2, 4, 6, 1, 3, 5, 7, and scales are a sixteenth.
-struct FixedActivations {
-  int8_t* high;  // [m, padded]; the low plane follows
-  int64_t padded;
-  float* scale;  // [blocks of kBlockK, side]
-  int32_t* sum;  // [spans, side]
-  int64_t side;
-  int span;      // 32, 64 or 128
-};
+// The same as Fixed, of half and bfloat16.
 cudaError_t prepare_fixed(const qpass_weight_only_matmul_args& args, const FixedActivations& to, cudaStream_t stream);
 
 // Rows of a weight as 16-bit floats, `padded` elements apart, each to be multiplied by row_scale: integers less their zero

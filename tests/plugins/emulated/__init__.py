@@ -69,14 +69,15 @@ def compile_emulated(folder: Path) -> Library:
             kernels = copy / "kernels"
             for path in [*kernels.glob("*.cu"), *kernels.glob("*.cuh")]:
                 path.write_text(as_cpp(path.read_text()))
-            shutil.copy(HERE / "mma.cuh", kernels)
+            for name in ("mma.cuh", "hopper.cuh"):
+                shutil.copy(HERE / name, kernels)
             (copy / "runtime.cpp").write_text(RUNTIME)
             sources = [p for p in sorted(kernels.glob("*.cu")) if not p.name.startswith(("gemm_sm80", "gemm_sm90"))]
             sources += [*sorted(kernels.glob("*.cpp")), *sorted((copy / "plugins").glob("*.cpp")), copy / "runtime.cpp"]
             flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w"]
             flags += ["-isystem", str(include), f"-I{HERE}", f"-I{copy / 'minimal' / '10'}"]
             flags += [f"-I{kernels}", f"-I{copy / 'plugins'}"]
-            flags += ['-DQPASS_ARCHITECTURES="90"', "-DQPASS_TENSORRT=10", "-DQPASS_SM90A=0", "-DQPASS_SM80=0"]
+            flags += ['-DQPASS_ARCHITECTURES="90"', "-DQPASS_TENSORRT=10", "-DQPASS_SM90A=0", "-DQPASS_STREAMS=1", "-DQPASS_SM80=0"]
 
             def compiled(source: Path) -> str:
                 made = source.with_suffix(".o")

@@ -21,6 +21,10 @@
 #undef __launch_bounds__
 #define __shared__ static
 #define __launch_bounds__(...)
+#undef __cluster_dims__
+#define __cluster_dims__(...)
+#undef __grid_constant__
+#define __grid_constant__
 #define __CUDA_ARCH__ 900
 
 // How often the runtime was asked for what does not change, or told what it knows.
@@ -104,8 +108,8 @@ inline void run_block(uint3 place, size_t shared_bytes) {
   own = Block();
   own.barrier.size = threads;
   own.warps.resize((threads + 31) / 32);
-  own.memory.assign(shared_bytes + 128, char(0xff));
-  own.shared = own.memory.data() + (128 - reinterpret_cast<uintptr_t>(own.memory.data()) % 128) % 128;
+  own.memory.assign(shared_bytes + 1024, char(0xff));
+  own.shared = own.memory.data() + (1024 - reinterpret_cast<uintptr_t>(own.memory.data()) % 1024) % 1024;
   std::vector<Fiber> fibers(threads);
   for (int t = 0; t < threads; ++t) {
     Fiber& f = fibers[t];
@@ -217,6 +221,16 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float rsqrtf(float a) { return 1 / std::sqrt(a); }
 inline float __frcp_rn(float a) { return 1 / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  auto one = [](__half x, __half y, __half z) { return std::fma(__half2float(x), __half2float(y), __half2float(z)); };
+  return __floats2half2_rn(one(a.x, b.x, c.x), one(a.y, b.y, c.y));
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  auto one = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
+    return std::fma(__bfloat162float(x), __bfloat162float(y), __bfloat162float(z));
+  };
+  return __floats2bfloat162_rn(one(a.x, b.x, c.x), one(a.y, b.y, c.y));
+}
 inline int __float2int_rn(float a) { return int(std::nearbyint(a)); }
 template <typename T>
 T __ldg(const T* from) {

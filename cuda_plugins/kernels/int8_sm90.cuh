@@ -1,0 +1,76 @@
+// int8 × int8 for few tokens on Hopper: both operands go from memory to the tensor cores without a register between, so that all there
+// is to do is to keep memory busy.
+#pragma once
+
+#include "gemm.h"
+#include "streams_sm90.cuh"
+
+namespace qpass {
+
+struct Int8Product : Streams {
+  Finish finish;
+};
+
+template <typename Out_, int kTokens_>
+struct Int8Shape {
+  using Out = Out_;
+  using Sum = int32_t;
+  static constexpr int kTokens = kTokens_, kCluster = 1;
+  static constexpr int kTiles = 2, kConsumers = 256, kThreads = kConsumers + 32, kChannels = 256;
+  static constexpr int kStageK = 128, kRowBytes = 128, kBoxes = 1;
+  static constexpr bool kPlanes = false;
+  static constexpr int kSideBytes = 0;
+  static constexpr int kColumns = kTiles * kTokens / 8;
+};
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, 1) int8_product(const __grid_constant__ Int8Product p) {
+  extern __shared__ __align__(128) char start[];
+  let_next_kernel_start();
+  const Ring<S> ring(start);
+  ring.open(S::kConsumers / 32);
+  const Tile<S> tile(p.m, p.n, blockIdx.x);
+  const Share<S> share(p);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (warp == S::kConsumers / 32) {
+    if (threadIdx.x == S::kConsumers) copy_stages(p, ring, tile, share, 0, Nothing());
+    return;
+  }
+  int32_t sums[S::kTiles][S::kTokens / 2] = {};
+  int slot = 0, parity = 0;
+  for (int i = 0; i < share.count; ++i) {
+    wait(&ring.full[slot], parity);
+    const uint64_t tokens = matrix_at(ring.tokens(slot));
+    begin_products();
+#pragma unroll
+    for (int j = 0; j < S::kTiles * 4; ++j) {
+      const int t = j / 4;
+      const uint64_t rows = matrix_at(ring.weights(slot) + (warp / 4 * S::kTiles + t) * 64 * S::kRowBytes);
+      WgmmaInt8<S::kTokens>::run(sums[t], rows + j % 4 * kNextInRow, tokens + j % 4 * kNextInRow);
+    }
+    commit_products();
+    wait_products<0>();
+    ring.free(slot);
+    if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
+  }
+  wait_for_kernel_before();
+#pragma unroll
+  for (int t = 0; t < S::kTiles; ++t) leave<S>(p.finish, p, tile, warp, t, [&](int j, int c) { return sums[t][j * 4 + c]; });
+}
+
+template <typename Out>
+cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream) {
+  Int8Product p{};
+  p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
+  p.finish = {g.row_scale, g.col_scale, g.bias, g.d, g.per_row, g.per_column, g.workspace};
+  auto with = [&](auto tokens) {
+    using S = Int8Shape<Out, tokens()>;
+    static OncePerDevice allowed;
+    return launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, allowed, stream);
+  };
+  if (g.m <= 16) return with(std::integral_constant<int, 16>());
+  if (g.m <= 32) return with(std::integral_constant<int, 32>());
+  return with(std::integral_constant<int, 64>());
+}
+
+}  // namespace qpass

@@ -1,0 +1,52 @@
+// Products of 16-bit activations with integer weights on Hopper, for any number of tokens.
+#pragma once
+
+#include "qpass_kernels.h"
+#include "types.cuh"
+
+namespace qpass {
+
+// y[m, n] = (sum_k x[m, k] * (weight[n, k] - zero) * scale) * row_scale[m] (+ bias[n]); x and y of one type, half or bfloat16.
+struct MixedGemm {
+  qpass_type type;
+  bool int4;
+  int64_t m, n, k;
+  const void* x;             // [m, k]
+  const int8_t* weight;      // [n, k] or [n, k / 2]
+  int group_size;            // 0: one scale a row
+  const float* scale;
+  const int8_t* zero;        // or null
+  const float* row_scale;    // or null
+  const void* bias;          // or null
+  void* y;
+  void* workspace;           // mixed_workspace bytes
+  bool follows;              // x comes of the kernel before, and nothing else that is read here does
+};
+
+// Whether it can be done: rows are copied from multiples of 16 bytes on, and counted in 32 bits.
+bool fits_mixed(const MixedGemm& g);
+cudaError_t mixed_gemm(const MixedGemm& g, cudaStream_t stream);
+size_t mixed_workspace(int64_t m, int64_t n);  // an upper bound for every m up to this one
+
+// 16-bit activations as Fixed (fixed.cuh). Beside int4 weights the eight values that four bytes of a weight meet come in the order 0, 2,
+// 4, 6, 1, 3, 5, 7, and scales are a sixteenth. With `by_lanes`, the two halves of eight lie where a lane's are in a product of 32.
+struct FixedActivations {
+  int8_t* high;  // [m, padded]; the low plane follows
+  int64_t padded;
+  float* scale;  // [blocks of kBlockK, side]
+  int32_t* sum;  // [spans, side]
+  int64_t side;
+  int span;      // 32, 64 or 128
+  bool by_lanes;
+};
+
+// The same of few tokens, which x is; row_scale is none.
+cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations& x, cudaStream_t stream);
+
+// By the type of the activations and the width of weights: each takes a while to compile.
+template <typename T, bool kInt4>
+cudaError_t mixed_sm90(const MixedGemm& g, const Device& device, cudaStream_t stream);
+template <typename T, bool kInt4>
+cudaError_t fixed_sm90(const MixedGemm& g, const FixedActivations& x, const Device& device, cudaStream_t stream);
+
+}  // namespace qpass

@@ -1,0 +1,291 @@
+// The product of 16-bit activations with integer weights on Hopper: y[m, n] = sum_k x[m, k] * w[n, k], w made of integers on its way to
+// the tensor cores.
+//
+// Channels are the rows of what a warpgroup multiplies, from registers; tokens its columns, from shared memory, as they were stored. So
+// the integers are all that is read of the weight, and what they become is nowhere written. One warp copies stages of both, ahead of
+// the others. While a product is under way, the operands of the next are made.
+#pragma once
+
+#include "mixed.h"
+#include "mixed_operands.cuh"
+#include "streams_sm90.cuh"
+
+namespace qpass {
+
+struct Mixed : Streams {
+  Finish finish;
+  const float* scale;  // [n, scales] of groups; else finish has it
+  const int8_t* zero;
+  int scales;
+};
+
+constexpr int kRun = 32;  // values of K whose operands are made at once: a group has no fewer
+
+// kGroup: values of K that share a scale, or 0: all of a channel's do. kWarpgroups of kTiles * 64 channels each; kTokens tokens; blocks
+// that share tokens.
+template <typename T_, bool kInt4_, int kGroup_, int kWarpgroups_, int kTiles_, int kTokens_, int kCluster_>
+struct MixedShape {
+  using T = T_;
+  using Out = T;
+  using Sum = float;
+  static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0;
+  static constexpr int kGroup = kGroup_, kWarpgroups = kWarpgroups_, kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_;
+  // Registers are handed out by warpgroups: that of the one thread that copies keeps few, which leaves more for the others.
+  static constexpr int kConsumers = kWarpgroups * 128, kThreads = kConsumers + 128;
+  static constexpr int kFewRegisters = kWarpgroups == 2 ? 24 : 32, kManyRegisters = kWarpgroups == 2 ? 240 : 112;
+  static constexpr int kChannels = kWarpgroups * kTiles * 64;
+  static constexpr int kStageK = 128;
+  static constexpr int kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
+  static constexpr int kBoxes = kStageK * 2 / kBoxBytes;
+  static constexpr bool kPlanes = false;
+  static constexpr int kSideBytes = 0;
+  static constexpr int kColumns = kTiles * kTokens / 8;  // of eight tokens that a warp has sums of
+};
+
+// Scales and zero points of a lane's channels. Four neighbouring groups of a channel are held by the four lanes that share it, each of
+// which gets its own ready; the next four are on their way.
+template <typename S>
+class MixedScales {
+ public:
+  using T = typename S::T;
+  static constexpr int kRows = S::kTiles * 2;
+
+  __device__ __forceinline__ MixedScales(const Mixed& p, int channel, int first, int count)
+      : p_(p), channel_(channel), begin_(S::kGrouped ? first * S::kStageK / S::kGroup & ~3 : 0), group_(begin_) {
+    if constexpr (!S::kGrouped) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) set_zero<T, S::kInt4>(now[i], p.zero && n(i) < p.n ? p.zero[n(i)] : 0);
+      return;
+    }
+    if constexpr (std::is_same_v<T, half>) find_powers((first + count) * S::kStageK / S::kGroup);
+    fetch();
+    take();
+  }
+
+  // Makes those ready that value k of a stage and the next of its group are multiplied by. By all lanes, in the order of K.
+  __device__ __forceinline__ void go_to(int stage, int k) {
+    if constexpr (S::kGrouped) {
+      if (k % S::kGroup) return;
+      const int group = (stage * S::kStageK + k) / S::kGroup;
+      if (k == 0 && group % 4 == 0 && group != begin_) take();  // a stage has one, two or four
+      const int lane = (threadIdx.x & 28) | group % 4;
+      auto handed = [&](const Pair<T>& mine) { return same_bits<Pair<T>>(__shfl_sync(~0u, same_bits<uint32_t>(mine), lane)); };
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        now[i].scale = handed(held_[i].scale), now[i].rest = handed(held_[i].rest);
+        if (p_.zero) now[i].zero = handed(held_[i].zero);
+      }
+    }
+  }
+  ChannelScale<T> now[kRows];  // by tiles, of each the row `channel` and the one 8 on
+
+  // What sums of row i are to be multiplied by in the end.
+  __device__ __forceinline__ float power(int i) const { return S::kGrouped && std::is_same_v<T, half> ? power_[i] : 1.f; }
+
+ private:
+  __device__ __forceinline__ int n(int i) const { return channel_ + i / 2 * 64 + i % 2 * 8; }
+
+  // float16 has few powers of two: scales are taken as shares of one near the channel's largest, 64 … 128 times that, so that
+  // neither products overflow nor small shares lose bits.
+  __device__ __forceinline__ void find_powers(int end) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      float largest = 0;
+      if (n(i) < p_.n) {
+        for (int g = group_ + threadIdx.x % 4; g < min(end, p_.scales); g += 4) {
+          largest = fmaxf(largest, fabsf(p_.scale[int64_t(n(i)) * p_.scales + g]));
+        }
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      const int exponent = largest > 0 && isfinite(largest) ? max(ilogbf(largest), -100) - 6 : 0;
+      power_[i] = exp2f(float(exponent)), inverse_[i] = exp2f(float(-exponent));
+    }
+  }
+
+  __device__ __forceinline__ void fetch() {
+    const int group = group_ + threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool there = group < p_.scales && n(i) < p_.n;
+      const int64_t at = int64_t(n(i)) * p_.scales + group;
+      scale_[i] = there ? p_.scale[at] : 0.f;
+      zero_[i] = there && p_.zero ? p_.zero[at] : 0;
+    }
+    group_ += 4;
+  }
+
+  __device__ __forceinline__ void take() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      set_scale<T, S::kInt4>(held_[i], std::is_same_v<T, half> ? scale_[i] * inverse_[i] : scale_[i]);
+      set_zero<T, S::kInt4>(held_[i], zero_[i]);
+    }
+    fetch();
+  }
+
+  const Mixed& p_;
+  const int channel_, begin_;  // the first group that was fetched
+  int group_;                  // and the first of those that are next
+  ChannelScale<T> held_[kRows];
+  float scale_[kRows];  // of the next four
+  int zero_[kRows];
+  float power_[kRows], inverse_[kRows];
+};
+
+// A run of 32 values of K of both a lane's channels of a tile: int4 in one load each, int8 in two.
+template <typename S>
+struct RawRun {
+  static constexpr int kLoads = S::kInt4 ? 1 : 2;
+
+  // `rows`: where the lane's first channel begins.
+  __device__ __forceinline__ void read(const char* rows, int run, int tile) {
+    const int row = threadIdx.x % 32 / 4, swizzle = S::kInt4 ? row / 2 & 3 : row;
+#pragma unroll
+    for (int i = 0; i < 2 * kLoads; ++i) {
+      const char* line = rows + (tile * 64 + i / kLoads * 8) * S::kRowBytes;
+      words[i / kLoads][i % kLoads] = *reinterpret_cast<const uint4*>(line + ((run * kLoads + i % kLoads) ^ swizzle) * 16);
+    }
+  }
+  uint4 words[2][kLoads];
+};
+
+// The operands of the two products of sixteen values that a run makes. By all lanes of a warp.
+template <typename S>
+__device__ __forceinline__ void make_operands(
+    uint32_t (&a)[2][4], const RawRun<S>& raw, int tile, const MixedScales<S>& scales, bool has_zeros) {
+  using T = typename S::T;
+  const uint32_t bytes = bytes_of_lane<S::kInt4>(threadIdx.x % 4);
+  Pair<T> v[2][4];  // by channel; values 2t, 2t + 8, 2t + 16, 2t + 24
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint4 q = raw.words[h][0];
+    if constexpr (S::kInt4) {
+      v[h][0] = integers<T, true>(q.x, 0, bytes), v[h][1] = integers<T, true>(q.y, 0, bytes);
+      v[h][2] = integers<T, true>(q.z, 0, bytes), v[h][3] = integers<T, true>(q.w, 0, bytes);
+    } else {
+      const uint4 next = raw.words[h][1];
+      v[h][0] = integers<T, false>(q.x, q.y, bytes), v[h][1] = integers<T, false>(q.z, q.w, bytes);
+      v[h][2] = integers<T, false>(next.x, next.y, bytes), v[h][3] = integers<T, false>(next.z, next.w, bytes);
+    }
+  }
+  if (has_zeros) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j / 4][j % 4] = __hsub2(v[j / 4][j % 4], scales.now[tile * 2 + j / 4].zero);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const int h = j / 4, i = j % 4;
+    const ChannelScale<T>& by = scales.now[tile * 2 + h];
+    if constexpr (S::kGrouped) v[h][i] = __hfma2(v[h][i], by.scale, __hmul2(v[h][i], by.rest));
+    else if constexpr (S::kInt4) v[h][i] = __hmul2(v[h][i], PairOf<T>::make(1.f, 1 / kSecond<true>));
+    a[i / 2][i % 2 * 2 + h] = same_bits<uint32_t>(v[h][i]);
+  }
+}
+
+template <typename S>
+__global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ Mixed p) {
+  using T = typename S::T;
+  extern __shared__ __align__(128) char start[];
+  let_next_kernel_start();
+  const Ring<S> ring(start);
+  ring.open(S::kWarpgroups * 4);
+  const Tile<S> tile(p.m, p.n, blockIdx.x);
+  const Share<S> share(p);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the compiler sees that lanes have the same
+  if (warp >= S::kWarpgroups * 4) {
+    limit_registers<S::kFewRegisters>();
+    if (threadIdx.x == S::kConsumers) copy_stages(p, ring, tile, share, 0, Nothing());
+  } else {
+    raise_registers<S::kManyRegisters>();
+    const int line = line_of<S>(warp, 0);
+    MixedScales<S> scales(p, tile.n0 + line, share.first, share.count);
+    float sums[S::kTiles][S::kTokens / 2] = {};
+    constexpr int kParts = S::kStageK / kRun * S::kTiles;  // runs of a stage, and of each the tiles
+    RawRun<S> raw;
+    uint32_t a[2][2][4];
+    int slot = 0, parity = 0;
+    auto read = [&](int part) { raw.read(ring.weights(slot) + line * S::kRowBytes, part / S::kTiles, part % S::kTiles); };
+    auto make = [&](int i, int part) {
+      if (part % S::kTiles == 0) scales.go_to(share.first + i, part / S::kTiles * kRun);
+      make_operands<S>(a[part % 2], raw, part % S::kTiles, scales, p.zero != nullptr);
+    };
+    wait(&ring.full[slot], parity);
+    read(0);
+    make(0, 0);
+    for (int i = 0; i < share.count; ++i) {
+      const int done = slot;
+      const uint64_t tokens = matrix_at(ring.tokens(slot));
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const bool more = part + 1 < kParts;
+        if (more) read(part + 1);
+        begin_products();
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int sixteen = part / S::kTiles * 2 + j;
+          Wgmma<T, S::kTokens>::run(
+              sums[part % S::kTiles], a[part % 2][j], tokens + sixteen / 4 * (Ring<S>::kBox >> 4) + sixteen % 4 * kNextInRow);
+        }
+        commit_products();
+        wait_products<1>();  // what the next operands take the place of
+        if (more) {
+          make(i, part + 1);
+        } else if (i + 1 < share.count) {
+          if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
+          wait(&ring.full[slot], parity);
+          read(0);
+          make(i + 1, 0);
+        }
+      }
+      wait_products<0>();
+      ring.free(done);
+    }
+    wait_for_kernel_before();  // the scales of rows, and whoever reads what is written here
+#pragma unroll
+    for (int t = 0; t < S::kTiles; ++t) {
+      leave<S>(p.finish, p, tile, warp, t, [&](int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
+    }
+  }
+  ring.close();
+}
+
+template <typename S>
+cudaError_t launch_mixed(const Mixed& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  static OncePerDevice allowed;
+  return launch_streaming<S>(mixed<S>, p, g.weight, g.int4 ? g.k / 2 : g.k, g.x, g.k * 2, device, allowed, stream);
+}
+
+template <typename T, bool kInt4, int kGroup>
+cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  if (g.m <= 16) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 16, 1>>(p, g, device, stream);
+  if (g.m <= 32) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 32, 1>>(p, g, device, stream);
+  if (g.m <= 64) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 64, 1>>(p, g, device, stream);
+  // half as many channels where whole tiles would leave multiprocessors idle that K is not split for
+  const bool few = ceil_div(g.n, 256) * ceil_div(g.m, 128) * 2 <= device.multiprocessors && g.k <= 2048;
+  if (few) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 128, 1>>(p, g, device, stream);
+  if (g.m <= 128) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>>(p, g, device, stream);
+  // twice as many tokens beside half as many channels: operands that are made once are multiplied twice as often
+  constexpr int kCluster = kInt4 && kHasClusters ? 2 : 1;  // int8 weights are as much as what a block saves of the tokens
+  if (g.m <= 256) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>>(p, g, device, stream);
+  return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, kCluster>>(p, g, device, stream);
+}
+
+template <typename T, bool kInt4>
+cudaError_t mixed_sm90(const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  Mixed p{};
+  p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
+  p.scale = g.scale, p.zero = g.zero;
+  p.scales = g.group_size ? int(g.k / g.group_size) : 1;
+  p.follows = g.follows;
+  p.finish = {g.row_scale, g.group_size ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
+  switch (g.group_size) {
+    case 0: return mixed_by_tokens<T, kInt4, 0>(p, g, device, stream);
+    case 32: return mixed_by_tokens<T, kInt4, 32>(p, g, device, stream);
+    case 64: return mixed_by_tokens<T, kInt4, 64>(p, g, device, stream);
+    case 128: return mixed_by_tokens<T, kInt4, 128>(p, g, device, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace qpass
