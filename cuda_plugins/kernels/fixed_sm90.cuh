@@ -5,6 +5,8 @@
 // odd. Planes lie in the order in which products meet these (prepare.cu).
 #pragma once
 
+#include "fixed.cuh"
+#include "group_stream.cuh"
 #include "mixed.h"
 #include "streams_sm90.cuh"
 
@@ -19,85 +21,79 @@ struct FixedProduct : Streams {
 };
 
 // kGroup: values of K that share a scale, or 0: all of a channel's do. kZeros: whether there are zero points.
-template <typename Out_, bool kInt4_, int kGroup_, bool kZeros_, int kTokens_>
-struct FixedShape {
-  using Out = Out_;
-  using Sum = float;
+template <typename Out, bool kInt4_, int kGroup_, bool kZeros_, int kTokens>
+struct FixedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
+  using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0, kZeros = kZeros_;
-  static constexpr int kGroup = kGroup_, kTokens = kTokens_, kTiles = 1, kCluster = 1, kChannels = 256;
-  static constexpr int kConsumers = 512, kThreads = kConsumers + 128;
-  static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;
-  static constexpr int kSpans = kGroup ? kStageK / kGroup : 1;  // of a stage, each with sums of its own
-  static constexpr bool kPlanes = true;
-  static constexpr int kBoxes = 2;
-  static constexpr int kSideRow = kTokens * 4, kSumsAt = 256;  // copies go to multiples of 128
-  static constexpr int kSideBytes = (kSumsAt + kSpans * kSideRow + 1023) / 1024 * 1024;
-  static constexpr int kColumns = kTokens / 8;
+  static constexpr int kGroup = kGroup_, kThreads = Sums::kConsumers + 128;
+  // A stage is as wide as a box can be: the wider, the sooner it is there.
+  static constexpr int kRowBytes = 128, kStageK = kRowBytes * (kInt4 ? 2 : 1);
+  static constexpr int kBlocks = kStageK / kBlockK;              // of a stage, each with scales of the tokens
+  static constexpr int kSpans = kGroup ? kBlockK / kGroup : 1;   // of a block, each with sums of its own
+  static constexpr int kPlanes = 2, kBoxes = kBlocks;
+  static constexpr int kSideRow = kTokens * 4, kSumsAt = 512;  // copies go to multiples of 128
+  static constexpr int kSideBytes = (kSumsAt + kBlocks * kSpans * kSideRow + 1023) / 1024 * 1024;
   // of planes multiplied at the same time: the sums of both take registers
   static constexpr int kTogether = kTokens <= 32 ? 2 : 1;
 };
 
-// Scales and zero points of a lane's two channels, four neighbouring groups by the four lanes that share them, the next four on their
-// way.
+// What a lane's two channels are multiplied by, and their zero points, ready for where in K it is.
 template <typename S>
 class FixedScales {
  public:
   __device__ __forceinline__ FixedScales(const FixedProduct& p, int channel, int first)
-      : p_(p), channel_(channel), group_(S::kGrouped ? first * S::kSpans & ~3 : 0) {
-    fetch();
-    take();
-  }
-
-  // Before group `group`, which follows the one before.
-  __device__ __forceinline__ void go_to(int group, bool first) {
-    if (S::kGrouped && !first && group % 4 == 0) take();
+      : stream_(p.scale, S::kZeros ? p.zero : nullptr, p.n, S::kGrouped ? p.scales : 0, channel, first), first_(first) {
+    if constexpr (S::kGrouped) {
+      take();
+    } else if constexpr (S::kZeros) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int lane = S::kGrouped ? (threadIdx.x & 28) | group % 4 : threadIdx.x % 32;
-      scale[h] = S::kGrouped ? __shfl_sync(~0u, held_scale_[h], lane) : 1.f;
-      if (S::kZeros) zero[h] = S::kGrouped ? __shfl_sync(~0u, held_zero_[h], lane) : held_zero_[h];
+      for (int h = 0; h < 2; ++h) {
+        const int n = stream_.channel_of(h);
+        zero[h] = n < p.n ? p.zero[n] * kTimes : 0;
+      }
     }
   }
 
-  float scale[2];
+  // To a group; they follow one another.
+  __device__ __forceinline__ void go_to(int group) {
+    if constexpr (S::kGrouped) {
+      if (group % 4 == 0 && group != first_) take();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scale[h] = of_group(held_scale_[h], group);
+        if (S::kZeros) zero[h] = of_group(held_zero_[h], group);
+      }
+    }
+  }
+
+  float scale[2] = {1.f, 1.f};
   int zero[2] = {};
 
  private:
-  __device__ __forceinline__ void fetch() {
-    const int group = S::kGrouped ? group_ + threadIdx.x % 4 : 0;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int n = channel_ + h * 8;
-      const bool there = n < p_.n && group < p_.scales;
-      const int64_t at = int64_t(n) * p_.scales + group;
-      next_scale_[h] = S::kGrouped && there ? p_.scale[at] : 0.f;
-      next_zero_[h] = S::kZeros && there ? p_.zero[at] : 0;
-    }
-    group_ += 4;
-  }
+  static constexpr int kTimes = S::kInt4 ? 16 : 1;  // what nibbles are multiplied as
+
   __device__ __forceinline__ void take() {
+    stream_.take(held_scale_, held_zero_);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) held_scale_[h] = next_scale_[h], held_zero_[h] = next_zero_[h] * (S::kInt4 ? 16 : 1);
-    if (S::kGrouped) fetch();
+    for (int h = 0; h < 2; ++h) held_zero_[h] *= kTimes;
   }
 
-  const FixedProduct& p_;
-  const int channel_;
-  int group_;
-  float held_scale_[2], next_scale_[2];
-  int held_zero_[2], next_zero_[2];
+  GroupStream<2> stream_;
+  const int first_;
+  float held_scale_[2];
+  int held_zero_[2];
 };
 
-// A stage's weights as operands of its four products. Nibbles stay in the upper half of their byte, sixteen times what they are.
+// A block's weights as operands of its four products. Nibbles stay in the upper half of their byte, sixteen times what they are.
 template <typename S>
-__device__ __forceinline__ void fixed_operands(uint32_t (&a)[4][4], const char* rows) {
+__device__ __forceinline__ void fixed_operands(uint32_t (&a)[4][4], const char* rows, int block) {
   const int quarter = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int j = i / 2, h = i % 2;
     const char* line = rows + h * 8 * S::kRowBytes;
     if constexpr (S::kInt4) {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(line + (j ^ (row / 2 & 3)) * 16 + quarter * 4);
+      const uint32_t word = *reinterpret_cast<const uint32_t*>(line + ((block * 4 + j) ^ row) * 16 + quarter * 4);
       a[j][h] = word << 4 & 0xf0f0f0f0u, a[j][h + 2] = word & 0xf0f0f0f0u;
     } else {
       const uint2 words = *reinterpret_cast<const uint2*>(line + ((j * 2 + quarter / 2) ^ row) * 16 + quarter % 2 * 8);
@@ -119,63 +115,71 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
   if (warp >= S::kConsumers / 32) {
     limit_registers<32>();
     if (threadIdx.x == S::kConsumers) {
-      copy_stages(p, ring, tile, share, S::kSideRow * (S::kZeros ? 1 + S::kSpans : 1), [&](int stage, int slot) {
-        copy_box(ring.side(slot), &p.act_scale, tile.m0 * 4, stage, &ring.full[slot]);
-        if (S::kZeros) copy_box(ring.side(slot) + S::kSumsAt, &p.act_sum, tile.m0 * 4, stage * S::kSpans, &ring.full[slot]);
+      const int bytes_beside = S::kBlocks * S::kSideRow * (S::kZeros ? 1 + S::kSpans : 1);
+      copy_stages(p, ring, tile, share, bytes_beside, [&](int stage, int slot) {
+        const int block = stage * S::kBlocks, x = tile.m0 * 4;
+        copy_box(ring.side(slot), &p.act_scale, x, block, &ring.full[slot]);
+        if (S::kZeros) copy_box(ring.side(slot) + S::kSumsAt, &p.act_sum, x, block * S::kSpans, &ring.full[slot]);
       });
     }
     return;
   }
   raise_registers<112>();
   const int line = line_of<S>(warp, 0), quarter = threadIdx.x % 4;
-  FixedScales<S> scales(p, tile.n0 + line, share.first);
+  constexpr int kGroups = S::kGrouped ? S::kBlocks * S::kSpans : 0;  // of a stage
+  FixedScales<S> scales(p, tile.n0 + line, share.first * kGroups);
   float sums[kSums] = {};
   int slot = 0, parity = 0;
   for (int i = 0; i < share.count; ++i) {
     wait(&ring.full[slot], parity);
-    uint32_t a[4][4];
-    fixed_operands<S>(a, ring.weights(slot) + line * S::kRowBytes);
-    const uint64_t tokens = matrix_at(ring.tokens(slot));
 #pragma unroll
-    for (int span = 0; span < S::kSpans; ++span) {
-      scales.go_to((share.first + i) * S::kSpans + span, i == 0);
-      // Adds part * times to the sums; what zero points make of the tokens' sums goes with the low plane.
-      auto promote = [&](int32_t (&part)[kSums], float times, bool low) {
-        const char* side = ring.side(slot) + quarter * 8;
+    for (int block = 0; block < S::kBlocks; ++block) {
+      uint32_t a[4][4];
+      fixed_operands<S>(a, ring.weights(slot) + line * S::kRowBytes, block);
+      const uint64_t tokens = matrix_at(ring.tokens(slot)) + block * (Ring<S>::kBox >> 4);
 #pragma unroll
-        for (int j = 0; j < kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
-          const float2 by = *reinterpret_cast<const float2*>(side + j * 32);
-          if (S::kZeros && low) {
-            const int2 sum = *reinterpret_cast<const int2*>(side + S::kSumsAt + span * S::kSideRow + j * 32);
+      for (int span = 0; span < S::kSpans; ++span) {
+        scales.go_to(((share.first + i) * S::kBlocks + block) * S::kSpans + span);
+        // Adds part * times to the sums; what zero points make of the tokens' sums goes with the low plane.
+        auto promote = [&](int32_t (&part)[kSums], float times, bool low) {
+          const char* side = ring.side(slot) + quarter * 8;
+          const char* token_sums = side + S::kSumsAt + (block * S::kSpans + span) * S::kSideRow;
 #pragma unroll
-            for (int h = 0; h < 2; ++h) part[j * 4 + h * 2] -= scales.zero[h] * sum.x, part[j * 4 + h * 2 + 1] -= scales.zero[h] * sum.y;
+          for (int j = 0; j < kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
+            const float2 by = *reinterpret_cast<const float2*>(side + block * S::kSideRow + j * 32);
+            int32_t(&four)[4] = *reinterpret_cast<int32_t(*)[4]>(&part[j * 4]);
+            if (S::kZeros && low) {
+              const int2 sum = *reinterpret_cast<const int2*>(token_sums + j * 32);
+#pragma unroll
+              for (int h = 0; h < 2; ++h) four[h * 2] -= scales.zero[h] * sum.x, four[h * 2 + 1] -= scales.zero[h] * sum.y;
+            }
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const float scale = S::kGrouped ? scales.scale[h] * times : times;
+              sums[j * 4 + h * 2] += scale * by.x * float(four[h * 2]);
+              sums[j * 4 + h * 2 + 1] += scale * by.y * float(four[h * 2 + 1]);
+            }
           }
+        };
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float scale = S::kGrouped ? scales.scale[h] * times : times;
-            sums[j * 4 + h * 2] += scale * by.x * float(part[j * 4 + h * 2]);
-            sums[j * 4 + h * 2 + 1] += scale * by.y * float(part[j * 4 + h * 2 + 1]);
+        for (int first = 0; first < 2; first += S::kTogether) {
+          int32_t part[S::kTogether][kSums];
+          begin_products();
+#pragma unroll
+          for (int j = 0; j < kMmas * S::kTogether; ++j) {
+            const int mma = span * kMmas + j % kMmas, plane = first + j / kMmas;
+            const uint64_t with = tokens + plane * S::kBoxes * (Ring<S>::kBox >> 4) + mma * kNextInRow;
+            WgmmaInt8<S::kTokens>::run(part[j / kMmas], a[mma], with, j % kMmas > 0);
           }
-        }
-      };
+          commit_products();
+          wait_products<0>();
+          if constexpr (S::kTogether == 2) {
 #pragma unroll
-      for (int first = 0; first < 2; first += S::kTogether) {
-        int32_t part[S::kTogether][kSums];
-        begin_products();
-#pragma unroll
-        for (int j = 0; j < kMmas * S::kTogether; ++j) {
-          const int mma = span * kMmas + j % kMmas, plane = first + j / kMmas;
-          const uint64_t with = tokens + plane * (Ring<S>::kBox >> 4) + mma * kNextInRow;
-          WgmmaInt8<S::kTokens>::run(part[j / kMmas], a[mma], with, j % kMmas > 0);
-        }
-        commit_products();
-        wait_products<0>();
-        if constexpr (S::kTogether == 2) {
-#pragma unroll
-          for (int j = 0; j < kSums; ++j) part[0][j] = part[0][j] * 256 + part[1][j];
-          promote(part[0], 1.f, true);
-        } else {
-          promote(part[0], first ? 1.f : 256.f, first == 1);
+            for (int j = 0; j < kSums; ++j) part[0][j] = part[0][j] * 256 + part[1][j];
+            promote(part[0], 1.f, true);
+          } else {
+            promote(part[0], first ? 1.f : 256.f, first == 1);
+          }
         }
       }
     }
@@ -191,9 +195,9 @@ cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActiv
   auto with = [&](auto tokens) -> cudaError_t {
     using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens()>;
     static OncePerDevice allowed;
-    const int64_t stages = ceil_div(p.k, S::kStageK), row = x.side * 4;
-    if (cudaError_t e = map_matrix(&p.act_scale, x.scale, stages, row, row, 1, S::kSideRow, false)) return e;
-    if (cudaError_t e = map_matrix(&p.act_sum, x.sum, stages * S::kSpans, row, row, S::kSpans, S::kSideRow, false)) return e;
+    const int64_t blocks = x.padded / kBlockK, row = x.side * 4;
+    if (cudaError_t e = map_matrix(&p.act_scale, x.scale, blocks, row, row, S::kBlocks, S::kSideRow, false)) return e;
+    if (cudaError_t e = map_matrix(&p.act_sum, x.sum, blocks * S::kSpans, row, row, S::kBlocks * S::kSpans, S::kSideRow, false)) return e;
     return launch_streaming<S>(
         fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x.high, x.padded, device, allowed, stream);
   };

@@ -11,16 +11,11 @@ struct Int8Product : Streams {
   Finish finish;
 };
 
-template <typename Out_, int kTokens_>
-struct Int8Shape {
-  using Out = Out_;
-  using Sum = int32_t;
-  static constexpr int kTokens = kTokens_, kCluster = 1;
-  static constexpr int kTiles = 2, kConsumers = 256, kThreads = kConsumers + 32, kChannels = 256;
-  static constexpr int kStageK = 128, kRowBytes = 128, kBoxes = 1;
-  static constexpr bool kPlanes = false;
-  static constexpr int kSideBytes = 0;
-  static constexpr int kColumns = kTiles * kTokens / 8;
+template <typename Out, int kTokens>
+struct Int8Shape : SumsOf<Out, int32_t, 2, 2, kTokens, 1> {
+  using Sums = SumsOf<Out, int32_t, 2, 2, kTokens, 1>;
+  static constexpr int kThreads = Sums::kConsumers + 32;
+  static constexpr int kStageK = 128, kRowBytes = 128, kBoxes = 1, kPlanes = 1, kSideBytes = 0;
 };
 
 template <typename S>

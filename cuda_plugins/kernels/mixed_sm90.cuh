@@ -6,6 +6,7 @@
 // the others. While a product is under way, the operands of the next are made.
 #pragma once
 
+#include "group_stream.cuh"
 #include "mixed.h"
 #include "mixed_operands.cuh"
 #include "streams_sm90.cuh"
@@ -23,42 +24,37 @@ constexpr int kRun = 32;  // values of K whose operands are made at once: a grou
 
 // kGroup: values of K that share a scale, or 0: all of a channel's do. kWarpgroups of kTiles * 64 channels each; kTokens tokens; blocks
 // that share tokens.
-template <typename T_, bool kInt4_, int kGroup_, int kWarpgroups_, int kTiles_, int kTokens_, int kCluster_>
-struct MixedShape {
+template <typename T_, bool kInt4_, int kGroup_, int kWarpgroups_, int kTiles, int kTokens, int kCluster>
+struct MixedShape : SumsOf<T_, float, kWarpgroups_, kTiles, kTokens, kCluster> {
   using T = T_;
-  using Out = T;
-  using Sum = float;
+  using Sums = SumsOf<T_, float, kWarpgroups_, kTiles, kTokens, kCluster>;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0;
-  static constexpr int kGroup = kGroup_, kWarpgroups = kWarpgroups_, kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_;
+  static constexpr int kGroup = kGroup_, kWarpgroups = kWarpgroups_;
   // Registers are handed out by warpgroups: that of the one thread that copies keeps few, which leaves more for the others.
-  static constexpr int kConsumers = kWarpgroups * 128, kThreads = kConsumers + 128;
+  static constexpr int kThreads = Sums::kConsumers + 128;
   static constexpr int kFewRegisters = kWarpgroups == 2 ? 24 : 32, kManyRegisters = kWarpgroups == 2 ? 240 : 112;
-  static constexpr int kChannels = kWarpgroups * kTiles * 64;
-  static constexpr int kStageK = 128;
-  static constexpr int kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
-  static constexpr int kBoxes = kStageK * 2 / kBoxBytes;
-  static constexpr bool kPlanes = false;
-  static constexpr int kSideBytes = 0;
-  static constexpr int kColumns = kTiles * kTokens / 8;  // of eight tokens that a warp has sums of
+  static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
+  static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
 };
 
-// Scales and zero points of a lane's channels. Four neighbouring groups of a channel are held by the four lanes that share it, each of
-// which gets its own ready; the next four are on their way.
+// What a lane's channels are multiplied by, ready for where in K it is.
 template <typename S>
 class MixedScales {
  public:
   using T = typename S::T;
   static constexpr int kRows = S::kTiles * 2;
 
-  __device__ __forceinline__ MixedScales(const Mixed& p, int channel, int first, int count)
-      : p_(p), channel_(channel), begin_(S::kGrouped ? first * S::kStageK / S::kGroup & ~3 : 0), group_(begin_) {
+  __device__ __forceinline__ MixedScales(const Mixed& p, int channel, int first, int end)
+      : stream_(p.scale, p.zero, p.n, S::kGrouped ? p.scales : 0, channel, first), first_(first), has_zeros_(p.zero) {
     if constexpr (!S::kGrouped) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) set_zero<T, S::kInt4>(now[i], p.zero && n(i) < p.n ? p.zero[n(i)] : 0);
+      for (int i = 0; i < kRows; ++i) {
+        const int n = stream_.channel_of(i);
+        set_zero<T, S::kInt4>(now[i], p.zero && n < p.n ? p.zero[n] : 0);
+      }
       return;
     }
-    if constexpr (std::is_same_v<T, half>) find_powers((first + count) * S::kStageK / S::kGroup);
-    fetch();
+    if constexpr (std::is_same_v<T, half>) find_powers(p, end);
     take();
   }
 
@@ -67,13 +63,11 @@ class MixedScales {
     if constexpr (S::kGrouped) {
       if (k % S::kGroup) return;
       const int group = (stage * S::kStageK + k) / S::kGroup;
-      if (k == 0 && group % 4 == 0 && group != begin_) take();  // a stage has one, two or four
-      const int lane = (threadIdx.x & 28) | group % 4;
-      auto handed = [&](const Pair<T>& mine) { return same_bits<Pair<T>>(__shfl_sync(~0u, same_bits<uint32_t>(mine), lane)); };
+      if (k == 0 && group % 4 == 0 && group != first_) take();  // a stage has one, two or four
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        now[i].scale = handed(held_[i].scale), now[i].rest = handed(held_[i].rest);
-        if (p_.zero) now[i].zero = handed(held_[i].zero);
+        now[i].scale = of_group(held_[i].scale, group), now[i].rest = of_group(held_[i].rest, group);
+        if (has_zeros_) now[i].zero = of_group(held_[i].zero, group);
       }
     }
   }
@@ -83,17 +77,16 @@ class MixedScales {
   __device__ __forceinline__ float power(int i) const { return S::kGrouped && std::is_same_v<T, half> ? power_[i] : 1.f; }
 
  private:
-  __device__ __forceinline__ int n(int i) const { return channel_ + i / 2 * 64 + i % 2 * 8; }
-
   // float16 has few powers of two: scales are taken as shares of one near the channel's largest, 64 … 128 times that, so that
   // neither products overflow nor small shares lose bits.
-  __device__ __forceinline__ void find_powers(int end) {
+  __device__ __forceinline__ void find_powers(const Mixed& p, int end) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      const int n = stream_.channel_of(i);
       float largest = 0;
-      if (n(i) < p_.n) {
-        for (int g = group_ + threadIdx.x % 4; g < min(end, p_.scales); g += 4) {
-          largest = fmaxf(largest, fabsf(p_.scale[int64_t(n(i)) * p_.scales + g]));
+      if (n < p.n) {
+        for (int g = (first_ & ~3) + threadIdx.x % 4; g < min(end, p.scales); g += 4) {
+          largest = fmaxf(largest, fabsf(p.scale[int64_t(n) * p.scales + g]));
         }
       }
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
@@ -103,33 +96,21 @@ class MixedScales {
     }
   }
 
-  __device__ __forceinline__ void fetch() {
-    const int group = group_ + threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const bool there = group < p_.scales && n(i) < p_.n;
-      const int64_t at = int64_t(n(i)) * p_.scales + group;
-      scale_[i] = there ? p_.scale[at] : 0.f;
-      zero_[i] = there && p_.zero ? p_.zero[at] : 0;
-    }
-    group_ += 4;
-  }
-
   __device__ __forceinline__ void take() {
+    float scale[kRows];
+    int zero[kRows];
+    stream_.take(scale, zero);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      set_scale<T, S::kInt4>(held_[i], std::is_same_v<T, half> ? scale_[i] * inverse_[i] : scale_[i]);
-      set_zero<T, S::kInt4>(held_[i], zero_[i]);
+      set_scale<T, S::kInt4>(held_[i], std::is_same_v<T, half> ? scale[i] * inverse_[i] : scale[i]);
+      set_zero<T, S::kInt4>(held_[i], zero[i]);
     }
-    fetch();
   }
 
-  const Mixed& p_;
-  const int channel_, begin_;  // the first group that was fetched
-  int group_;                  // and the first of those that are next
-  ChannelScale<T> held_[kRows];
-  float scale_[kRows];  // of the next four
-  int zero_[kRows];
+  GroupStream<kRows> stream_;
+  const int first_;  // group
+  const bool has_zeros_;
+  ChannelScale<T> held_[kRows];  // this lane's of four groups
   float power_[kRows], inverse_[kRows];
 };
 
@@ -199,7 +180,8 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThread
   } else {
     raise_registers<S::kManyRegisters>();
     const int line = line_of<S>(warp, 0);
-    MixedScales<S> scales(p, tile.n0 + line, share.first, share.count);
+    constexpr int kGroups = S::kGrouped ? S::kStageK / S::kGroup : 0;  // of a stage
+    MixedScales<S> scales(p, tile.n0 + line, share.first * kGroups, (share.first + share.count) * kGroups);
     float sums[S::kTiles][S::kTokens / 2] = {};
     constexpr int kParts = S::kStageK / kRun * S::kTiles;  // runs of a stage, and of each the tiles
     RawRun<S> raw;

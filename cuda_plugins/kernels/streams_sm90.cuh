@@ -3,8 +3,8 @@
 // blocks, whose sums a second kernel adds up, in the same order every time.
 //
 // A shape S says: kChannels × kTokens of a tile; kCluster blocks that share what they copy of the tokens; of a stage, kRowBytes of a
-// weight's row, which is its box; kBoxes boxes of kBoxBytes of a token's, neighbours in its row, or with kPlanes the same of matrices
-// one below the other; kSideBytes for what else a stage needs.
+// weight's row, which is its box; kBoxes boxes of kBoxBytes of a token's, neighbours in its row, of kPlanes matrices one below the
+// other; kSideBytes for what else a stage needs.
 #pragma once
 
 #include <algorithm>
@@ -29,10 +29,9 @@ constexpr int kBoxBytes = 128;  // of a token's row: what products read, swizzle
 template <typename S>
 struct Ring {
   static constexpr int kWeights = S::kChannels * S::kRowBytes, kBox = S::kTokens * kBoxBytes;
-  static constexpr int kStage = kWeights + S::kBoxes * kBox + S::kSideBytes;
+  static constexpr int kTokens = S::kPlanes * S::kBoxes * kBox, kStage = kWeights + kTokens + S::kSideBytes;
   // More than are needed for memory to be busy would delay what else is read: scales, or the tokens of the first stage.
-  static constexpr int kMost = (227 << 10) - 1024 - 512, kFitting = kMost / kStage, kBusy = (96 << 10) / kStage;
-  static constexpr int kWanted = kBusy > 4 ? kBusy : 4, kStages = kFitting < kWanted ? kFitting : kWanted;
+  static constexpr int kMost = (227 << 10) - 1024 - 512, kFitting = kMost / kStage, kStages = kFitting < 4 ? kFitting : 4;
   static constexpr int kBytes = kStages * kStage + 1024 + kStages * 2 * int(sizeof(Barrier));
   static_assert(kStages >= 2 && S::kChannels <= 256 && S::kTokens / S::kCluster % 8 == 0);
   static_assert(kStage % 1024 == 0 && S::kSideBytes % 1024 == 0);
@@ -42,7 +41,7 @@ struct Ring {
         empty(full + kStages) {}
   __device__ __forceinline__ char* weights(int slot) const { return stages + slot * kStage; }
   __device__ __forceinline__ char* tokens(int slot) const { return weights(slot) + kWeights; }
-  __device__ __forceinline__ char* side(int slot) const { return tokens(slot) + S::kBoxes * kBox; }
+  __device__ __forceinline__ char* side(int slot) const { return tokens(slot) + kTokens; }
 
   // By all threads of a block. `readers` arrive at a slot of each block that fills it once they are done with it.
   __device__ __forceinline__ void open(int readers) const {
@@ -65,6 +64,17 @@ struct Ring {
 
   char* const stages;
   Barrier *const full, *const empty;
+};
+
+// Whose sums a product's threads have: kWarpgroups of kTiles_ * 64 channels each, all of a tile's tokens. What adds them up knows no
+// more of a shape.
+template <typename Out_, typename Sum_, int kWarpgroups, int kTiles_, int kTokens_, int kCluster_>
+struct SumsOf {
+  using Out = Out_;
+  using Sum = Sum_;
+  static constexpr int kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_;
+  static constexpr int kConsumers = kWarpgroups * 128, kChannels = kWarpgroups * kTiles * 64;
+  static constexpr int kColumns = kTiles * kTokens / 8;  // of eight tokens that a warp has sums of
 };
 
 // Which tile a block has. Those of a few tiles of tokens follow one another, so that what they share is still in the L2 cache.
@@ -100,16 +110,16 @@ __device__ __forceinline__ void copy_stages(
   const int rank = S::kCluster > 1 ? int(block_of_cluster()) : 0;
   prefetch_map(&p.weights), prefetch_map(&p.tokens);
   auto weights = [&](int i, int slot) {
-    expect(&ring.full[slot], Ring<S>::kWeights + S::kBoxes * Ring<S>::kBox + bytes_beside);
+    expect(&ring.full[slot], Ring<S>::kWeights + Ring<S>::kTokens + bytes_beside);
     copy_box(ring.weights(slot), &p.weights, (share.first + i) * S::kRowBytes, tile.n0, &ring.full[slot]);
   };
   auto tokens = [&](int i, int slot) {
     constexpr int kRows = S::kTokens / S::kCluster;
 #pragma unroll
-    for (int box = 0; box < S::kBoxes; ++box) {
+    for (int box = 0; box < S::kPlanes * S::kBoxes; ++box) {
       char* to = ring.tokens(slot) + box * Ring<S>::kBox + rank * kRows * kBoxBytes;
-      const int x = (S::kPlanes ? share.first + i : (share.first + i) * S::kBoxes + box) * kBoxBytes;
-      const int y = tile.m0 + rank * kRows + (S::kPlanes ? box * p.m : 0);
+      const int x = ((share.first + i) * S::kBoxes + box % S::kBoxes) * kBoxBytes;
+      const int y = tile.m0 + rank * kRows + box / S::kBoxes * p.m;
       if constexpr (S::kCluster == 1) copy_box(to, &p.tokens, x, y, &ring.full[slot]);
       else copy_box_to_all<S::kCluster>(to, &p.tokens, x, y, &ring.full[slot]);
     }
@@ -263,7 +273,7 @@ struct Nothing {
 template <typename S>
 cudaError_t set_up(Streams& p, const void* weights, int64_t weight_bytes, const void* tokens, int64_t token_bytes, const Device& device) {
   if (cudaError_t e = map_matrix(&p.weights, weights, p.n, weight_bytes, weight_bytes, S::kChannels, S::kRowBytes)) return e;
-  if (cudaError_t e = map_matrix(&p.tokens, tokens, p.m * (S::kPlanes ? S::kBoxes : 1), token_bytes, token_bytes, S::kTokens / S::kCluster, kBoxBytes)) return e;
+  if (cudaError_t e = map_matrix(&p.tokens, tokens, p.m * S::kPlanes, token_bytes, token_bytes, S::kTokens / S::kCluster, kBoxBytes)) return e;
   const int64_t stages = ceil_div(p.k, S::kStageK), at_once = std::min<int64_t>(device.multiprocessors, kMostStreaming);
   const int64_t splits = std::min({at_once / Tile<S>::count(p.m, p.n), stages / 2, kMostSplitsOfK});
   p.stages_a_split = int(ceil_div(stages, std::max<int64_t>(splits, 1)));
@@ -282,7 +292,7 @@ cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const voi
   if (cudaError_t e = launch({dim3(tiles, unsigned(p.splits)), S::kThreads, Ring<S>::kBytes}, device, stream, kernel, p)) return e;
   if (p.splits == 1) return cudaSuccess;
   const Grid adding{dim3(S::kColumns, tiles), S::kConsumers};
-  return launch(adding, device, stream, add_up<S>, p.finish, p.m, p.n, p.splits);
+  return launch(adding, device, stream, add_up<typename S::Sums>, p.finish, p.m, p.n, p.splits);
 }
 
 }  // namespace qpass
