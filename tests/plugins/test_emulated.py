@@ -9,7 +9,10 @@ import ctypes
 import dataclasses
 import itertools
 import shutil
+import subprocess
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -20,12 +23,13 @@ from onnx import helper
 from qpass import gpu
 from qpass.errors import QpassError
 from qpass.ops import REGISTRY
-from qpass.ops.base import Op
-from qpass.ops.examples import example, signatures
+from qpass.ops.base import Attr, Op
+from qpass.ops.examples import Case, example, signatures
 from qpass.ops.weight_only_quant_matmul import INT8
 from qpass.plugins import DeviceTensor, Library
 from qpass.plugins.cases import MATMULS, Make, every_case
-from qpass.plugins.selftest import OnGpu, run, selftest
+from qpass.plugins.selftest import LIMITS, OnGpu, Tally, compare, references, relative_error, run, selftest
+from tests.plugins import emulated as emulation
 from tests.plugins.emulated import as_cpp, compile_emulated
 from tests.plugins.shells import cuda_include
 
@@ -63,6 +67,21 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return compile_emulated(folder)
 
 
+@pytest.fixture
+def on_host(emulated: Library, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The library with memory of the CPU's; what a GPU would have stopped at is told when it is waited for."""
+    fault = ctypes.c_char_p.in_dll(ctypes.CDLL(str(emulated.path)), "emulated_fault")
+
+    def synchronize() -> None:
+        if told := fault.value:
+            fault.value = None
+            raise QpassError(told.decode())
+
+    monkeypatch.setattr(gpu, "Buffer", HostBuffer)
+    monkeypatch.setattr(gpu, "synchronize", synchronize)
+    return emulated
+
+
 LARGEST = 1 << 18
 """Elements of an input that are multiplied in seconds."""
 DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -87,23 +106,19 @@ def small_cases(op: str) -> list[Make]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(REGISTRY))
-def test_kernels_agree_with_their_references(name: str, emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "Buffer", HostBuffer)
-    monkeypatch.setattr(gpu, "synchronize", lambda: None)
-    for tally in selftest(emulated, small_cases(name) + (split_cases(REGISTRY[name]) if name in MATMULS else [])):
+def test_kernels_agree_with_their_references(name: str, on_host: Library) -> None:
+    for tally in selftest(on_host, small_cases(name) + (split_cases(REGISTRY[name]) if name in MATMULS else [])):
         assert tally.cases
         assert tally.passed, tally.failures[:3]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [3, 9])
-def test_large_values_and_none(tokens: int, emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_values_and_none(tokens: int, on_host: Library) -> None:
     """A large value costs its 128 neighbours half a step of 16 bits at most; what is not finite, its own token alone.
 
     Three tokens become integers in the product itself, nine in a kernel ahead of it.
     """
-    monkeypatch.setattr(gpu, "Buffer", HostBuffer)
-    monkeypatch.setattr(gpu, "synchronize", lambda: None)
     op = REGISTRY["WeightOnlyQuantMatmul"]
     attrs = op.attributes_for(["x", "weight", "scale"], ["y"], {"weight_type_id": INT8})
     case = example(op, attrs, np.dtype(np.float16), lead=(tokens,), n=24, k=256, seed=1)
@@ -111,7 +126,7 @@ def test_large_values_and_none(tokens: int, emulated: Library, monkeypatch: pyte
     x[0, 7], x[1, 7], x[1, 200] = 1000, np.inf, np.nan
     weight[3, 7] = 0  # a channel that does not see it
     case = dataclasses.replace(case, inputs=[x, weight, scale, *case.inputs[3:]])
-    (y,) = run(emulated, case)
+    (y,) = run(on_host, case)
     others = [t for t in range(tokens) if t != 1]
     products = np.abs(weight * scale.reshape(-1, 1)).reshape(24, 2, 128).sum(2)  # of a block, at most, with ones
     steps = np.abs(x[others]).reshape(-1, 2, 128).max(2).astype(np.float64) / (127 * 256 + 127)
@@ -119,6 +134,190 @@ def test_large_values_and_none(tokens: int, emulated: Library, monkeypatch: pyte
         wanted = op.reference(case.inputs, attrs)[0][others].astype(np.float64)
     assert np.isnan(y[1].astype(np.float32)).all()
     assert (np.abs(y[others] - wanted) <= steps @ products.T / 2 + 2e-3 * np.abs(wanted)).all()
+
+
+STREAMING = ("sm90_split_k", "sm90_mixed")
+WEIGHT_ONLY = ("WeightOnlyQuantMatmul", "WeightOnlyGroupwiseQuantMatmul")
+
+
+def streamed(library: Library, case: Case, check: Callable[[list[Array]], None]) -> list[str]:
+    """Have `check` look at the outputs of every variant on streams that can do a case; which these were."""
+    there = OnGpu(library, case)
+    variants = [v for v in STREAMING if v in there.variants]
+    for variant in variants:
+        check(there.run(variant))
+    return variants
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 17, 33, 65, 129, 257])
+@pytest.mark.parametrize("name", MATMULS)
+def test_products_on_streams(name: str, tokens: int, on_host: Library) -> None:
+    """Every shape of tiles, parts of one, K split and whole: results, and nothing written behind outputs and workspace.
+
+    With K above 2048 many tokens have larger tiles; 17 stages of it are no whole number of any two.
+    """
+    op = REGISTRY[name]
+    asked = [(a, d) for a, d in itertools.product(signatures(op), DTYPES) if output_of(a, d) == d]
+    seen: set[str] = set()
+    for i, (n, k) in enumerate([(24, 1536), (130, 2176), (256, 1536), (300, 1536), (300, 2176)]):
+        attrs, dtype = asked[(i * 7 + tokens * 5) % len(asked)]
+        case = example(op, attrs, dtype, lead=(tokens,), n=n, k=k, seed=i)
+        tally = Tally(name, dtype.name)
+        seen |= {*streamed(on_host, case, partial(compare, case, wanted=references(case), tally=tally))}
+    few, of_ints = tokens <= 64, name in WEIGHT_ONLY
+    assert seen == {v for v, can in zip(STREAMING, (few, of_ints), strict=True) if can}
+
+
+def output_of(attrs: Mapping[str, Attr], dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What a product with activations of a dtype returns."""
+    return np.dtype(helper.tensor_dtype_to_np_dtype(int(attrs["output_type"]))) if "output_type" in attrs else dtype
+
+
+def extreme_cases(name: str) -> list[tuple[Mapping[str, Attr], np.dtype[Any]]]:
+    return list(itertools.product(signatures(REGISTRY[name]), DTYPES))
+
+
+def changed(case: Case, **tensors: Array) -> Case:
+    """A case with other inputs in place of those of these names, where it has them."""
+    pairs = zip(case.op.inputs, case.inputs, strict=True)
+    return dataclasses.replace(case, inputs=[x if x is None else tensors.get(t.name, x) for t, x in pairs])
+
+
+def given(case: Case, name: str) -> Array:
+    """A copy of an input."""
+    pairs = zip(case.op.inputs, case.inputs, strict=True)
+    return next(np.array(x) for t, x in pairs if t.name == name and x is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_large_values_beside_small_ones(name: str, on_host: Library) -> None:
+    """Made into 16-bit operands, weights leave activations what they are: one that is a thousand times the others costs
+    these nothing, and one that is not finite costs its own token alone."""
+    for attrs, dtype in extreme_cases(name):
+        if any("zero" in t.name and t.present(attrs) for t in REGISTRY[name].inputs):
+            continue  # a weight of 0 would count
+        case = example(REGISTRY[name], attrs, dtype, lead=(40,), n=24, k=256, seed=2)
+        x, weight = given(case, "x"), given(case, "weight")
+        x[:, 8] *= 1000  # of weights that are 0: what is left are the others
+        weight[:, 4 if weight.shape[1] == 128 else 8] = 0
+        x[1, 7], x[39, 200] = np.nan, np.inf
+        case = changed(case, x=x, weight=weight)
+        with np.errstate(invalid="ignore"):
+            (wanted,) = references(case)[1]
+        others = [t for t in range(40) if t not in (1, 39)]
+        y = OnGpu(on_host, case).run("sm90_mixed")[0].astype(np.float64)
+        assert np.isnan(y[1]).all()
+        assert not np.isfinite(y[39]).any()
+        for t in others:
+            assert relative_error(y[t], wanted[t]) <= LIMITS[dtype.name], (attrs, dtype, t)
+
+
+def every_line_agrees(case: Case, outputs: list[Array], axes: tuple[int, ...]) -> None:
+    """The output's limit holds for each token (axis 0) or channel (1) by itself."""
+    (y,), (wanted,) = outputs, references(case)[1]
+    for axis in axes:
+        for i, (mine, line) in enumerate(zip(np.moveaxis(y, axis, 0), np.moveaxis(wanted, axis, 0), strict=True)):
+            assert relative_error(mine, line) <= LIMITS[y.dtype.name], (dict(case.attrs), axis, i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_ends_of_integers(name: str, on_host: Library) -> None:
+    """The least and the largest weights and zero points, on activations of one sign and of both."""
+    for attrs, dtype in extreme_cases(name):
+        case = example(REGISTRY[name], attrs, dtype, lead=(20,), n=24, k=256, seed=3)
+        x, weight = given(case, "x"), given(case, "weight")
+        x[0], x[1] = 1, -1
+        int4 = weight.shape[1] == 128
+        weight[0], weight[1], weight[2], weight[3] = [-0x78, 0x77] * 2 if int4 else [-128, 127] * 2
+        changes = {"x": x, "weight": weight}
+        if any(t.name == "zero" and t.present(attrs) for t in case.op.inputs):
+            zero = given(case, "zero")
+            zero[0], zero[1], zero[2], zero[3], zero[4] = -128, 127, 127, -128, 0
+            changes["zero"] = zero
+        case = changed(case, **changes)
+        assert streamed(on_host, case, partial(every_line_agrees, case, axes=(0, 1))) == list(STREAMING)
+
+
+@pytest.mark.slow
+def test_scales_far_apart(on_host: Library) -> None:
+    """Nine orders of magnitude in a channel, of which all tokens but the first see a hundred thousandth of the largest
+    and less; and a channel without any."""
+    for attrs, dtype in extreme_cases("WeightOnlyGroupwiseQuantMatmul"):
+        group = int(attrs["group_size"])
+        case = example(REGISTRY["WeightOnlyGroupwiseQuantMatmul"], attrs, dtype, lead=(40,), n=24, k=group * 12, seed=4)
+        scale = np.tile(np.logspace(-7, 2, 12, dtype=np.float32), (24, 1))
+        scale[1], scale[2], scale[3] = scale[1, ::-1], -scale[2], 0
+        x = (given(case, "x").astype(np.float32) * 0.01).astype(dtype)
+        x[1:] = np.where(np.repeat(scale[0] <= 1e-3, group), x[1:], 0)
+        case = changed(case, x=x, scale=scale)
+        assert streamed(on_host, case, partial(every_line_agrees, case, axes=(0,))) == list(STREAMING)
+
+
+FAULTS = """
+#include "emulator.h"
+#include "hopper.cuh"
+#include <cstdio>
+int emulated_questions = 0;
+const char* emulated_fault = nullptr;
+using namespace qpass;
+TensorMap map;
+void copied_to(int at) {
+  Barrier barrier;
+  init(&barrier, 1), expect(&barrier, map.box_rows * map.box_bytes);
+  copy_box(emulator::own.shared + at, &map, 0, 0, &barrier);
+}
+void waits(int) {
+  Barrier barrier;
+  init(&barrier, 1), wait(&barrier, 0);
+}
+void multiplies(int at) {
+  float sums[8] = {};
+  uint32_t a[4] = {};
+  Wgmma<half, 16>::run(sums, a, matrix_at(emulator::own.shared + at));
+  commit_products();
+}
+void tell(void (*kernel)(int), int at) {
+  emulated_fault = nullptr;
+  emulator::launch({1, 32, 4096}, kernel, at);
+  std::printf("%s\n", emulated_fault ? emulated_fault : "");
+}
+int main() {
+  alignas(16) static char matrix[64 * 128];
+  const int mapped[] = {
+      map_matrix(&map, matrix + 8, 64, 128, 128, 8, 128), map_matrix(&map, matrix, 64, 120, 120, 8, 128),
+      map_matrix(&map, matrix, 64, 128, 128, 257, 128), map_matrix(&map, matrix, 64, 128, 128, 8, 264, false)};
+  for (int e : mapped) std::printf("%d\n", e);
+  map_matrix(&map, matrix, 64, 128, 128, 8, 64, false);
+  tell(copied_to, 128), tell(copied_to, 64), tell(copied_to, 4096 - 256);
+  map_matrix(&map, matrix, 64, 128, 128, 8, 128);
+  tell(copied_to, 1024 - 128), tell(copied_to, 1024);
+  tell(waits, 0), tell(multiplies, 1024 - 128), tell(multiplies, 1024);
+}
+"""
+
+
+@pytest.mark.slow
+def test_what_a_gpu_would_stop_at(emulated: Library, tmp_path: Path) -> None:
+    source, program = tmp_path / "faults.cpp", tmp_path / "faults"
+    source.write_text(FAULTS)
+    include = cuda_include()
+    places = ["-isystem", str(include), f"-I{emulation.HERE}", f"-I{emulated.path.parent / 'cuda_plugins' / 'kernels'}"]
+    emulation.run(["g++", "-std=c++17", "-O1", "-w", *places, str(source), "-o", str(program)])
+    told = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == [
+        *["1"] * 4,  # cudaErrorInvalidValue
+        "",
+        "a box is copied to what is no multiple of 128 bytes",
+        "a box is copied beside shared memory",
+        "",
+        "a swizzled box is copied to what is no multiple of 1024 bytes",
+        "a block waits for ever",
+        "products were not waited for",
+        "a matrix does not begin with its first row",
+    ]
 
 
 @pytest.mark.slow
@@ -139,12 +338,11 @@ def test_what_enqueueing_takes(emulated: Library) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["QuantizePerToken", *MATMULS])
-def test_calls_after_the_first_only_launch(name: str, emulated: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_after_the_first_only_launch(name: str, on_host: Library) -> None:
     """What does not change is asked of CUDA once: questions take longer than what else a call does on the CPU."""
-    monkeypatch.setattr(gpu, "Buffer", HostBuffer)
     op = REGISTRY[name]
-    call = OnGpu(emulated, example(op, list(signatures(op))[-1], DTYPES[0]))
-    questions = ctypes.c_int.in_dll(ctypes.CDLL(str(emulated.path)), "emulated_questions")
+    call = OnGpu(on_host, example(op, list(signatures(op))[-1], DTYPES[0]))
+    questions = ctypes.c_int.in_dll(ctypes.CDLL(str(on_host.path)), "emulated_questions")
     call.enqueue(0)
     assert questions.value
     asked = questions.value

@@ -39,6 +39,7 @@ RUNTIME = """
 #include "emulator.h"
 extern "C" {
 int emulated_questions = 0;
+const char* emulated_fault = nullptr;
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* id) { return *id = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
@@ -77,7 +78,13 @@ def compile_emulated(folder: Path) -> Library:
             flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w"]
             flags += ["-isystem", str(include), f"-I{HERE}", f"-I{copy / 'minimal' / '10'}"]
             flags += [f"-I{kernels}", f"-I{copy / 'plugins'}"]
-            flags += ['-DQPASS_ARCHITECTURES="90"', "-DQPASS_TENSORRT=10", "-DQPASS_SM90A=0", "-DQPASS_STREAMS=1", "-DQPASS_SM80=0"]
+            flags += [
+                '-DQPASS_ARCHITECTURES="90"',
+                "-DQPASS_TENSORRT=10",
+                "-DQPASS_SM90A=0",
+                "-DQPASS_STREAMS=1",
+                "-DQPASS_SM80=0",
+            ]
 
             def compiled(source: Path) -> str:
                 made = source.with_suffix(".o")

@@ -1,7 +1,10 @@
 // CUDA's threads on a CPU, for kernels to be tested where there is no GPU.
 //
-// Every thread of a block is a fiber of one CPU thread; barriers and what a warp does together switch between them. Blocks run one after another. Shared memory begins as NaNs. Asynchronous copies happen as late as they may: when
-// they are waited for. Not seen are races that no order of fibers shows, and what memory beside a tensor is read.
+// Every thread of a block is a fiber of one CPU thread; barriers and what a warp does together switch between them. Blocks run
+// one after another. Shared memory begins as NaNs, and at a multiple of 128 bytes of which no more is a multiple. Asynchronous
+// copies and products happen as late as they may: when they are waited for; those that a barrier counts, as soon as they may.
+// What a GPU would stop at is kept as a fault. Not seen are races that no order of fibers shows, and what memory beside a tensor
+// is read.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,6 +32,8 @@
 
 // How often the runtime was asked for what does not change, or told what it knows.
 extern "C" __attribute__((visibility("default"))) int emulated_questions;
+// What a GPU would have stopped at first, until somebody asks: then it is null again.
+extern "C" __attribute__((visibility("default"))) const char* emulated_fault;
 
 namespace emulator {
 
@@ -46,7 +51,9 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<char> memory;
+  char* base = nullptr;  // of addresses in shared memory
   char* shared = nullptr;
+  size_t bytes = 0;
 };
 
 struct Copy {
@@ -64,6 +71,8 @@ struct Fiber {
   bool done = false;
   std::vector<Copy> copies;  // of the group that is open
   std::deque<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> products;  // likewise
+  std::deque<std::vector<std::function<void()>>> product_groups;
 };
 
 inline Fiber* current;
@@ -71,6 +80,11 @@ inline ucontext_t scheduler;
 inline Block own;  // the block that runs
 inline std::function<void()> body;
 inline dim3 grid, block_size;
+inline int64_t progress;  // arrivals, and waits that came to an end
+
+inline void fault(const char* what) {
+  if (!emulated_fault) emulated_fault = what;
+}
 
 inline void release(Barrier& b) {
   if (b.size && b.arrived == b.size) b.arrived = 0, ++b.generation;
@@ -78,7 +92,7 @@ inline void release(Barrier& b) {
 
 inline void wait(Barrier& b) {
   const unsigned generation = b.generation;
-  ++b.arrived;
+  ++b.arrived, ++progress;
   release(b);
   while (b.generation == generation) swapcontext(&current->context, &scheduler);
 }
@@ -97,7 +111,8 @@ const T* gather(const T& mine) {
 inline void enter() {
   body();
   Fiber& me = *current;
-  me.done = true;
+  me.done = true, ++progress;
+  if (!me.products.empty() || !me.product_groups.empty()) fault("products were not waited for");
   for (Barrier* b : {&own.barrier, &own.warps[me.warp].barrier}) --b->size, release(*b);
   swapcontext(&me.context, &scheduler);
 }
@@ -108,8 +123,9 @@ inline void run_block(uint3 place, size_t shared_bytes) {
   own = Block();
   own.barrier.size = threads;
   own.warps.resize((threads + 31) / 32);
-  own.memory.assign(shared_bytes + 1024, char(0xff));
-  own.shared = own.memory.data() + (1024 - reinterpret_cast<uintptr_t>(own.memory.data()) % 1024) % 1024;
+  own.memory.assign(shared_bytes + 2048, char(0xff));
+  own.base = own.memory.data() + (1024 - reinterpret_cast<uintptr_t>(own.memory.data()) % 1024) % 1024;
+  own.shared = own.base + 128, own.bytes = shared_bytes;
   std::vector<Fiber> fibers(threads);
   for (int t = 0; t < threads; ++t) {
     Fiber& f = fibers[t];
@@ -125,6 +141,7 @@ inline void run_block(uint3 place, size_t shared_bytes) {
     makecontext(&f.context, enter, 0);
   }
   for (bool busy = true; busy;) {
+    const int64_t before = progress;
     busy = false;
     for (Fiber& f : fibers) {
       if (f.done) continue;
@@ -132,6 +149,7 @@ inline void run_block(uint3 place, size_t shared_bytes) {
       current = &f;
       swapcontext(&scheduler, &f.context);
     }
+    if (busy && progress == before) return fault("a block waits for ever");
   }
 }
 

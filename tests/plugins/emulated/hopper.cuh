@@ -17,8 +17,10 @@ struct TensorMap {
 inline cudaError_t map_matrix(
     TensorMap* map, const void* from, int64_t rows, int64_t row_bytes, int64_t stride, int box_rows, int box_bytes,
     bool swizzled = true) {
-  const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % 16 == 0;
-  if (!aligned || box_rows > 256 || (swizzled && box_bytes != 64 && box_bytes != 128)) return cudaErrorInvalidValue;
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % 16 == 0 && box_bytes % 16 == 0;
+  const bool counted = rows > 0 && row_bytes > 0 && std::max(rows, row_bytes) <= int64_t(1) << 32 && stride < int64_t(1) << 40;
+  const bool fits = 0 < box_rows && box_rows <= 256 && 0 < box_bytes && box_bytes <= 256;
+  if (!aligned || !counted || !fits || (swizzled && box_bytes != 64 && box_bytes != 128)) return cudaErrorInvalidValue;
   *map = {static_cast<const char*>(from), rows, row_bytes, stride, box_rows, box_bytes, swizzled};
   return cudaSuccess;
 }
@@ -34,6 +36,7 @@ using Barrier = uint64_t;
 inline Counts& counts(Barrier* barrier) { return *reinterpret_cast<Counts*>(barrier); }
 
 inline void end_of_phase(Counts& c) {
+  ++emulator::progress;
   if (!c.missing && !c.bytes) c.missing = c.all, c.parity ^= 1;
 }
 
@@ -55,9 +58,15 @@ void arrive(Barrier* barrier, unsigned) {
 
 inline void wait(Barrier* barrier, int parity) {
   while (counts(barrier).parity == parity) swapcontext(&emulator::current->context, &emulator::scheduler);
+  ++emulator::progress;
 }
 
 inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barrier) {
+  const int64_t first = static_cast<char*>(to) - emulator::own.shared, bytes = map->box_rows * map->box_bytes;
+  const uintptr_t address = static_cast<char*>(to) - emulator::own.base;
+  if (first < 0 || first + bytes > int64_t(emulator::own.bytes)) return emulator::fault("a box is copied beside shared memory");
+  if (address % 128) emulator::fault("a box is copied to what is no multiple of 128 bytes");
+  if (map->swizzled && address % 1024) emulator::fault("a swizzled box is copied to what is no multiple of 1024 bytes");
   for (int row = 0; row < map->box_rows; ++row) {
     const int swizzle = !map->swizzled ? 0 : map->box_bytes == 64 ? row / 2 % 4 : row % 8;
     for (int byte = 0; byte < map->box_bytes; byte += 16) {
@@ -67,7 +76,7 @@ inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barr
       std::memcpy(at, map->from + (y + row) * map->stride + x + byte, there);
     }
   }
-  counts(barrier).bytes -= map->box_rows * map->box_bytes;
+  counts(barrier).bytes -= bytes;
   end_of_phase(counts(barrier));
 }
 
@@ -88,69 +97,108 @@ inline uint32_t transposed(uint32_t values) {
   return value(column, row) | value(column + 1, row) << 16;
 }
 
-inline uint64_t matrix_at(const void* at) { return (static_cast<const char*>(at) - emulator::own.shared) / 16; }
+inline uint64_t matrix_at(const void* at) {
+  const uint64_t address = static_cast<const char*>(at) - emulator::own.base;
+  if (address % 1024 >= 128 || address % 32) emulator::fault("a matrix does not begin with its first row");
+  return address / 16;
+}
 constexpr uint64_t kNextInRow = 2;
 
+// A byte of a matrix's row in shared memory: swizzled by the bits of the place itself.
+inline const char* place_of(uint64_t matrix, int row, int byte) {
+  const uint64_t place = matrix * 16 + row * 128 + byte;
+  return emulator::own.base + (place ^ (place >> 7 & 7) << 4);
+}
+
+// By all lanes of a warp, each with references to its own registers: they are read when products are waited for.
 inline void begin_products() {}
-inline void commit_products() {}
+template <typename Product>
+void later(Product product) {
+  emulator::current->products.push_back(product);
+}
+inline void commit_products() {
+  emulator::Fiber& me = *emulator::current;
+  me.product_groups.push_back(std::move(me.products));
+  me.products.clear();
+}
 template <int kPending>
-void wait_products() {}
+void wait_products() {
+  auto& groups = emulator::current->product_groups;
+  for (; int(groups.size()) > kPending; groups.pop_front()) {
+    for (const auto& product : groups.front()) product();
+  }
+}
+
+// Sums of rows lane / 4 and 8 on, of two columns of each eight: what a lane has of them.
+template <int kN, typename Sum, typename Value, typename Left, typename Right>
+void add_products(Value (&d)[kN / 2], int depth, Left left, Right right) {
+  const int lane = emulator::current->lane;
+  Sum rows[2][32], column[32];
+  for (int k = 0; k < depth; ++k) rows[0][k] = left(lane / 4, k), rows[1][k] = left(lane / 4 + 8, k);
+  for (int i = 0; i < kN / 4; ++i) {
+    for (int k = 0; k < depth; ++k) column[k] = right(i / 2 * 8 + lane % 4 * 2 + i % 2, k);
+    for (int h = 0; h < 2; ++h) {
+      Value& to = d[i / 2 * 4 + h * 2 + i % 2];
+      Sum sum = to;
+      for (int k = 0; k < depth; ++k) sum += rows[h][k] * column[k];
+      to = Value(sum);
+    }
+  }
+}
+
+// What the lanes of a warp have of its sixteen rows, four values of 8 / depth of a word's each.
+struct Operand {
+  uint32_t a[4];
+};
+template <typename T>
+T of_operands(const Operand* all, int row, int k) {
+  constexpr int kWord = 4 / sizeof(T);
+  T value;
+  std::memcpy(&value, reinterpret_cast<const T*>(&all[row % 8 * 4 + k / kWord % 4].a[k / (kWord * 4) * 2 + row / 8]) + k % kWord, sizeof(T));
+  return value;
+}
+
+template <typename T>
+double as_double(T value) {
+  static const std::vector<double> values = [] {  // of all bits: taking them apart is slow
+    std::vector<double> made(1 << 16);
+    for (size_t i = 0; i < made.size(); ++i) made[i] = to_float(emulated_bits<T>(uint16_t(i)));
+    return made;
+  }();
+  return values[emulated_bits<uint16_t>(value)];
+}
 
 // Each warp's sixteen rows by themselves.
 template <typename T, int kN>
 struct Wgmma {
   static void run(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t with) {
-    struct Operand {
-      uint32_t a[4];
-    };
-    const Operand* all = emulator::gather(Operand{{a[0], a[1], a[2], a[3]}});
-    const int lane = emulator::current->lane;
-    for (int i = 0; i < kN / 2; ++i) {
-      const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      double sum = d[i];
-      for (int k = 0; k < 16; ++k) {
-        const Operand& of = all[row % 8 * 4 + k % 8 / 2];
-        T left, right;
-        std::memcpy(&left, reinterpret_cast<const char*>(&of.a[k / 8 * 2 + row / 8]) + k % 2 * 2, 2);
-        const uint64_t place = with * 16 + column * 128 + k * 2;  // swizzled by the bits of the place itself
-        std::memcpy(&right, emulator::own.shared + (place ^ (place >> 7 & 7) << 4), 2);
-        sum += double(to_float(left)) * to_float(right);
-      }
-      d[i] = float(sum);
-    }
+    later([&d, &a, with] {
+      const Operand* all = emulator::gather(Operand{{a[0], a[1], a[2], a[3]}});
+      add_products<kN, double>(
+          d, 16, [=](int row, int k) { return as_double(of_operands<T>(all, row, k)); },
+          [=](int column, int k) { return as_double(*reinterpret_cast<const T*>(place_of(with, column, k * 2))); });
+    });
   }
 };
 
 template <int kN>
 struct WgmmaInt8 {
   static void run(int32_t (&d)[kN / 2], uint64_t rows, uint64_t with) {
-    emulator::gather(0);
     const int first = emulator::current->warp % 4 * 16;
-    add(d, with, [=](int row, int k) { return byte_of(rows, first + row, k); });
-  }
-  static void run(int32_t (&d)[kN / 2], const uint32_t (&a)[4], uint64_t with, int adds) {
-    for (int32_t& x : d) x = adds ? x : 0;
-    struct Operand {
-      uint32_t a[4];
-    };
-    const Operand* all = emulator::gather(Operand{{a[0], a[1], a[2], a[3]}});
-    add(d, with, [=](int row, int k) {
-      return int(int8_t(all[row % 8 * 4 + k % 16 / 4].a[k / 16 * 2 + row / 8] >> k % 4 * 8));
+    later([=, &d] {
+      add_products<kN, int32_t>(
+          d, 32, [=](int row, int k) { return int8_t(*place_of(rows, first + row, k)); },
+          [=](int column, int k) { return int8_t(*place_of(with, column, k)); });
     });
   }
-
- private:
-  static int byte_of(uint64_t matrix, int row, int k) {
-    const uint64_t place = matrix * 16 + row * 128 + k;
-    return int8_t(emulator::own.shared[place ^ (place >> 7 & 7) << 4]);
-  }
-  template <typename Left>
-  static void add(int32_t (&d)[kN / 2], uint64_t with, Left left) {
-    const int lane = emulator::current->lane;
-    for (int i = 0; i < kN / 2; ++i) {
-      const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 32; ++k) d[i] += left(row, k) * byte_of(with, column, k);
-    }
+  static void run(int32_t (&d)[kN / 2], const uint32_t (&a)[4], uint64_t with, int adds) {
+    later([=, &d, &a] {
+      for (int32_t& x : d) x = adds ? x : 0;
+      const Operand* all = emulator::gather(Operand{{a[0], a[1], a[2], a[3]}});
+      add_products<kN, int32_t>(
+          d, 32, [=](int row, int k) { return of_operands<int8_t>(all, row, k); },
+          [=](int column, int k) { return int8_t(*place_of(with, column, k)); });
+    });
   }
 };
 
