@@ -18,7 +18,8 @@ inline cudaError_t map_matrix(
     TensorMap* map, const void* from, int64_t rows, int64_t row_bytes, int64_t stride, int box_rows, int box_bytes,
     bool swizzled = true) {
   const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % 16 == 0 && box_bytes % 16 == 0;
-  const bool counted = rows > 0 && row_bytes > 0 && std::max(rows, row_bytes) <= int64_t(1) << 32 && stride < int64_t(1) << 40;
+  constexpr int64_t kMost = int64_t(1) << 32;
+  const bool counted = 0 < rows && rows <= kMost && 0 < row_bytes && row_bytes <= kMost && stride < kMost << 8;
   const bool fits = 0 < box_rows && box_rows <= 256 && 0 < box_bytes && box_bytes <= 256;
   if (!aligned || !counted || !fits || (swizzled && box_bytes != 64 && box_bytes != 128)) return cudaErrorInvalidValue;
   *map = {static_cast<const char*>(from), rows, row_bytes, stride, box_rows, box_bytes, swizzled};
@@ -64,7 +65,8 @@ inline void wait(Barrier* barrier, int parity) {
 inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barrier) {
   const int64_t first = static_cast<char*>(to) - emulator::own.shared, bytes = map->box_rows * map->box_bytes;
   const uintptr_t address = static_cast<char*>(to) - emulator::own.base;
-  if (first < 0 || first + bytes > int64_t(emulator::own.bytes)) return emulator::fault("a box is copied beside shared memory");
+  const bool inside = first >= 0 && first + bytes <= int64_t(emulator::own.bytes);
+  if (!inside) return emulator::fault("a box is copied beside shared memory");
   if (address % 128) emulator::fault("a box is copied to what is no multiple of 128 bytes");
   if (map->swizzled && address % 1024) emulator::fault("a swizzled box is copied to what is no multiple of 1024 bytes");
   for (int row = 0; row < map->box_rows; ++row) {
@@ -146,15 +148,16 @@ void add_products(Value (&d)[kN / 2], int depth, Left left, Right right) {
   }
 }
 
-// What the lanes of a warp have of its sixteen rows, four values of 8 / depth of a word's each.
+// What a lane has of its warp's sixteen rows.
 struct Operand {
   uint32_t a[4];
 };
 template <typename T>
 T of_operands(const Operand* all, int row, int k) {
   constexpr int kWord = 4 / sizeof(T);
+  const uint32_t& word = all[row % 8 * 4 + k / kWord % 4].a[k / (kWord * 4) * 2 + row / 8];
   T value;
-  std::memcpy(&value, reinterpret_cast<const T*>(&all[row % 8 * 4 + k / kWord % 4].a[k / (kWord * 4) * 2 + row / 8]) + k % kWord, sizeof(T));
+  std::memcpy(&value, reinterpret_cast<const T*>(&word) + k % kWord, sizeof(T));
   return value;
 }
 
