@@ -1,10 +1,10 @@
 // CUDA's threads on a CPU, for kernels to be tested where there is no GPU.
 //
-// Every thread of a block is a fiber of one CPU thread; barriers and what a warp does together switch between them. Blocks
-// run one after another. Shared memory begins as NaNs, and at a multiple of 128 bytes of which no more is a multiple.
-// Asynchronous copies and products happen as late as they may: when they are waited for; copies that a barrier counts, as
-// soon as they may. What a GPU would stop at is kept as a fault. Not seen are races that no order of fibers shows, and
-// what memory beside a tensor is read.
+// Every thread of a block is a fiber of one CPU thread; barriers and what a warp does together switch between them.
+// Blocks run one after another. Shared memory begins as NaNs, and at a multiple of 128 bytes of which no more is a
+// multiple. Asynchronous copies and products happen as late as they may: when they are waited for; copies that a barrier
+// counts, as soon as they may. What a GPU would stop at is kept as a fault. Not seen are races that no order of fibers
+// shows, and what memory beside a tensor is read.
 #pragma once
 
 #include <cuda_bf16.h>
