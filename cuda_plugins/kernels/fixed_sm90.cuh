@@ -49,7 +49,7 @@ class FixedScales {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int n = stream_.channel_of(h);
-        zero[h] = n < p.n ? p.zero[n] * kTimes : 0;
+        zero[h] = n < p.n ? float(p.zero[n] * kTimes) : 0.f;
       }
     }
   }
@@ -66,22 +66,21 @@ class FixedScales {
     }
   }
 
-  float scale[2] = {1.f, 1.f};
-  int zero[2] = {};
+  float scale[2] = {1.f, 1.f}, zero[2] = {};
 
  private:
   static constexpr int kTimes = S::kInt4 ? 16 : 1;  // what nibbles are multiplied as
 
   __device__ __forceinline__ void take() {
-    stream_.take(held_scale_, held_zero_);
+    int taken[2];
+    stream_.take(held_scale_, taken);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) held_zero_[h] *= kTimes;
+    for (int h = 0; h < 2; ++h) held_zero_[h] = float(taken[h] * kTimes);
   }
 
   GroupStream<2> stream_;
   const int first_;
-  float held_scale_[2];
-  int held_zero_[2];
+  float held_scale_[2], held_zero_[2];
 };
 
 // A block's weights as operands of its four products. Nibbles stay in the upper half of their byte, sixteen times what they are.
@@ -141,23 +140,25 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
       for (int span = 0; span < S::kSpans; ++span) {
         scales.go_to(((share.first + i) * S::kBlocks + block) * S::kSpans + span);
         // Adds part * times to the sums; what zero points make of the tokens' sums goes with the low plane.
-        auto promote = [&](int32_t (&part)[kSums], float times, bool low) {
+        auto promote = [&](const int32_t (&part)[kSums], float times, bool low) {
           const char* side = ring.side(slot) + quarter * 8;
           const char* token_sums = side + S::kSumsAt + (block * S::kSpans + span) * S::kSideRow;
 #pragma unroll
           for (int j = 0; j < kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
             const float2 by = *reinterpret_cast<const float2*>(side + block * S::kSideRow + j * 32);
-            int32_t(&four)[4] = *reinterpret_cast<int32_t(*)[4]>(&part[j * 4]);
-            if (S::kZeros && low) {
+            float four[4];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) four[c] = float(part[j * 4 + c]);
+            if (S::kZeros && low) {  // integers would overflow where zero points are far from the weights
               const int2 sum = *reinterpret_cast<const int2*>(token_sums + j * 32);
 #pragma unroll
-              for (int h = 0; h < 2; ++h) four[h * 2] -= scales.zero[h] * sum.x, four[h * 2 + 1] -= scales.zero[h] * sum.y;
+              for (int c = 0; c < 4; ++c) four[c] = fmaf(-scales.zero[c / 2], float(c % 2 ? sum.y : sum.x), four[c]);
             }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const float scale = S::kGrouped ? scales.scale[h] * times : times;
-              sums[j * 4 + h * 2] += scale * by.x * float(four[h * 2]);
-              sums[j * 4 + h * 2 + 1] += scale * by.y * float(four[h * 2 + 1]);
+              sums[j * 4 + h * 2] += scale * by.x * four[h * 2];
+              sums[j * 4 + h * 2 + 1] += scale * by.y * four[h * 2 + 1];
             }
           }
         };
@@ -173,6 +174,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
           }
           commit_products();
           wait_products<0>();
+#pragma unroll
+          for (int j = 0; j < S::kTogether; ++j) settle(part[j]);
           if constexpr (S::kTogether == 2) {
 #pragma unroll
             for (int j = 0; j < kSums; ++j) part[0][j] = part[0][j] * 256 + part[1][j];

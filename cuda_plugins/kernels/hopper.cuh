@@ -4,6 +4,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "types.cuh"
 
 namespace qpass {
@@ -20,7 +22,11 @@ inline cudaError_t map_matrix(TensorMap* map, const void* from, int64_t rows, in
   static const Encode encode = [] {  // by name, so that the library needs no driver where it is linked
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
     cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+#else
+    cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+#endif
     return e == cudaSuccess && status == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
   }();
   if (!encode) return cudaErrorNotSupported;
@@ -138,6 +144,16 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int kPending>  // groups that may be under way still
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// After they were waited for: the compiler does not know that sums come of the wait, and may use them before it.
+template <typename Sum, int kCount>
+__device__ __forceinline__ void settle(Sum (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<Sum, float>) asm volatile("" : "+f"(sums[i])::"memory");
+    else asm volatile("" : "+r"(sums[i])::"memory");
+  }
 }
 
 // d [64, kN] += a [64, 16] · b [kN, 16]ᵀ by the four warps of a warpgroup, of which each has sixteen rows of a and d. With g =

@@ -48,6 +48,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) int8_product(const __grid_cons
     ring.free(slot);
     if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
   }
+#pragma unroll
+  for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
   wait_for_kernel_before();
 #pragma unroll
   for (int t = 0; t < S::kTiles; ++t) leave<S>(p.finish, p, tile, warp, t, [&](int j, int c) { return sums[t][j * 4 + c]; });

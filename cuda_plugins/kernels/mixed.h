@@ -20,7 +20,7 @@ struct MixedGemm {
   const void* bias;          // or null
   void* y;
   void* workspace;           // mixed_workspace bytes
-  bool follows;              // x comes of the kernel before, and nothing else that is read here does
+  bool follows;              // x comes of the kernel before; what else is read here was there before that one began
 };
 
 // Whether it can be done: rows are copied from multiples of 16 bytes on, and counted in 32 bits.

@@ -77,8 +77,8 @@ class MixedScales {
   __device__ __forceinline__ float power(int i) const { return S::kGrouped && std::is_same_v<T, half> ? power_[i] : 1.f; }
 
  private:
-  // float16 has few powers of two: scales are taken as shares of one near the channel's largest, 64 … 128 times that, so that
-  // neither products overflow nor small shares lose bits.
+  // float16 has few powers of two: scales are taken as shares of one near the channel's largest, so many times that as the integers
+  // leave room for: neither do products overflow nor small shares lose bits. Less zero points, integers are below 256.
   __device__ __forceinline__ void find_powers(const Mixed& p, int end) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -91,7 +91,7 @@ class MixedScales {
       }
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      const int exponent = largest > 0 && isfinite(largest) ? max(ilogbf(largest), -100) - 6 : 0;
+      const int exponent = largest > 0 && isfinite(largest) ? max(ilogbf(largest), -100) - (S::kInt4 && !has_zeros_ ? 11 : 7) : 0;
       power_[i] = exp2f(float(exponent)), inverse_[i] = exp2f(float(-exponent));
     }
   }
@@ -169,6 +169,7 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThread
   using T = typename S::T;
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
+  if (!p.follows) wait_for_kernel_before();  // scales are read at once
   const Ring<S> ring(start);
   ring.open(S::kWarpgroups * 4);
   const Tile<S> tile(p.m, p.n, blockIdx.x);
@@ -223,6 +224,8 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThread
       wait_products<0>();
       ring.free(done);
     }
+#pragma unroll
+    for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
     wait_for_kernel_before();  // the scales of rows, and whoever reads what is written here
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) {

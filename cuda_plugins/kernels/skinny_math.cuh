@@ -170,36 +170,34 @@ __device__ __forceinline__ void multiply_fixed(const Skinny& p, const char* weig
     }
     const char* scales = side + span * S::kSpanK / kBlockK * S::kSideRow;
     const char* sums = side + (S::kStageK / kBlockK + span) * S::kSideRow;
-    float scale[S::kTiles][2];
-    int zero[S::kTiles][2] = {};
+    float scale[S::kTiles][2], zero[S::kTiles][2] = {};
 #pragma unroll
     for (int j = 0; j < S::kTiles * 2; ++j) {
       const int tile = j / 2, h = j % 2;
       scale[tile][h] = S::kGrouped ? handed(held.scale[span / 4], tile, h, span, at) : 1.f;
       if (!p.zero) continue;
-      zero[tile][h] = S::kGrouped ? handed(held.zero[span / 4], tile, h, span, at) : row_zero[tile][h];
-      if (S::kInt4) zero[tile][h] *= 16;
+      const int code = S::kGrouped ? handed(held.zero[span / 4], tile, h, span, at) : row_zero[tile][h];
+      zero[tile][h] = float(S::kInt4 ? code * 16 : code);
     }
 #pragma unroll
     for (int token = 0; token < S::kTokens; ++token) {
       const int column = (token * 8 + at.quarter * 2) * 4;  // and the next
       const float2 by = *reinterpret_cast<const float2*>(scales + column);
-      if (p.zero) {
+      float value[S::kTiles][4];
+#pragma unroll
+      for (int j = 0; j < S::kTiles * 4; ++j) value[j / 4][j % 4] = float(part[j / 4][token][j % 4]);
+      if (p.zero) {  // integers would overflow where zero points are far from the weights
         const int2 sum = *reinterpret_cast<const int2*>(sums + column);
 #pragma unroll
-        for (int j = 0; j < S::kTiles * 2; ++j) {
-          const int tile = j / 2, h = j % 2;
-          part[tile][token][h * 2] -= zero[tile][h] * sum.x;
-          part[tile][token][h * 2 + 1] -= zero[tile][h] * sum.y;
+        for (int j = 0; j < S::kTiles * 4; ++j) {
+          float& v = value[j / 4][j % 4];
+          v = fmaf(-zero[j / 4][j % 4 / 2], float(j % 2 ? sum.y : sum.x), v);
         }
       }
 #pragma unroll
-      for (int j = 0; j < S::kTiles * 2; ++j) {
-        const int tile = j / 2, h = j % 2;
-        auto& to = acc[tile][token];
-        const auto& from = part[tile][token];
-        to[h * 2] += scale[tile][h] * by.x * float(from[h * 2]);
-        to[h * 2 + 1] += scale[tile][h] * by.y * float(from[h * 2 + 1]);
+      for (int j = 0; j < S::kTiles * 4; ++j) {
+        const int tile = j / 4, c = j % 4;
+        acc[tile][token][c] += scale[tile][c / 2] * (c % 2 ? by.y : by.x) * value[tile][c];
       }
     }
   }

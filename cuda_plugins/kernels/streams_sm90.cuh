@@ -54,10 +54,14 @@ struct Ring {
   }
   // By all threads: nobody leaves while another block may write or arrive here.
   __device__ __forceinline__ void close() const {
-    if constexpr (S::kCluster > 1) cluster_barrier();
+    if constexpr (S::kCluster > 1) {
+      __syncwarp();
+      cluster_barrier();
+    }
   }
   // By a warp that has read what is in a slot.
   __device__ __forceinline__ void free(int slot) const {
+    __syncwarp();
     const unsigned lane = threadIdx.x % 32;
     if (lane < S::kCluster) arrive<S::kCluster>(&empty[slot], lane);
   }
@@ -189,13 +193,14 @@ class Epilogue {
       } else {
         const uint32_t pair = transposed(to_bits<Out>(value).x[0]);  // now two channels of one token
         const int m = token + row, n = channel_ - row + h * 8 + quarter * 2;
-        if (m >= m_ || n >= n_) continue;
-        uint16_t* const at = reinterpret_cast<uint16_t*>(y + int64_t(m) * n_ + n);
-        if (n_ % 2 == 0) {
-          *reinterpret_cast<uint32_t*>(at) = pair;
-        } else {
-          at[0] = uint16_t(pair);
-          if (n + 1 < n_) at[1] = uint16_t(pair >> 16);
+        if (m < m_ && n < n_) {
+          uint16_t* const at = reinterpret_cast<uint16_t*>(y + int64_t(m) * n_ + n);
+          if (n_ % 2 == 0) {
+            *reinterpret_cast<uint32_t*>(at) = pair;
+          } else {
+            at[0] = uint16_t(pair);
+            if (n + 1 < n_) at[1] = uint16_t(pair >> 16);
+          }
         }
       }
     }
@@ -227,8 +232,8 @@ __global__ void __launch_bounds__(S::kConsumers) add_up(const Finish to, int m, 
   const Tile<S> tile(m, n, blockIdx.y);
   const int t = blockIdx.x / (S::kTokens / 8), token = tile.m0 + blockIdx.x % (S::kTokens / 8) * 8;
   if (token >= m) return;
-  const Epilogue<typename S::Out> epilogue(to, m, n, tile.n0 + line_of<S>(threadIdx.x / 32, t));
   wait_for_kernel_before();
+  const Epilogue<typename S::Out> epilogue(to, m, n, tile.n0 + line_of<S>(threadIdx.x / 32, t));
   constexpr int kAtOnce = 4;
   Sum sums[4] = {};
   for (int from = 0; from < splits; from += kAtOnce) {

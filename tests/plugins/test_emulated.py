@@ -230,8 +230,7 @@ def parts_agree(case: Case, outputs: list[Array], parts: Sequence[Any]) -> None:
 def test_ends_of_integers(name: str, on_host: Library) -> None:
     """The least and the largest weights and zero points, on activations of one sign and of both.
 
-    Beside int4 weights split-K sums are of 16 · (weight - zero) · 128 values of 15 bits: up to 32 from a weight to its
-    zero point, these are exact in 32 bits.
+    Sums of tokens by zero points that far from the weights have no room in 32 bits.
     """
     for attrs, dtype in extreme_cases(name):
         case = example(REGISTRY[name], attrs, dtype, lead=(20,), n=24, k=256, seed=3)
@@ -240,14 +239,12 @@ def test_ends_of_integers(name: str, on_host: Library) -> None:
         int4 = weight.shape[1] == 128
         weight[0], weight[1], weight[2], weight[3] = [-0x78, 0x77] * 2 if int4 else [-128, 127] * 2
         case = changed(case, x=x, weight=weight)
-        ends = [(-128, 127, STREAMING[1:]), (-24, 24, STREAMING)] if int4 else [(-128, 127, STREAMING)]
-        for least, most, variants in ends:
-            if any(t.name == "zero" and t.present(attrs) for t in case.op.inputs):
-                zero = given(case, "zero")
-                zero[0], zero[1], zero[2], zero[3], zero[4] = least, most, most, least, 0
-                case = changed(case, zero=zero)
-            check = partial(parts_agree, case, parts=[np.s_[:, i] for i in range(24)])
-            assert streamed(on_host, case, check, variants) == list(variants)
+        if any(t.name == "zero" and t.present(attrs) for t in case.op.inputs):
+            zero = given(case, "zero")
+            zero[0], zero[1], zero[2], zero[3], zero[4] = -128, 127, 127, -128, 0
+            case = changed(case, zero=zero)
+        check = partial(parts_agree, case, parts=[np.s_[:, i] for i in range(24)])
+        assert streamed(on_host, case, check, ("skinny", *STREAMING)) == ["skinny", *STREAMING]
 
 
 @pytest.mark.slow

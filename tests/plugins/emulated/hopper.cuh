@@ -205,4 +205,7 @@ struct WgmmaInt8 {
   }
 };
 
+template <typename Sum, int kCount>
+void settle(Sum (&)[kCount]) {}
+
 }  // namespace qpass
