@@ -29,21 +29,15 @@ cudaError_t by_types(const MixedGemm& g, F f) {
 
 cudaError_t mixed_gemm(const MixedGemm& g, cudaStream_t stream) {
   return by_types(g, [&](const Device& device, auto type, auto int4) -> cudaError_t {
-#if QPASS_STREAMS
-    return mixed_sm90<typename decltype(type)::type, int4()>(g, device, stream);
-#else
-    return cudaErrorNotSupported;
-#endif
+    if constexpr (QPASS_STREAMS) return mixed_sm90<typename decltype(type)::type, int4()>(g, device, stream);
+    else return cudaErrorNotSupported;
   });
 }
 
 cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations& x, cudaStream_t stream) {
   return by_types(g, [&](const Device& device, auto type, auto int4) -> cudaError_t {
-#if QPASS_STREAMS
-    return fixed_sm90<typename decltype(type)::type, int4()>(g, x, device, stream);
-#else
-    return cudaErrorNotSupported;
-#endif
+    if constexpr (QPASS_STREAMS) return fixed_sm90<typename decltype(type)::type, int4()>(g, x, device, stream);
+    else return cudaErrorNotSupported;
   });
 }
 

@@ -1,4 +1,4 @@
-// WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by the skinny kernel on the integers, more on Hopper by one that
+// WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by kernels that multiply the integers, more on Hopper by one that
 // makes 16-bit floats of them on their way to the tensor cores, and else by a 16-bit product on the weight expanded chunk by chunk: a
 // chunk is large enough to fill the GPU, and bounds the workspace.
 #include "weight_only.h"
@@ -16,7 +16,12 @@ constexpr int64_t kFewTokens = 128;
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-enum Path { kFew, kSplitK, kMixed, kMany };
+enum Path {
+  kFew,     // skinny.cuh
+  kSplitK,  // fixed_sm90.cuh
+  kMixed,   // mixed_sm90.cuh
+  kMany,    // expanded
+};
 
 // The product that the mixed path would be; whether there is one does not depend on where tensors lie.
 MixedGemm mixed_of(const qpass_weight_only_matmul_args& args) {
