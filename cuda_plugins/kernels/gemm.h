@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
+#include "device.h"
 #include "qpass_kernels.h"
-#include "types.cuh"
 
 namespace qpass {
 

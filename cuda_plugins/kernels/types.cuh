@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "device.h"
 #include "qpass_kernels.h"
 
 namespace qpass {
@@ -39,13 +40,5 @@ cudaError_t with_float_type(qpass_type type, F&& f) {
     default: return cudaErrorInvalidValue;
   }
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Compute capability and multiprocessors of the current device; asked once a device.
-struct Device {
-  int major, minor, multiprocessors, id;
-};
-cudaError_t current_device(Device* device);
 
 }  // namespace qpass
