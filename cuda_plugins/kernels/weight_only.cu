@@ -38,9 +38,12 @@ bool may_expand(const qpass_weight_only_matmul_args& args) {
   return args.m > kSkinnyTokens && args.type != QPASS_FLOAT;
 }
 
+// Whether Hopper's products can do it. An engine may be built on one GPU and run on another: workspaces do not depend on which it is.
+bool may_mix_on_hopper(const qpass_weight_only_matmul_args& args) { return QPASS_STREAMS && fits_mixed(mixed_of(args)); }
+
 bool may_mix(const qpass_weight_only_matmul_args& args) {
   Device device;
-  return QPASS_STREAMS && !current_device(&device) && device.major == 9 && fits_mixed(mixed_of(args));
+  return may_mix_on_hopper(args) && !current_device(&device) && device.major == 9;
 }
 
 Path path_by_rule(const qpass_weight_only_matmul_args& args) {
@@ -217,7 +220,7 @@ size_t qpass_weight_only_matmul_workspace(const qpass_weight_only_matmul_args* a
   using namespace qpass;
   if (!args->n || !args->k) return 0;
   size_t most = Plan(*args, kFew).size;
-  if (may_mix(*args)) most = std::max({most, Plan(*args, kMixed).size, Plan(few_of(*args), kSplitK).size});
+  if (may_mix_on_hopper(*args)) most = std::max({most, Plan(*args, kMixed).size, Plan(few_of(*args), kSplitK).size});
   if (may_expand(*args)) most = std::max(most, Plan(*args, kMany).size);
   return most;
 }
