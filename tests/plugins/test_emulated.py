@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -355,6 +356,39 @@ def test_calls_after_the_first_only_launch(name: str, on_host: Library) -> None:
     asked = questions.value
     call.enqueue(0)
     assert questions.value == asked
+
+
+WORKSPACES = """
+import ctypes, sys
+from pathlib import Path
+import numpy as np
+from qpass.ops import REGISTRY
+from qpass.ops.examples import example, signatures
+from qpass.plugins import DeviceTensor, Library
+from qpass.plugins.cases import MATMULS
+path, major = sys.argv[1:]
+ctypes.c_int.in_dll(ctypes.CDLL(path), "emulated_major").value = int(major)
+library = Library(Path(path))
+for name in MATMULS:
+    op, attrs = REGISTRY[name], list(signatures(REGISTRY[name]))[-1]
+    case = example(op, attrs, np.dtype(np.float16), lead=(300,), n=512, k=1024, seed=0)
+    inputs = [DeviceTensor(0, x.dtype, x.shape) for x in case.inputs if x is not None]
+    outputs = [DeviceTensor(0, d, tuple(s)) for d, s in op.infer(case.kinds, attrs)]
+    print(library.node(name, attrs).workspace(inputs, outputs))
+"""
+
+
+@pytest.mark.slow
+def test_workspaces_are_the_same_on_every_gpu(emulated: Library) -> None:
+    """An engine may run on another GPU than the one it was built on."""
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", WORKSPACES, str(emulated.path), major], capture_output=True, text=True, check=True
+        ).stdout
+        for major in ("8", "9")
+    ]
+    assert told[0] == told[1]
+    assert all(int(size) > 0 for size in told[0].split())
 
 
 def test_launches_become_calls() -> None:
