@@ -106,42 +106,38 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
   constexpr int kSums = S::kTokens / 2, kMmas = 4 / S::kSpans;  // of a group
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
-  const Ring<S> ring(start);
-  ring.open(S::kConsumers / 32);
-  const Tile<S> tile(p.m, p.n, blockIdx.x);
-  const Share<S> share(p);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (warp >= S::kConsumers / 32) {
+  const Block<S> own(p, start, S::kConsumers / 32);
+  if (own.warp >= S::kConsumers / 32) {
     limit_registers<32>();
     if (threadIdx.x == S::kConsumers) {
       const int bytes_beside = S::kBlocks * S::kSideRow * (S::kZeros ? 1 + S::kSpans : 1);
-      copy_stages(p, ring, tile, share, bytes_beside, [&](int stage, int slot) {
-        const int block = stage * S::kBlocks, x = tile.m0 * 4;
-        copy_box(ring.side(slot), &p.act_scale, x, block, &ring.full[slot]);
-        if (S::kZeros) copy_box(ring.side(slot) + S::kSumsAt, &p.act_sum, x, block * S::kSpans, &ring.full[slot]);
+      copy_stages(p, own.ring, own.tile, own.share, bytes_beside, [&](int stage, int slot) {
+        const int block = stage * S::kBlocks, x = own.tile.m0 * 4;
+        copy_box(own.ring.side(slot), &p.act_scale, x, block, &own.ring.full[slot]);
+        if (S::kZeros) copy_box(own.ring.side(slot) + S::kSumsAt, &p.act_sum, x, block * S::kSpans, &own.ring.full[slot]);
       });
     }
     return;
   }
   raise_registers<112>();
-  const int line = line_of<S>(warp, 0), quarter = threadIdx.x % 4;
+  const int line = line_of<S>(own.warp, 0), quarter = threadIdx.x % 4;
   constexpr int kGroups = S::kGrouped ? S::kBlocks * S::kSpans : 0;  // of a stage
-  FixedScales<S> scales(p, tile.n0 + line, share.first * kGroups);
+  FixedScales<S> scales(p, own.tile.n0 + line, own.share.first * kGroups);
   float sums[kSums] = {};
   int slot = 0, parity = 0;
-  for (int i = 0; i < share.count; ++i) {
-    wait(&ring.full[slot], parity);
+  for (int i = 0; i < own.share.count; ++i) {
+    wait(&own.ring.full[slot], parity);
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
       uint32_t a[4][4];
-      fixed_operands<S>(a, ring.weights(slot) + line * S::kRowBytes, block);
-      const uint64_t tokens = matrix_at(ring.tokens(slot)) + block * (Ring<S>::kBox >> 4);
+      fixed_operands<S>(a, own.ring.weights(slot) + line * S::kRowBytes, block);
+      const uint64_t tokens = matrix_at(own.ring.tokens(slot)) + block * (Ring<S>::kBox >> 4);
 #pragma unroll
       for (int span = 0; span < S::kSpans; ++span) {
-        scales.go_to(((share.first + i) * S::kBlocks + block) * S::kSpans + span);
+        scales.go_to(((own.share.first + i) * S::kBlocks + block) * S::kSpans + span);
         // Adds part * times to the sums; what zero points make of the tokens' sums goes with the low plane.
         auto promote = [&](const int32_t (&part)[kSums], float times, bool low) {
-          const char* side = ring.side(slot) + quarter * 8;
+          const char* side = own.ring.side(slot) + quarter * 8;
           const char* token_sums = side + S::kSumsAt + (block * S::kSpans + span) * S::kSideRow;
 #pragma unroll
           for (int j = 0; j < kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
@@ -186,11 +182,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
         }
       }
     }
-    ring.free(slot);
+    own.ring.free(slot);
     if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
   }
   wait_for_kernel_before();
-  leave<S>(p.finish, p, tile, warp, 0, [&](int j, int c) { return sums[j * 4 + c]; });
+  leave<S>(p.finish, p, own.tile, own.warp, 0, [&](int j, int c) { return sums[j * 4 + c]; });
 }
 
 template <typename Out, bool kInt4, int kGroup, bool kZeros>

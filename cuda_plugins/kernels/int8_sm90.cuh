@@ -22,37 +22,33 @@ template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) int8_product(const __grid_constant__ Int8Product p) {
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
-  const Ring<S> ring(start);
-  ring.open(S::kConsumers / 32);
-  const Tile<S> tile(p.m, p.n, blockIdx.x);
-  const Share<S> share(p);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (warp == S::kConsumers / 32) {
-    if (threadIdx.x == S::kConsumers) copy_stages(p, ring, tile, share, 0, Nothing());
+  const Block<S> own(p, start, S::kConsumers / 32);
+  if (own.warp == S::kConsumers / 32) {
+    if (threadIdx.x == S::kConsumers) copy_stages(p, own.ring, own.tile, own.share, 0, Nothing());
     return;
   }
   int32_t sums[S::kTiles][S::kTokens / 2] = {};
   int slot = 0, parity = 0;
-  for (int i = 0; i < share.count; ++i) {
-    wait(&ring.full[slot], parity);
-    const uint64_t tokens = matrix_at(ring.tokens(slot));
+  for (int i = 0; i < own.share.count; ++i) {
+    wait(&own.ring.full[slot], parity);
+    const uint64_t tokens = matrix_at(own.ring.tokens(slot));
     begin_products();
 #pragma unroll
     for (int j = 0; j < S::kTiles * 4; ++j) {
       const int t = j / 4;
-      const uint64_t rows = matrix_at(ring.weights(slot) + (warp / 4 * S::kTiles + t) * 64 * S::kRowBytes);
+      const uint64_t rows = matrix_at(own.ring.weights(slot) + (own.warp / 4 * S::kTiles + t) * 64 * S::kRowBytes);
       WgmmaInt8<S::kTokens>::run(sums[t], rows + j % 4 * kNextInRow, tokens + j % 4 * kNextInRow);
     }
     commit_products();
     wait_products<0>();
-    ring.free(slot);
+    own.ring.free(slot);
     if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
   }
 #pragma unroll
   for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
   wait_for_kernel_before();
 #pragma unroll
-  for (int t = 0; t < S::kTiles; ++t) leave<S>(p.finish, p, tile, warp, t, [&](int j, int c) { return sums[t][j * 4 + c]; });
+  for (int t = 0; t < S::kTiles; ++t) leave<S>(p.finish, p, own.tile, own.warp, t, [&](int j, int c) { return sums[t][j * 4 + c]; });
 }
 
 template <typename Out>

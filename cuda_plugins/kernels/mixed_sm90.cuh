@@ -170,35 +170,31 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThread
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
   if (!p.follows) wait_for_kernel_before();  // scales are read at once
-  const Ring<S> ring(start);
-  ring.open(S::kWarpgroups * 4);
-  const Tile<S> tile(p.m, p.n, blockIdx.x);
-  const Share<S> share(p);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the compiler sees that lanes have the same
-  if (warp >= S::kWarpgroups * 4) {
+  const Block<S> own(p, start, S::kConsumers / 32);
+  if (own.warp >= S::kWarpgroups * 4) {
     limit_registers<S::kFewRegisters>();
-    if (threadIdx.x == S::kConsumers) copy_stages(p, ring, tile, share, 0, Nothing());
+    if (threadIdx.x == S::kConsumers) copy_stages(p, own.ring, own.tile, own.share, 0, Nothing());
   } else {
     raise_registers<S::kManyRegisters>();
-    const int line = line_of<S>(warp, 0);
+    const int line = line_of<S>(own.warp, 0);
     constexpr int kGroups = S::kGrouped ? S::kStageK / S::kGroup : 0;  // of a stage
-    MixedScales<S> scales(p, tile.n0 + line, share.first * kGroups, (share.first + share.count) * kGroups);
+    MixedScales<S> scales(p, own.tile.n0 + line, own.share.first * kGroups, (own.share.first + own.share.count) * kGroups);
     float sums[S::kTiles][S::kTokens / 2] = {};
     constexpr int kParts = S::kStageK / kRun * S::kTiles;  // runs of a stage, and of each the tiles
     RawRun<S> raw;
     uint32_t a[2][2][4];
     int slot = 0, parity = 0;
-    auto read = [&](int part) { raw.read(ring.weights(slot) + line * S::kRowBytes, part / S::kTiles, part % S::kTiles); };
+    auto read = [&](int part) { raw.read(own.ring.weights(slot) + line * S::kRowBytes, part / S::kTiles, part % S::kTiles); };
     auto make = [&](int i, int part) {
-      if (part % S::kTiles == 0) scales.go_to(share.first + i, part / S::kTiles * kRun);
+      if (part % S::kTiles == 0) scales.go_to(own.share.first + i, part / S::kTiles * kRun);
       make_operands<S>(a[part % 2], raw, part % S::kTiles, scales, p.zero != nullptr);
     };
-    wait(&ring.full[slot], parity);
+    wait(&own.ring.full[slot], parity);
     read(0);
     make(0, 0);
-    for (int i = 0; i < share.count; ++i) {
+    for (int i = 0; i < own.share.count; ++i) {
       const int done = slot;
-      const uint64_t tokens = matrix_at(ring.tokens(slot));
+      const uint64_t tokens = matrix_at(own.ring.tokens(slot));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         const bool more = part + 1 < kParts;
@@ -214,25 +210,25 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThread
         wait_products<1>();  // what the next operands take the place of
         if (more) {
           make(i, part + 1);
-        } else if (i + 1 < share.count) {
+        } else if (i + 1 < own.share.count) {
           if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
-          wait(&ring.full[slot], parity);
+          wait(&own.ring.full[slot], parity);
           read(0);
           make(i + 1, 0);
         }
       }
       wait_products<0>();
-      ring.free(done);
+      own.ring.free(done);
     }
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
     wait_for_kernel_before();  // the scales of rows, and whoever reads what is written here
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) {
-      leave<S>(p.finish, p, tile, warp, t, [&](int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
+      leave<S>(p.finish, p, own.tile, own.warp, t, [&](int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
     }
   }
-  ring.close();
+  own.ring.close();
 }
 
 template <typename S>

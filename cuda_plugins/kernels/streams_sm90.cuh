@@ -106,6 +106,19 @@ struct Share {
   int first, count;
 };
 
+// What every product begins with: its ring, opened for warps that read, and what of the product is the block's. By all threads.
+template <typename S>
+struct Block {
+  __device__ __forceinline__ Block(const Streams& p, char* start, int readers)
+      : ring(start), tile(p.m, p.n, blockIdx.x), share(p), warp(__shfl_sync(~0u, threadIdx.x / 32, 0)) {
+    ring.open(readers);
+  }
+  const Ring<S> ring;
+  const Tile<S> tile;
+  const Share<S> share;
+  const int warp;  // so that the compiler sees that lanes have the same
+};
+
 // Copies stages of both operands into the ring, by one thread. With the tokens of a stage goes what `beside(stage, slot)` copies, so
 // many bytes.
 template <typename S, typename Beside>

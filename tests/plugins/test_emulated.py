@@ -249,6 +249,31 @@ def test_ends_of_integers(name: str, on_host: Library) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weights_that_are_their_zero_points(name: str, on_host: Library) -> None:
+    """They are nothing: where a zero point's part is taken off in float, its rounding is all that is left."""
+    for attrs, dtype in extreme_cases(name):
+        if not any(t.name == "zero" and t.present(attrs) for t in REGISTRY[name].inputs):
+            continue
+        case = example(REGISTRY[name], attrs, dtype, lead=(20,), n=24, k=256, seed=3)
+        weight, zero = given(case, "weight"), given(case, "zero")
+        int4 = weight.shape[1] == 128
+        for channel, code in enumerate((7, -8) if int4 else (127, -128)):
+            weight[channel] = (code & 15) * 17 if int4 and code >= 0 else -120 if int4 else code
+            zero[channel] = code
+        case = changed(case, weight=weight, zero=zero)
+        (wanted,) = references(case)[1]
+        scale = np.abs(given(case, "scale").reshape(24, -1)).max(1)[:2]
+        most = np.abs(given(case, "x").astype(np.float64)).sum(1, keepdims=True) * scale * 128 * 2.0**-22
+
+        def check(outputs: list[Array], wanted: Array = wanted, most: Array = most) -> None:
+            off = np.abs(outputs[0].astype(np.float64) - wanted)[:, :2]
+            assert (off <= most + 4e-3 * np.abs(wanted[:, :2])).all()  # beside a bias, its rounding
+
+        assert streamed(on_host, case, check, ("skinny", *STREAMING)) == ["skinny", *STREAMING]
+
+
+@pytest.mark.slow
 def test_scales_far_apart(on_host: Library) -> None:
     """Nine orders of magnitude in a channel, of which all tokens but the first see a hundred thousandth of the largest
     and less; and a channel without any."""
