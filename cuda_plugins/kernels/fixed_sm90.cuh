@@ -1,5 +1,6 @@
 // Few tokens of 16 bits beside integer weights on Hopper: tokens are integers of two int8 planes (fixed.cuh), beside which weights are
-// multiplied as they are, by exact sums. Three instructions make eight int4 operands.
+// multiplied as they are, by exact sums. Three instructions make eight int4 operands. Sixteen tokens and fewer are made into integers on
+// the way, by warps beside the one that copies, more by a kernel ahead.
 //
 // Of 32 values of K in order, a lane of the four that share a channel has eight, in one word or two: of int4 the even ones, then the
 // odd. Planes lie in the order in which products meet these (prepare.cu).
@@ -8,23 +9,26 @@
 #include "fixed.cuh"
 #include "group_stream.cuh"
 #include "mixed.h"
-#include "streams_sm90.cuh"
+#include "sums_sm90.cuh"
 
 namespace qpass {
 
 struct FixedProduct : Streams {
   Finish finish;
   TensorMap act_scale, act_sum;  // of a stage: one scale a token, and sums of each group
+  const void* x;                 // or what they are made of here: [m, k] of Out
+  const float* x_scale;          // [k], or null
   const float* scale;            // [n, scales] of groups; else finish has it
   const int8_t* zero;
   int scales;
 };
 
 // kGroup: values of K that share a scale, or 0: all of a channel's do. kZeros: whether there are zero points.
-template <typename Out, bool kInt4_, int kGroup_, bool kZeros_, int kTokens>
+// kMade: tokens become integers here.
+template <typename Out, bool kInt4_, int kGroup_, bool kZeros_, int kTokens, bool kMade_>
 struct FixedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
   using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
-  static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0, kZeros = kZeros_;
+  static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0, kZeros = kZeros_, kMade = kMade_;
   static constexpr int kGroup = kGroup_, kThreads = Sums::kConsumers + 128;
   // A stage is as wide as a box can be: the wider, the sooner it is there.
   static constexpr int kRowBytes = 128, kStageK = kRowBytes * (kInt4 ? 2 : 1);
@@ -33,6 +37,8 @@ struct FixedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
   static constexpr int kPlanes = 2, kBoxes = kBlocks;
   static constexpr int kSideRow = kTokens * 4, kSumsAt = 512;  // copies go to multiples of 128
   static constexpr int kSideBytes = (kSumsAt + kBlocks * kSpans * kSideRow + 1023) / 1024 * 1024;
+  static constexpr int kMakers = kMade ? 3 : 0;  // warps
+  static constexpr int kFewRegisters = kMade ? 96 : 32, kManyRegisters = kMade ? 96 : 112;
   // of planes multiplied at the same time: the sums of both take registers
   static constexpr int kTogether = kTokens <= 32 ? 2 : 1;
 };
@@ -101,15 +107,74 @@ __device__ __forceinline__ void fixed_operands(uint32_t (&a)[4][4], const char* 
   }
 }
 
+// Makes the tokens of every stage, by kMakers warps: sixteen lanes a block of a token. What the next stage is made of is on its way
+// while one is made.
+template <typename S>
+__device__ __forceinline__ void make_tokens(const FixedProduct& p, const Block<S>& own) {
+  constexpr int kTeams = S::kMakers * 32 / kFixedLanes, kStep = kTeams / S::kBlocks;  // tokens that are made at once
+  constexpr int kRounds = (S::kTokens + kStep - 1) / kStep, kV = kFixedV;
+  constexpr int kLanes = S::kGroup && S::kGroup < kBlockK ? S::kGroup / kV : kFixedLanes;  // that share a sum
+  static_assert(kTeams % S::kBlocks == 0);
+  const int team = (threadIdx.x - S::kConsumers - 32) / kFixedLanes, lane = threadIdx.x % kFixedLanes;
+  const int block = team % S::kBlocks, first = team / S::kBlocks, tokens = min(p.m - own.tile.m0, S::kTokens);
+  const auto* const x = static_cast<const typename S::Out*>(p.x) + int64_t(own.tile.m0) * p.k;
+  using Raw = Bits<typename S::Out, kV>;
+  Raw raw[kRounds];
+  auto k_of = [&](int i) { return ((own.share.first + i) * S::kBlocks + block) * kBlockK + lane * kV; };
+  auto fetch = [&](int i, int round) {
+    const int token = first + round * kStep, k = k_of(i);
+    raw[round] = i < own.share.count && token < tokens && k < p.k ? read<kV>(x + int64_t(token) * p.k + k) : Raw();
+  };
+  wait_for_kernel_before();
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) fetch(0, r);
+  for (int i = 0, slot = 0, parity = 1; i < own.share.count; ++i) {
+    float by[kV];
+    if (p.x_scale && k_of(i) < p.k) load<kV>(p.x_scale + k_of(i), by);
+    if (i >= Ring<S>::kStages) wait(&own.ring.empty[slot], parity);
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      if (r * kStep >= tokens) break;  // for all lanes of a warp
+      float value[kV];
+      to_floats(raw[r], value);
+      fetch(i + 1, r);
+      if (p.x_scale && k_of(i) < p.k) {
+#pragma unroll
+        for (int j = 0; j < kV; ++j) value[j] *= by[j];
+      }
+      const FixedCodes codes = to_fixed<S::kInt4>(value);
+      const int sum = S::kZeros ? sum_of_lanes(codes.sum, kLanes) : 0, token = first + r * kStep;
+      if (token >= tokens) continue;
+      auto put = [&](int plane, int half, uint32_t four) {  // where products of 32 meet this lane's values
+        char* const row = own.ring.tokens(slot) + (plane * S::kBoxes + block) * Ring<S>::kBox + token * kBoxBytes;
+        *reinterpret_cast<uint32_t*>(row + ((lane / 4 * 2 + half) ^ token % 8) * 16 + lane % 4 * 4) = four;
+      };
+      put(0, 0, codes.high.x), put(0, 1, codes.high.y), put(1, 0, codes.low.x), put(1, 1, codes.low.y);
+      char* const side = own.ring.side(slot) + token * 4;
+      if (lane == 0) *reinterpret_cast<float*>(side + block * S::kSideRow) = codes.scale;
+      if (S::kZeros && lane % kLanes == 0) {
+        *reinterpret_cast<int*>(side + S::kSumsAt + (block * S::kSpans + lane / kLanes) * S::kSideRow) = sum;
+      }
+    }
+    publish_writes();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive<1>(&own.ring.full[slot], 0);
+    if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
+  }
+}
+
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_constant__ FixedProduct p) {
   constexpr int kSums = S::kTokens / 2, kMmas = 4 / S::kSpans;  // of a group
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
-  const Block<S> own(p, start, S::kConsumers / 32);
+  const Block<S> own(p, start, S::kConsumers / 32, 1 + S::kMakers);
   if (own.warp >= S::kConsumers / 32) {
-    limit_registers<32>();
-    if (threadIdx.x == S::kConsumers) {
+    limit_registers<S::kFewRegisters>();
+    if constexpr (S::kMade) {
+      if (threadIdx.x == S::kConsumers) copy_weights(p, own.ring, own.tile, own.share);
+      else if (own.warp > S::kConsumers / 32) make_tokens(p, own);
+    } else if (threadIdx.x == S::kConsumers) {
       const int bytes_beside = S::kBlocks * S::kSideRow * (S::kZeros ? 1 + S::kSpans : 1);
       copy_stages(p, own.ring, own.tile, own.share, bytes_beside, [&](int stage, int slot) {
         const int block = stage * S::kBlocks, x = own.tile.m0 * 4;
@@ -119,7 +184,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
     }
     return;
   }
-  raise_registers<112>();
+  raise_registers<S::kManyRegisters>();
+  prefetch_finish<S>(p.finish, p, own.tile);
   const int line = line_of<S>(own.warp, 0), quarter = threadIdx.x % 4;
   constexpr int kGroups = S::kGrouped ? S::kBlocks * S::kSpans : 0;  // of a stage
   FixedScales<S> scales(p, own.tile.n0 + line, own.share.first * kGroups);
@@ -186,27 +252,34 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
     if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
   }
   wait_for_kernel_before();
-  leave<S>(p.finish, p, own.tile, own.warp, 0, [&](int j, int c) { return sums[j * 4 + c]; });
+  leave(p.finish, p, own, [&](int, int j, int c) { return sums[j * 4 + c]; });
 }
 
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
-cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActivations& x, const Device& device, cudaStream_t stream) {
-  auto with = [&](auto tokens) -> cudaError_t {
-    using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens()>;
+cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActivations* x, const Device& device, cudaStream_t stream) {
+  auto with = [&](auto tokens, auto made) -> cudaError_t {
+    using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens(), made()>;
     static OncePerDevice allowed;
-    const int64_t blocks = x.padded / kBlockK, row = x.side * 4;
-    if (cudaError_t e = map_matrix(&p.act_scale, x.scale, blocks, row, row, S::kBlocks, S::kSideRow, false)) return e;
-    if (cudaError_t e = map_matrix(&p.act_sum, x.sum, blocks * S::kSpans, row, row, S::kBlocks * S::kSpans, S::kSideRow, false)) return e;
-    return launch_streaming<S>(
-        fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x.high, x.padded, device, allowed, stream);
+    auto launch = [&](const void* tokens, int64_t bytes) {
+      return launch_streaming<S>(fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, tokens, bytes, device, allowed, stream);
+    };
+    if constexpr (made()) {
+      p.x = g.x, p.x_scale = g.x_scale;
+      return launch(nullptr, 0);
+    } else {
+      const int64_t blocks = x->padded / kBlockK, row = x->side * 4, spans = S::kBlocks * S::kSpans;
+      if (cudaError_t e = map_matrix(&p.act_scale, x->scale, blocks, row, row, S::kBlocks, S::kSideRow, false)) return e;
+      if (cudaError_t e = map_matrix(&p.act_sum, x->sum, blocks * S::kSpans, row, row, int(spans), S::kSideRow, false)) return e;
+      return launch(x->high, x->padded);
+    }
   };
-  if (g.m <= 16) return with(std::integral_constant<int, 16>());
-  if (g.m <= 32) return with(std::integral_constant<int, 32>());
-  return with(std::integral_constant<int, 64>());
+  if (!x) return g.m <= kMadeHere ? with(std::integral_constant<int, 16>(), std::true_type()) : cudaErrorInvalidValue;
+  if (g.m <= 32) return with(std::integral_constant<int, 32>(), std::false_type());
+  return with(std::integral_constant<int, 64>(), std::false_type());
 }
 
 template <typename Out, bool kInt4>
-cudaError_t fixed_sm90(const MixedGemm& g, const FixedActivations& x, const Device& device, cudaStream_t stream) {
+cudaError_t fixed_sm90(const MixedGemm& g, const FixedActivations* x, const Device& device, cudaStream_t stream) {
   FixedProduct p{};
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
   p.scale = g.scale, p.zero = g.zero;

@@ -103,6 +103,9 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Makes what this thread wrote to shared memory known to products and copies, of which barriers tell other threads.
+__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // How many registers each thread of a warpgroup has from here on: a multiple of eight.
 template <int kCount>
 __device__ __forceinline__ void limit_registers() {
@@ -121,6 +124,24 @@ __device__ __forceinline__ unsigned block_of_cluster() {
 
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Of the first kThreads threads of a block, whole warps.
+template <int kThreads>
+__device__ __forceinline__ void barrier_of_first() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+// Sixteen bytes at the same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ uint4 read_from(const void* at, unsigned block) {
+  uint4 value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n"
+      "}" : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(address_in_shared(at)), "r"(block) : "memory");
+  return value;
 }
 
 // Rows and columns of an 8 × 8 matrix of 16-bit values changed over: lane i holds values 2 (i % 4) and the next of row i / 4.

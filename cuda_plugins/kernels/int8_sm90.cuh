@@ -3,7 +3,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "streams_sm90.cuh"
+#include "sums_sm90.cuh"
 
 namespace qpass {
 
@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) int8_product(const __grid_cons
     if (threadIdx.x == S::kConsumers) copy_stages(p, own.ring, own.tile, own.share, 0, Nothing());
     return;
   }
+  prefetch_finish<S>(p.finish, p, own.tile);
   int32_t sums[S::kTiles][S::kTokens / 2] = {};
   int slot = 0, parity = 0;
   for (int i = 0; i < own.share.count; ++i) {
@@ -47,8 +48,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) int8_product(const __grid_cons
 #pragma unroll
   for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
   wait_for_kernel_before();
-#pragma unroll
-  for (int t = 0; t < S::kTiles; ++t) leave<S>(p.finish, p, own.tile, own.warp, t, [&](int j, int c) { return sums[t][j * 4 + c]; });
+  leave(p.finish, p, own, [&](int t, int j, int c) { return sums[t][j * 4 + c]; });
 }
 
 template <typename Out>

@@ -49,17 +49,28 @@ inline cudaError_t taken_back(cudaError_t error) {
 struct Grid {
   dim3 blocks, threads;
   int shared = 0;        // bytes of dynamic shared memory
+  dim3 cluster = 1;      // blocks that run together and reach each other's shared memory
 };
+
+// As the runtime takes it; `attributes` are kept by the caller.
+inline cudaLaunchConfig_t config_of(const Grid& grid, cudaLaunchAttribute (&attributes)[2]) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks, config.blockDim = grid.threads;
+  config.dynamicSmemBytes = grid.shared;
+  config.attrs = attributes;
+  if (grid.cluster.x * grid.cluster.y > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {grid.cluster.x, grid.cluster.y, 1};
+  }
+  return config;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const Grid& grid, const Device& device, cudaStream_t stream, void (*kernel)(Parameters...),
     const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[1];
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid.blocks, config.blockDim = grid.threads;
-  config.dynamicSmemBytes = grid.shared;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = config_of(grid, attributes);
   config.stream = stream;
-  config.attrs = attributes;
   if (device.major >= 9) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;

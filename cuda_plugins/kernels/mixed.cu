@@ -34,7 +34,7 @@ cudaError_t mixed_gemm(const MixedGemm& g, cudaStream_t stream) {
   });
 }
 
-cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations& x, cudaStream_t stream) {
+cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations* x, cudaStream_t stream) {
   return by_types(g, [&](const Device& device, auto type, auto int4) -> cudaError_t {
     if constexpr (QPASS_STREAMS) return fixed_sm90<typename decltype(type)::type, int4()>(g, x, device, stream);
     else return cudaErrorNotSupported;

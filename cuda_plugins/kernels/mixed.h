@@ -17,6 +17,7 @@ struct MixedGemm {
   const float* scale;
   const int8_t* zero;        // or null
   const float* row_scale;    // or null
+  const float* x_scale;      // [k], or null; of fixed_gemm alone
   const void* bias;          // or null
   void* y;
   void* workspace;           // mixed_workspace bytes
@@ -40,13 +41,15 @@ struct FixedActivations {
   bool by_lanes;
 };
 
-// The same of few tokens, which x is; row_scale is none.
-cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations& x, cudaStream_t stream);
+// The same of few tokens, which x is, or which become so on the way where x is null, times x_scale where there is one: kMadeHere tokens
+// at most. row_scale is none.
+constexpr int64_t kMadeHere = 16;
+cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations* x, cudaStream_t stream);
 
 // By the type of the activations and the width of weights: each takes a while to compile.
 template <typename T, bool kInt4>
 cudaError_t mixed_sm90(const MixedGemm& g, const Device& device, cudaStream_t stream);
 template <typename T, bool kInt4>
-cudaError_t fixed_sm90(const MixedGemm& g, const FixedActivations& x, const Device& device, cudaStream_t stream);
+cudaError_t fixed_sm90(const MixedGemm& g, const FixedActivations* x, const Device& device, cudaStream_t stream);
 
 }  // namespace qpass

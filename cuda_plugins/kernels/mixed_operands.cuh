@@ -4,9 +4,8 @@
 // two: it reads what all four lanes of the row do, which shared memory gives at once, and takes its byte, or two.
 #pragma once
 
-#include <cstring>
 
-#include "types.cuh"
+#include "vectors.cuh"
 
 namespace qpass {
 
@@ -26,14 +25,6 @@ struct PairOf<bfloat16> {
 };
 template <typename T>
 using Pair = typename PairOf<T>::type;
-
-template <typename To, typename From>
-__device__ __forceinline__ To same_bits(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 // Of nibbles, the second value of a pair is sixteen times what it is: it keeps its place in the byte.
 template <bool kInt4>

@@ -9,7 +9,7 @@
 #include "group_stream.cuh"
 #include "mixed.h"
 #include "mixed_operands.cuh"
-#include "streams_sm90.cuh"
+#include "sums_sm90.cuh"
 
 namespace qpass {
 
@@ -165,7 +165,7 @@ __device__ __forceinline__ void make_operands(
 }
 
 template <typename S>
-__global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ Mixed p) {
+__global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ Mixed p) {
   using T = typename S::T;
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
@@ -176,6 +176,7 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThread
     if (threadIdx.x == S::kConsumers) copy_stages(p, own.ring, own.tile, own.share, 0, Nothing());
   } else {
     raise_registers<S::kManyRegisters>();
+    prefetch_finish<S>(p.finish, p, own.tile);
     const int line = line_of<S>(own.warp, 0);
     constexpr int kGroups = S::kGrouped ? S::kStageK / S::kGroup : 0;  // of a stage
     MixedScales<S> scales(p, own.tile.n0 + line, own.share.first * kGroups, (own.share.first + own.share.count) * kGroups);
@@ -223,10 +224,7 @@ __global__ void __cluster_dims__(S::kCluster, 1, 1) __launch_bounds__(S::kThread
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
     wait_for_kernel_before();  // the scales of rows, and whoever reads what is written here
-#pragma unroll
-    for (int t = 0; t < S::kTiles; ++t) {
-      leave<S>(p.finish, p, own.tile, own.warp, t, [&](int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
-    }
+    leave(p.finish, p, own, [&](int t, int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
   }
   own.ring.close();
 }

@@ -99,4 +99,12 @@ __device__ __forceinline__ void store(T* to, const float (&v)[V]) {
 template <typename T>
 constexpr int kWidest = 16 / sizeof(T);
 
+template <typename To, typename From>
+__device__ __forceinline__ To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 }  // namespace qpass

@@ -84,7 +84,7 @@ struct Plan {
     pads_weight = few && row_bytes != bytes;
     padded = few ? row_bytes * (args.int4 ? 2 : 1) : path == kSplitK ? ceil_div(args.k, kBlockK) * kBlockK : ceil_div(args.k, 8) * 8;
     fixed = (few && args.type != QPASS_FLOAT) || path == kSplitK;
-    makes = few && fixed && args.m <= kMadeTokens && args.k % kFixedV == 0;
+    makes = fixed && (few ? args.m <= kMadeTokens && args.k % kFixedV == 0 : args.m <= kMadeHere);
     prepares = !makes && (fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k);
     size_t at = 0;
     auto take = [&](size_t size) {
@@ -190,7 +190,12 @@ cudaError_t mixed(const qpass_weight_only_matmul_args& args, const Plan& plan, c
   MixedGemm g = mixed_of(args);
   g.workspace = workspace + plan.partial;
   g.follows = plan.prepares;
-  if (plan.path == kSplitK) return fixed_gemm(g, fixed_of(args, plan), stream);
+  if (plan.path == kSplitK) {
+    g.x_scale = args.pre_quant_scale;
+    g.follows = true;  // weights are there before what is multiplied by them
+    const FixedActivations x = fixed_of(args, plan);
+    return fixed_gemm(g, plan.makes ? nullptr : &x, stream);
+  }
   if (plan.prepares) g.x = workspace + plan.x;
   if (plan.divides) g.row_scale = reinterpret_cast<float*>(workspace + plan.row_scale);
   return mixed_gemm(g, stream);

@@ -32,6 +32,7 @@ EMULATED = {
     "cudaLaunchKernelEx": "launch_with",
     "cudaFuncSetAttribute": "set_attribute",
     "cudaOccupancyMaxActiveBlocksPerMultiprocessor": "blocks_at_once",
+    "cudaOccupancyMaxActiveClusters": "clusters_at_once",
 }
 """Functions of the runtime's that are templates, which a kernel is given to."""
 
@@ -109,7 +110,7 @@ def run(command: list[str]) -> None:
 
 def as_cpp(source: str) -> str:
     """A CUDA source in plain C++."""
-    source = re.sub(r"extern __shared__ [^;]*?char (\w+)\[\];", r"char* const \1 = emulator::own.shared;", source)
+    source = re.sub(r"extern __shared__ [^;]*?char (\w+)\[\];", r"char* const \1 = emulator::current->home->shared;", source)
     source = re.sub(r'asm(?: volatile)?\("([^"]*)".*?\);', lambda m: ASSEMBLY.get(m[1], m[0]), source, flags=re.S)
     for name, emulated in EMULATED.items():
         source = source.replace(f"{name}(", f"emulator::{emulated}(")

@@ -1,7 +1,7 @@
 // CUDA's threads on a CPU, for kernels to be tested where there is no GPU.
 //
 // Every thread of a block is a fiber of one CPU thread; barriers and what a warp does together switch between them.
-// Blocks run one after another. Shared memory begins as NaNs, and at a multiple of 128 bytes of which no more is a
+// Clusters of blocks run one after another. Shared memory begins as NaNs, and at a multiple of 128 bytes of which no more is a
 // multiple. Asynchronous copies and products happen as late as they may: when they are waited for; copies that a barrier
 // counts, as soon as they may. What a GPU would stop at is kept as a fault. Not seen are races that no order of fibers
 // shows, and what memory beside a tensor is read.
@@ -48,7 +48,7 @@ struct Warp {
 };
 
 struct Block {
-  Barrier barrier;
+  Barrier barrier, first;  // of all, and of the threads that barrier_of_first says
   std::vector<Warp> warps;
   std::vector<char> memory;
   char* base = nullptr;  // of addresses in shared memory
@@ -66,6 +66,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   uint3 thread, block;
+  Block* home = nullptr;
   int lane = 0, warp = 0;
   unsigned collectives = 0;
   bool done = false;
@@ -77,7 +78,8 @@ struct Fiber {
 
 inline Fiber* current;
 inline ucontext_t scheduler;
-inline Block own;  // the block that runs
+inline std::vector<Block> cluster;  // that runs
+inline Barrier cluster_barrier;
 inline std::function<void()> body;
 inline dim3 grid, block_size;
 inline int64_t progress;  // arrivals, and waits that came to an end
@@ -101,7 +103,7 @@ inline void wait(Barrier& b) {
 template <typename T>
 const T* gather(const T& mine) {
   static_assert(sizeof(T) <= 64);
-  Warp& warp = own.warps[current->warp];
+  Warp& warp = current->home->warps[current->warp];
   char* values = warp.values[current->collectives++ % 2];
   std::memcpy(values + current->lane * sizeof(T), &mine, sizeof(T));
   wait(warp.barrier);
@@ -113,26 +115,35 @@ inline void enter() {
   Fiber& me = *current;
   me.done = true, ++progress;
   if (!me.products.empty() || !me.product_groups.empty()) fault("products were not waited for");
-  for (Barrier* b : {&own.barrier, &own.warps[me.warp].barrier}) --b->size, release(*b);
+  for (Barrier* b : {&me.home->barrier, &me.home->warps[me.warp].barrier, &cluster_barrier}) --b->size, release(*b);
   swapcontext(&me.context, &scheduler);
 }
 
-inline void run_block(uint3 place, size_t shared_bytes) {
+inline void begin(Block& block, int threads, size_t shared_bytes) {
+  block.barrier.size = threads;
+  block.warps.resize((threads + 31) / 32);
+  block.memory.assign(shared_bytes + 2048, char(0xff));
+  block.base = block.memory.data() + (1024 - reinterpret_cast<uintptr_t>(block.memory.data()) % 1024) % 1024;
+  block.shared = block.base + 128, block.bytes = shared_bytes;
+}
+
+// The blocks from `first` on, `size` of them along y and no more than one along x.
+inline void run_cluster(uint3 first, unsigned size, size_t shared_bytes) {
   constexpr size_t kStack = 256 << 10;
   const int threads = int(block_size.x * block_size.y * block_size.z);
-  own = Block();
-  own.barrier.size = threads;
-  own.warps.resize((threads + 31) / 32);
-  own.memory.assign(shared_bytes + 2048, char(0xff));
-  own.base = own.memory.data() + (1024 - reinterpret_cast<uintptr_t>(own.memory.data()) % 1024) % 1024;
-  own.shared = own.base + 128, own.bytes = shared_bytes;
-  std::vector<Fiber> fibers(threads);
-  for (int t = 0; t < threads; ++t) {
-    Fiber& f = fibers[t];
+  cluster.assign(size, Block());
+  cluster_barrier = Barrier();
+  cluster_barrier.size = threads * int(size);
+  for (Block& block : cluster) begin(block, threads, shared_bytes);
+  std::vector<Fiber> fibers(threads * size);
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& f = fibers[i];
+    const unsigned t = i % threads, block = i / threads;
     f.thread = {t % block_size.x, t / block_size.x % block_size.y, t / (block_size.x * block_size.y)};
-    f.block = place;
+    f.block = {first.x, first.y + block, first.z};
+    f.home = &cluster[block];
     f.lane = t % 32, f.warp = t / 32;
-    ++own.warps[f.warp].barrier.size;
+    ++f.home->warps[f.warp].barrier.size;
     f.stack.reset(new char[kStack]);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
@@ -157,6 +168,7 @@ struct Config {
   dim3 grid, block;
   size_t shared = 0;
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;  // along y
 };
 
 template <typename... Parameters, typename... Arguments>
@@ -164,16 +176,30 @@ void launch(const Config& config, void (*kernel)(Parameters...), Arguments... ar
   grid = config.grid, block_size = config.block;
   body = [=] { kernel(arguments...); };
   for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) run_block({x, y, z}, config.shared);
+    for (unsigned y = 0; y < grid.y; y += config.cluster) {
+      for (unsigned x = 0; x < grid.x; ++x) run_cluster({x, y, z}, config.cluster, config.shared);
     }
   }
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_with(const cudaLaunchConfig_t* told, void (*kernel)(Parameters...), Arguments... arguments) {
-  launch({told->gridDim, told->blockDim, told->dynamicSmemBytes, told->stream}, kernel, arguments...);
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < told->numAttrs; ++i) {
+    const auto& [x, y, z] = told->attrs[i].val.clusterDim;
+    if (told->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    if (x != 1 || z != 1 || y > 8 || told->gridDim.y % y) return cudaErrorInvalidValue;
+    cluster = y;
+  }
+  launch({told->gridDim, told->blockDim, told->dynamicSmemBytes, told->stream, cluster}, kernel, arguments...);
   return cudaSuccess;
+}
+
+// A GPU of eight groups of sixteen multiprocessors and one of four, none of whose clusters is in two of them.
+template <typename... Parameters>
+cudaError_t clusters_at_once(int* count, void (*)(Parameters...), const cudaLaunchConfig_t* told) {
+  const int size = int(told->attrs[0].val.clusterDim.y);
+  return ++emulated_questions, *count = 8 * (16 / size) + 4 / size, cudaSuccess;
 }
 
 template <typename... Parameters>
@@ -195,7 +221,7 @@ inline dim3 &gridDim = emulator::grid, &blockDim = emulator::block_size;
 
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
-inline void __syncthreads() { emulator::wait(emulator::own.barrier); }
+inline void __syncthreads() { emulator::wait(emulator::current->home->barrier); }
 inline void __syncwarp(unsigned = ~0u) { emulator::gather(0); }
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {

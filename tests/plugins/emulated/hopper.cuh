@@ -1,4 +1,5 @@
-// The instructions of cuda_plugins/kernels/hopper.cuh as their definitions say, of a block that is its own cluster.
+// The instructions of cuda_plugins/kernels/hopper.cuh as their definitions say. Clusters are of blocks that have a tile together;
+// none copies for another.
 #pragma once
 
 #include "types.cuh"
@@ -63,9 +64,9 @@ inline void wait(Barrier* barrier, int parity) {
 }
 
 inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barrier) {
-  const int64_t first = static_cast<char*>(to) - emulator::own.shared, bytes = map->box_rows * map->box_bytes;
-  const uintptr_t address = static_cast<char*>(to) - emulator::own.base;
-  const bool inside = first >= 0 && first + bytes <= int64_t(emulator::own.bytes);
+  const int64_t first = static_cast<char*>(to) - emulator::current->home->shared, bytes = map->box_rows * map->box_bytes;
+  const uintptr_t address = static_cast<char*>(to) - emulator::current->home->base;
+  const bool inside = first >= 0 && first + bytes <= int64_t(emulator::current->home->bytes);
   if (!inside) return emulator::fault("a box is copied beside shared memory");
   if (address % 128) emulator::fault("a box is copied to what is no multiple of 128 bytes");
   if (map->swizzled && address % 1024) emulator::fault("a swizzled box is copied to what is no multiple of 1024 bytes");
@@ -85,12 +86,29 @@ inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barr
 template <int kCluster>
 void copy_box_to_all(void*, const TensorMap*, int, int, Barrier*) {}
 inline void prefetch_map(const TensorMap*) {}
+inline void publish_writes() {}
 template <int kCount>
 void limit_registers() {}
 template <int kCount>
 void raise_registers() {}
 inline unsigned block_of_cluster() { return 0; }
-inline void cluster_barrier() {}
+inline void cluster_barrier() { emulator::wait(emulator::cluster_barrier); }
+template <int kThreads>
+void barrier_of_first() {
+  if (emulator::current->warp * 32 >= kThreads) emulator::fault("a thread waits for a barrier that is not its own");
+  emulator::current->home->first.size = kThreads;
+  emulator::wait(emulator::current->home->first);
+}
+inline uint4 read_from(const void* at, unsigned block) {
+  const int64_t place = static_cast<const char*>(at) - emulator::current->home->base;
+  uint4 value{};
+  if (block >= emulator::cluster.size()) return emulator::fault("a block reads of none of its cluster"), value;
+  if (place % 16 || emulator::cluster[block].base + place + 16 > emulator::cluster[block].shared + emulator::cluster[block].bytes) {
+    emulator::fault("a block reads beside another's shared memory");
+  }
+  std::memcpy(&value, emulator::cluster[block].base + place, sizeof(value));
+  return value;
+}
 
 inline uint32_t transposed(uint32_t values) {
   const uint32_t* all = emulator::gather(values);
@@ -100,7 +118,7 @@ inline uint32_t transposed(uint32_t values) {
 }
 
 inline uint64_t matrix_at(const void* at) {
-  const uint64_t address = static_cast<const char*>(at) - emulator::own.base;
+  const uint64_t address = static_cast<const char*>(at) - emulator::current->home->base;
   if (address % 1024 >= 128 || address % 32) emulator::fault("a matrix does not begin with its first row");
   return address / 16;
 }
@@ -109,7 +127,7 @@ constexpr uint64_t kNextInRow = 2;
 // A byte of a matrix's row in shared memory: swizzled by the bits of the place itself.
 inline const char* place_of(uint64_t matrix, int row, int byte) {
   const uint64_t place = matrix * 16 + row * 128 + byte;
-  return emulator::own.base + (place ^ (place >> 7 & 7) << 4);
+  return emulator::current->home->base + (place ^ (place >> 7 & 7) << 4);
 }
 
 // By all lanes of a warp, each with references to its own registers: they are read when products are waited for.

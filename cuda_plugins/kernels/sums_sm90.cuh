@@ -1,0 +1,266 @@
+// How sums of products on streams leave. Where tiles are fewer than multiprocessors, K is split among blocks; those that have a tile
+// together are a cluster, if the GPU can run them all at the same time, and read each other's sums from shared memory. Else a second
+// kernel adds up what they leave in memory. Splits are added in order, either way.
+#pragma once
+
+#include <atomic>
+
+#include "streams_sm90.cuh"
+
+namespace qpass {
+
+// Whose sums a product's threads have: kWarpgroups of kTiles_ * 64 channels each, all of a tile's tokens. What adds them up knows no
+// more of a shape.
+template <typename Out_, typename Sum_, int kWarpgroups, int kTiles_, int kTokens_, int kCluster_>
+struct SumsOf {
+  using Out = Out_;
+  using Sum = Sum_;
+  static constexpr int kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_;
+  static constexpr int kConsumers = kWarpgroups * 128, kChannels = kWarpgroups * kTiles * 64;
+  static constexpr int kColumns = kTiles * kTokens / 8;  // of eight tokens that a warp has sums of
+};
+
+constexpr int kMostTogether = 8;  // splits of a cluster: more are not promised by every GPU
+
+// What sums are multiplied by in the end, and where they go: y [m, n] of Out.
+struct Finish {
+  const float* row_scale;  // of tokens: [m] with per_row, else [1]; null: 1
+  const float* col_scale;  // of channels: likewise
+  const void* bias;        // [n] of Out, or null
+  void* y;
+  bool per_row, per_column;
+  void* partial;  // with more than one split, sums as lanes hold them: [splits, tiles, columns of eight tokens, threads, 4]
+};
+
+// Of a lane's channels `channel` and channel + 8.
+template <typename Out>
+class Epilogue {
+ public:
+  __device__ __forceinline__ Epilogue(const Finish& to, int m, int n, int channel) : to_(to), m_(m), n_(n), channel_(channel) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool there = channel + h * 8 < n;
+      scale_[h] = to.col_scale && there ? to.col_scale[to.per_column ? channel + h * 8 : 0] : 1.f;
+      bias_[h] = to.bias && there ? to_float(static_cast<const Out*>(to.bias)[channel + h * 8]) : 0.f;
+    }
+  }
+
+  // Eight tokens' sums, as products leave them. By all lanes of a warp.
+  __device__ __forceinline__ void put(const float (&sums)[4], int token) const {
+    const int quarter = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
+    float by[2] = {1.f, 1.f};
+    if (to_.row_scale) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (token + quarter * 2 + i < m_) by[i] = to_.row_scale[to_.per_row ? token + quarter * 2 + i : 0];
+      }
+    }
+    Out* const y = static_cast<Out*>(to_.y);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float value[2] = {sums[h * 2] * by[0] * scale_[h] + bias_[h], sums[h * 2 + 1] * by[1] * scale_[h] + bias_[h]};
+      if constexpr (sizeof(Out) == 4) {
+        const int n = channel_ + h * 8;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int m = token + quarter * 2 + i;
+          if (m < m_ && n < n_) y[int64_t(m) * n_ + n] = value[i];
+        }
+      } else {
+        const uint32_t pair = transposed(to_bits<Out>(value).x[0]);  // now two channels of one token
+        const int m = token + row, n = channel_ - row + h * 8 + quarter * 2;
+        if (m < m_ && n < n_) {
+          uint16_t* const at = reinterpret_cast<uint16_t*>(y + int64_t(m) * n_ + n);
+          if (n_ % 2 == 0) {
+            *reinterpret_cast<uint32_t*>(at) = pair;
+          } else {
+            at[0] = uint16_t(pair);
+            if (n + 1 < n_) at[1] = uint16_t(pair >> 16);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  const Finish& to_;
+  const int m_, n_, channel_;
+  float scale_[2], bias_[2];
+};
+
+// Where a thread's sums of eight tokens are kept until those of all splits are there; `column` counts eight tokens, by tiles of rows.
+template <typename S>
+__device__ __forceinline__ int64_t partial_at(int split, int64_t tiles, int64_t tile, int column) {
+  return (((split * tiles + tile) * S::kColumns + column) * S::kConsumers + threadIdx.x) * 4;
+}
+
+// The first of a lane's channels among its tile's, of its warpgroup's part `t`.
+template <typename S>
+__device__ __forceinline__ int line_of(int warp, int t) {
+  return warp / 4 * (S::kTiles * 64) + t * 64 + warp % 4 * 16 + threadIdx.x % 32 / 4;
+}
+
+// The sums of the splits, a block for eight tokens of a tile.
+template <typename S>
+__global__ void __launch_bounds__(S::kConsumers) add_up(const Finish to, int m, int n, int splits) {
+  using Sum = typename S::Sum;
+  let_next_kernel_start();
+  const Tile<S> tile(m, n, blockIdx.y);
+  const int t = blockIdx.x / (S::kTokens / 8), token = tile.m0 + blockIdx.x % (S::kTokens / 8) * 8;
+  if (token >= m) return;
+  wait_for_kernel_before();
+  const Epilogue<typename S::Out> epilogue(to, m, n, tile.n0 + line_of<S>(threadIdx.x / 32, t));
+  constexpr int kAtOnce = 4;
+  Sum sums[4] = {};
+  for (int from = 0; from < splits; from += kAtOnce) {
+    Pack<Sum, 4> parts[kAtOnce];
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) {
+      parts[s] = {};
+      if (from + s < splits) {
+        const Sum* at = static_cast<const Sum*>(to.partial) + partial_at<S>(from + s, gridDim.y, blockIdx.y, blockIdx.x);
+        parts[s] = *reinterpret_cast<const Pack<Sum, 4>*>(at);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce * 4; ++j) sums[j % 4] += parts[j / 4].x[j % 4];
+  }
+  epilogue.put({float(sums[0]), float(sums[1]), float(sums[2]), float(sums[3])}, token);
+}
+
+// What a product is finished by is on its way to L2 while it is under way. By all consumers.
+template <typename S>
+__device__ __forceinline__ void prefetch_finish(const Finish& to, const Streams& p, const Tile<S>& tile) {
+  const int channel = tile.n0 + int(threadIdx.x);
+  if (threadIdx.x >= S::kChannels || channel >= p.n) return;
+  if (to.col_scale && to.per_column) prefetch(to.col_scale + channel);
+  if (to.bias) prefetch(static_cast<const typename S::Out*>(to.bias) + channel);
+}
+
+// Where a column of eight tokens of a tile begins.
+template <typename S>
+__device__ __forceinline__ int token_of(const Tile<S>& tile, int column) {
+  return tile.m0 + column % (S::kTokens / 8) * 8;
+}
+
+// Adds up the sums of a cluster's splits, which lie where stages were: what sixteen channels have of eight tokens by a warp each, dealt
+// out among all of the cluster's.
+template <typename S>
+__device__ __forceinline__ void add_up_together(const Finish& to, const Streams& p, const Block<S>& own) {
+  using Sum = typename S::Sum;
+  constexpr int kWarps = S::kConsumers / 32;
+  const Pack<Sum, 4>* const lanes = reinterpret_cast<const Pack<Sum, 4>*>(own.ring.stages) + threadIdx.x % 32;
+  for (int i = blockIdx.y + p.splits * own.warp; i < S::kColumns * kWarps; i += p.splits * kWarps) {
+    const int column = i / kWarps, token = token_of(own.tile, column);
+    if (token >= p.m) continue;
+    const Epilogue<typename S::Out> epilogue(to, p.m, p.n, own.tile.n0 + line_of<S>(i % kWarps, column / (S::kTokens / 8)));
+    Sum sums[4] = {};
+    for (int from = 0; from < p.splits; from += kMostTogether / 2) {  // two or four
+      uint4 parts[kMostTogether / 2];
+#pragma unroll
+      for (int s = 0; s < kMostTogether / 2; ++s) {
+        if (from + s < p.splits) parts[s] = read_from(lanes + i * 32, from + s);
+      }
+#pragma unroll
+      for (int s = 0; s < kMostTogether / 2; ++s) {
+        if (from + s >= p.splits) break;
+        const auto part = same_bits<Pack<Sum, 4>>(parts[s]);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[c] += part.x[c];
+      }
+    }
+    epilogue.put({float(sums[0]), float(sums[1]), float(sums[2]), float(sums[3])}, token);
+  }
+}
+
+// Stores a thread's sums, or leaves them to be added up: `value(t, j, c)` is of part t of its warpgroup's channels and eight tokens from
+// 8 j on. By all consumers.
+template <typename S, typename Value>
+__device__ __forceinline__ void leave(const Finish& to, const Streams& p, const Block<S>& own, Value value) {
+  using Sum = typename S::Sum;
+  static_assert(S::kColumns * S::kConsumers * 16 <= Ring<S>::kStages * Ring<S>::kStage);
+  auto each = [&](int t, auto put) {
+#pragma unroll
+    for (int j = 0; j < S::kTokens / 8; ++j) {
+      const int column = t * (S::kTokens / 8) + j, token = token_of(own.tile, column);
+      if (token < p.m) put(column, token, Pack<Sum, 4>{{value(t, j, 0), value(t, j, 1), value(t, j, 2), value(t, j, 3)}});
+    }
+  };
+  if (p.together) barrier_of_first<S::kConsumers>();  // the ring is read no more
+#pragma unroll
+  for (int t = 0; t < S::kTiles; ++t) {
+    if (p.splits == 1) {
+      const Epilogue<typename S::Out> epilogue(to, p.m, p.n, own.tile.n0 + line_of<S>(own.warp, t));
+      each(t, [&](int, int token, const Pack<Sum, 4>& sums) {
+        epilogue.put({float(sums.x[0]), float(sums.x[1]), float(sums.x[2]), float(sums.x[3])}, token);
+      });
+    } else {
+      each(t, [&](int column, int, const Pack<Sum, 4>& sums) {
+        Sum* at = static_cast<Sum*>(to.partial) + partial_at<S>(blockIdx.y, gridDim.x, blockIdx.x, column);
+        if (p.together) at = reinterpret_cast<Sum*>(own.ring.stages) + (column * S::kConsumers + threadIdx.x) * 4;
+        *reinterpret_cast<Pack<Sum, 4>*>(at) = sums;
+      });
+    }
+  }
+  if (!p.together) return;
+  __syncwarp();
+  cluster_barrier();
+  add_up_together(to, p, own);
+  __syncwarp();
+  cluster_barrier();  // nobody leaves while its sums are read
+}
+
+// How many clusters of `grid.cluster` the GPU runs at the same time, asked once a device and size: as kernels on streams have a
+// multiprocessor to themselves, it is the same for all.
+template <typename Parameters>
+int64_t clusters_at_once(void (*kernel)(Parameters), const Grid& grid, const Device& device) {
+  static std::atomic<int> known[64][kMostTogether + 1];  // and one more
+  std::atomic<int> asked{0}, &answer = device.id < 64 ? known[device.id][grid.cluster.y] : asked;
+  if (int count = answer.load(std::memory_order_relaxed)) return count - 1;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = config_of(grid, attributes);
+  int count = 0;
+  if (taken_back(cudaOccupancyMaxActiveClusters(&count, kernel, &config))) count = 0;
+  answer.store(count + 1, std::memory_order_relaxed);
+  return count;
+}
+
+// Launches a product whose kernel takes `p`, which has everything but maps and splits, and adds up what it left.
+template <typename S, typename Parameters>
+cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const void* weights, int64_t weight_bytes, const void* tokens,
+    int64_t token_bytes, const Device& device, OncePerDevice& allowed, cudaStream_t stream) {
+  if (cudaError_t e = map_matrix(&p.weights, weights, p.n, weight_bytes, weight_bytes, S::kChannels, S::kRowBytes)) return e;
+  if (tokens) if (cudaError_t e = map_matrix(&p.tokens, tokens, p.m * S::kPlanes, token_bytes, token_bytes, S::kTokens / S::kCluster, kBoxBytes)) return e;
+  auto allow = [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring<S>::kBytes); };
+  if (cudaError_t e = allowed(device, allow)) return e;
+  const int64_t tiles = Tile<S>::count(p.m, p.n), stages = ceil_div(p.k, S::kStageK);
+  Grid grid{dim3(unsigned(tiles)), S::kThreads, Ring<S>::kBytes, dim3(S::kCluster)};
+  // A part of fewer than two stages costs more to add up than it saves.
+  const int64_t at_once = std::min<int64_t>(device.multiprocessors, kMostStreaming);
+  const int64_t parts = std::min({at_once / tiles, stages / 2, kMostSplitsOfK});
+  auto split = [&](int64_t into) {
+    p.stages_a_split = int(ceil_div(stages, into));
+    p.splits = int(ceil_div(stages, p.stages_a_split));
+    grid.blocks.y = unsigned(p.splits);
+  };
+  split(std::max<int64_t>(parts, 1));
+  if (S::kCluster == 1) {
+    int together = kMostTogether;
+    while (together > parts) together /= 2;
+    // a second kernel takes longer than a quarter more of K, or than what so many splits leave
+    if (together > 1 && (together == kMostTogether || together * 4 >= parts * 3)) {
+      Grid clusters = grid;
+      clusters.blocks.y = clusters.cluster.y = unsigned(together);
+      if (ceil_div(stages, ceil_div(stages, together)) == together && clusters_at_once(kernel, clusters, device) >= tiles) {
+        split(together);
+        grid.cluster.y = unsigned(together), p.together = true;
+      }
+    }
+  }
+  if (cudaError_t e = launch(grid, device, stream, kernel, p)) return e;
+  if (p.splits == 1 || p.together) return cudaSuccess;
+  const Grid adding{dim3(S::kColumns, unsigned(tiles)), S::kConsumers};
+  return launch(adding, device, stream, add_up<typename S::Sums>, p.finish, p.m, p.n, p.splits);
+}
+
+}  // namespace qpass
