@@ -11,11 +11,14 @@ struct Int8Product : Streams {
   Finish finish;
 };
 
-template <typename Out, int kTokens>
-struct Int8Shape : SumsOf<Out, int32_t, 2, 2, kTokens, 1> {
-  using Sums = SumsOf<Out, int32_t, 2, 2, kTokens, 1>;
+// kWarpgroups of kTiles * 64 channels each.
+template <typename Out, int kTokens, int kWarpgroups, int kTiles>
+struct Int8Shape : SumsOf<Out, int32_t, kWarpgroups, kTiles, kTokens, 1> {
+  using Sums = SumsOf<Out, int32_t, kWarpgroups, kTiles, kTokens, 1>;
   static constexpr int kThreads = Sums::kConsumers + 32;
   static constexpr int kStageK = 128, kRowBytes = 128, kBoxes = 1, kPlanes = 1, kSideBytes = 0;
+  static constexpr bool kStays = false;
+  static constexpr int kMostStages = 8 / (kWarpgroups * kTiles) + 2, kBytesBeside = 0;
 };
 
 template <typename S>
@@ -24,31 +27,32 @@ __global__ void __launch_bounds__(S::kThreads, 1) int8_product(const __grid_cons
   let_next_kernel_start();
   const Block<S> own(p, start, S::kConsumers / 32);
   if (own.warp == S::kConsumers / 32) {
-    if (threadIdx.x == S::kConsumers) copy_stages(p, own.ring, own.tile, own.share, 0, Nothing());
+    if (threadIdx.x == S::kConsumers) copy_stages(p, own, 0, Nothing());
     return;
   }
-  prefetch_finish<S>(p.finish, p, own.tile);
-  int32_t sums[S::kTiles][S::kTokens / 2] = {};
-  int slot = 0, parity = 0;
-  for (int i = 0; i < own.share.count; ++i) {
-    wait(&own.ring.full[slot], parity);
-    const uint64_t tokens = matrix_at(own.ring.tokens(slot));
-    begin_products();
+  Turn<S> turn;
+  own.each_tile(p, [&](const Tile<S>& tile) {
+    prefetch_finish(p.finish, p, tile);
+    int32_t sums[S::kTiles][S::kTokens / 2] = {};
+    for (int i = 0; i < own.share.count; ++i, turn.next()) {
+      wait(&own.ring.full[turn.slot], turn.parity);
+      const uint64_t tokens = matrix_at(own.ring.tokens(turn.slot));
+      begin_products();
 #pragma unroll
-    for (int j = 0; j < S::kTiles * 4; ++j) {
-      const int t = j / 4;
-      const uint64_t rows = matrix_at(own.ring.weights(slot) + (own.warp / 4 * S::kTiles + t) * 64 * S::kRowBytes);
-      WgmmaInt8<S::kTokens>::run(sums[t], rows + j % 4 * kNextInRow, tokens + j % 4 * kNextInRow);
+      for (int j = 0; j < S::kTiles * 4; ++j) {
+        const int t = j / 4;
+        const uint64_t rows = matrix_at(own.ring.weights(turn.slot) + (own.warp / 4 * S::kTiles + t) * 64 * S::kRowBytes);
+        WgmmaInt8<S::kTokens>::run(sums[t], rows + j % 4 * kNextInRow, tokens + j % 4 * kNextInRow);
+      }
+      commit_products();
+      wait_products<0>();
+      own.ring.free(turn.slot);
     }
-    commit_products();
-    wait_products<0>();
-    own.ring.free(slot);
-    if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
-  }
 #pragma unroll
-  for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
-  wait_for_kernel_before();
-  leave(p.finish, p, own, [&](int t, int j, int c) { return sums[t][j * 4 + c]; });
+    for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
+    wait_for_kernel_before();
+    leave(p.finish, p, own, tile, [&](int t, int j, int c) { return sums[t][j * 4 + c]; });
+  });
 }
 
 template <typename Out>
@@ -56,14 +60,28 @@ cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream) 
   Int8Product p{};
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
   p.finish = {g.row_scale, g.col_scale, g.bias, g.d, g.per_row, g.per_column, g.workspace};
-  auto with = [&](auto tokens) {
-    using S = Int8Shape<Out, tokens()>;
+  cudaError_t e = cudaErrorNotSupported;
+  auto with = [&](auto tokens, auto warpgroups, auto tiles, bool only_together) {
+    using S = Int8Shape<Out, tokens(), warpgroups(), tiles()>;
     static OncePerDevice allowed;
-    return launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, allowed, stream);
+    if (e != cudaErrorNotSupported) return;
+    e = launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, allowed, stream, [&](const Int8Product& p) {
+      return !only_together || (p.together && p.tiles * p.splits >= device.multiprocessors * 3 / 4);
+    });
   };
-  if (g.m <= 16) return with(std::integral_constant<int, 16>());
-  if (g.m <= 32) return with(std::integral_constant<int, 32>());
-  return with(std::integral_constant<int, 64>());
+  using std::integral_constant;
+  integral_constant<int, 1> one;
+  integral_constant<int, 2> two;
+  if (g.m <= 16) {  // narrow tiles, where clusters then have them: half or a quarter of the channels share tokens, which are few
+    with(integral_constant<int, 16>(), two, one, true);
+    with(integral_constant<int, 16>(), one, one, true);
+    with(integral_constant<int, 16>(), two, two, false);
+  } else if (g.m <= 32) {
+    with(integral_constant<int, 32>(), two, two, false);
+  } else {
+    with(integral_constant<int, 64>(), two, two, false);
+  }
+  return e;
 }
 
 }  // namespace qpass

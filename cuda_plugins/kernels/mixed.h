@@ -41,9 +41,8 @@ struct FixedActivations {
   bool by_lanes;
 };
 
-// The same of few tokens, which x is, or which become so on the way where x is null, times x_scale where there is one: kMadeHere tokens
-// at most. row_scale is none.
-constexpr int64_t kMadeHere = 16;
+// The same of few tokens, which x is. Where it is null, they are made of g.x, times x_scale where there is one, on the way:
+// cudaErrorNotSupported where that would be slower, or there is no room. row_scale is none.
 cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations* x, cudaStream_t stream);
 
 // By the type of the activations and the width of weights: each takes a while to compile.

@@ -35,6 +35,8 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups_, kTiles, kTokens, kCluster> {
   static constexpr int kFewRegisters = kWarpgroups == 2 ? 24 : 32, kManyRegisters = kWarpgroups == 2 ? 240 : 112;
   static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
+  static constexpr bool kStays = true;
+  static constexpr int kMostStages = 4, kBytesBeside = 0;
 };
 
 // What a lane's channels are multiplied by, ready for where in K it is.
@@ -173,58 +175,61 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
   const Block<S> own(p, start, S::kConsumers / 32);
   if (own.warp >= S::kWarpgroups * 4) {
     limit_registers<S::kFewRegisters>();
-    if (threadIdx.x == S::kConsumers) copy_stages(p, own.ring, own.tile, own.share, 0, Nothing());
+    if (threadIdx.x == S::kConsumers) copy_stages(p, own, 0, Nothing());
   } else {
     raise_registers<S::kManyRegisters>();
-    prefetch_finish<S>(p.finish, p, own.tile);
     const int line = line_of<S>(own.warp, 0);
     constexpr int kGroups = S::kGrouped ? S::kStageK / S::kGroup : 0;  // of a stage
-    MixedScales<S> scales(p, own.tile.n0 + line, own.share.first * kGroups, (own.share.first + own.share.count) * kGroups);
-    float sums[S::kTiles][S::kTokens / 2] = {};
-    constexpr int kParts = S::kStageK / kRun * S::kTiles;  // runs of a stage, and of each the tiles
-    RawRun<S> raw;
-    uint32_t a[2][2][4];
-    int slot = 0, parity = 0;
-    auto read = [&](int part) { raw.read(own.ring.weights(slot) + line * S::kRowBytes, part / S::kTiles, part % S::kTiles); };
-    auto make = [&](int i, int part) {
-      if (part % S::kTiles == 0) scales.go_to(own.share.first + i, part / S::kTiles * kRun);
-      make_operands<S>(a[part % 2], raw, part % S::kTiles, scales, p.zero != nullptr);
-    };
-    wait(&own.ring.full[slot], parity);
-    read(0);
-    make(0, 0);
-    for (int i = 0; i < own.share.count; ++i) {
-      const int done = slot;
-      const uint64_t tokens = matrix_at(own.ring.tokens(slot));
+    Turn<S> turn;
+    own.each_tile(p, [&](const Tile<S>& tile) {
+      prefetch_finish(p.finish, p, tile);
+      MixedScales<S> scales(p, tile.n0 + line, own.share.first * kGroups, (own.share.first + own.share.count) * kGroups);
+      float sums[S::kTiles][S::kTokens / 2] = {};
+      constexpr int kParts = S::kStageK / kRun * S::kTiles;  // runs of a stage, and of each the tiles
+      RawRun<S> raw;
+      uint32_t a[2][2][4];
+      auto read = [&](int part) { raw.read(own.ring.weights(turn.slot) + line * S::kRowBytes, part / S::kTiles, part % S::kTiles); };
+      auto make = [&](int i, int part) {
+        if (part % S::kTiles == 0) scales.go_to(own.share.first + i, part / S::kTiles * kRun);
+        make_operands<S>(a[part % 2], raw, part % S::kTiles, scales, p.zero != nullptr);
+      };
+      wait(&own.ring.full[turn.slot], turn.parity);
+      read(0);
+      make(0, 0);
+      for (int i = 0; i < own.share.count; ++i) {
+        const int done = turn.slot;
+        const uint64_t tokens = matrix_at(own.ring.tokens(turn.slot));
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const bool more = part + 1 < kParts;
-        if (more) read(part + 1);
-        begin_products();
+        for (int part = 0; part < kParts; ++part) {
+          const bool more = part + 1 < kParts;
+          if (more) read(part + 1);
+          begin_products();
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int sixteen = part / S::kTiles * 2 + j;
-          Wgmma<T, S::kTokens>::run(
-              sums[part % S::kTiles], a[part % 2][j], tokens + sixteen / 4 * (Ring<S>::kBox >> 4) + sixteen % 4 * kNextInRow);
+          for (int j = 0; j < 2; ++j) {
+            const int sixteen = part / S::kTiles * 2 + j;
+            Wgmma<T, S::kTokens>::run(
+                sums[part % S::kTiles], a[part % 2][j], tokens + sixteen / 4 * (Ring<S>::kBox >> 4) + sixteen % 4 * kNextInRow);
+          }
+          commit_products();
+          wait_products<1>();  // what the next operands take the place of
+          if (more) {
+            make(i, part + 1);
+          } else if (i + 1 < own.share.count) {
+            turn.next();
+            wait(&own.ring.full[turn.slot], turn.parity);
+            read(0);
+            make(i + 1, 0);
+          }
         }
-        commit_products();
-        wait_products<1>();  // what the next operands take the place of
-        if (more) {
-          make(i, part + 1);
-        } else if (i + 1 < own.share.count) {
-          if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
-          wait(&own.ring.full[slot], parity);
-          read(0);
-          make(i + 1, 0);
-        }
+        wait_products<0>();
+        own.ring.free(done);
       }
-      wait_products<0>();
-      own.ring.free(done);
-    }
 #pragma unroll
-    for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
-    wait_for_kernel_before();  // the scales of rows, and whoever reads what is written here
-    leave(p.finish, p, own, [&](int t, int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
+      for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
+      wait_for_kernel_before();  // the scales of rows, and whoever reads what is written here
+      leave(p.finish, p, own, tile, [&](int t, int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
+      turn.next();
+    });
   }
   own.ring.close();
 }

@@ -2,8 +2,8 @@
 // there. Channels are rows of what is multiplied, tokens columns.
 //
 // A shape S says: kChannels × kTokens of a tile; kCluster blocks that share what they copy of the tokens; of a stage, kRowBytes of a
-// weight's row, which is its box; kBoxes boxes of kBoxBytes of a token's, neighbours in its row, of kPlanes matrices one below the
-// other; kSideBytes for what else a stage needs.
+// weight's row, which is its box; kBoxes boxes of kBoxBytes of a token's, neighbours in its row, of kPlanes matrices, whose boxes
+// follow each other; kSideBytes for what else a stage needs; kMostStages of them, and kBytesBeside for what lies beside all.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace qpass {
 
 struct Streams {
   TensorMap weights, tokens;
-  int m, n, k;
+  int m, n, k, tiles;
   int splits, stages_a_split;
   bool together;  // the splits of a tile are a cluster
   bool follows;  // the tokens come of the kernel before, and nothing else that is read here does
@@ -31,23 +31,24 @@ struct Ring {
   static constexpr int kWeights = S::kChannels * S::kRowBytes, kBox = S::kTokens * kBoxBytes;
   static constexpr int kTokens = S::kPlanes * S::kBoxes * kBox, kStage = kWeights + kTokens + S::kSideBytes;
   // More than are needed for memory to be busy would delay what else is read: scales, or the tokens of the first stage.
-  static constexpr int kMost = (227 << 10) - 1024 - 512, kFitting = kMost / kStage, kStages = kFitting < 4 ? kFitting : 4;
-  static constexpr int kBytes = kStages * kStage + 1024 + kStages * 2 * int(sizeof(Barrier));
+  static constexpr int kMost = (227 << 10) - 1024 - 512 - S::kBytesBeside, kFitting = kMost / kStage;
+  static constexpr int kStages = kFitting < S::kMostStages ? kFitting : S::kMostStages;
+  static constexpr int kBytes = kStages * kStage + S::kBytesBeside + 1024 + kStages * 2 * int(sizeof(Barrier));
   static_assert(kStages >= 2 && S::kChannels <= 256 && S::kTokens / S::kCluster % 8 == 0);
   static_assert(kStage % 1024 == 0 && S::kSideBytes % 1024 == 0);
 
   __device__ __forceinline__ explicit Ring(char* start)
-      : stages(start + (-address_in_shared(start) & 1023)), full(reinterpret_cast<Barrier*>(stages + kStages * kStage)),
+      : stages(start + (-address_in_shared(start) & 1023)), full(reinterpret_cast<Barrier*>(beside() + S::kBytesBeside)),
         empty(full + kStages) {}
   __device__ __forceinline__ char* weights(int slot) const { return stages + slot * kStage; }
   __device__ __forceinline__ char* tokens(int slot) const { return weights(slot) + kWeights; }
+  __device__ __forceinline__ char* beside() const { return stages + kStages * kStage; }  // kBytesBeside of a shape's own
   __device__ __forceinline__ char* side(int slot) const { return tokens(slot) + kTokens; }
 
-  // By all threads of a block. `readers` arrive at a slot of each block that fills it once they are done with it, and as many `fillers`
-  // as there are when what they put there is there.
-  __device__ __forceinline__ void open(int readers, int fillers) const {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) init(&full[i], fillers), init(&empty[i], S::kCluster * readers);
+  // By all threads of a block. `readers` arrive at a slot of each block that fills it once they are done with it.
+  __device__ __forceinline__ void open(int readers) const {
+    if (threadIdx.x == blockDim.x - 32) {  // of the warp that copies, or that nobody waits for
+      for (int i = 0; i < kStages; ++i) init(&full[i], 1), init(&empty[i], S::kCluster * readers);
       publish_barriers();
     }
     if constexpr (S::kCluster > 1) cluster_barrier();
@@ -77,6 +78,7 @@ struct Tile {
   static int64_t count(int64_t m, int64_t n) {
     return ceil_div(ceil_div(n, S::kChannels), S::kCluster) * S::kCluster * ceil_div(m, S::kTokens);
   }
+  __device__ __forceinline__ Tile(int m0, int n0) : m0(m0), n0(n0) {}
   __device__ __forceinline__ Tile(int m, int n, int64_t block) {
     constexpr int kTogether = 8;
     const int64_t clusters_n = ceil_div(ceil_div(n, S::kChannels), S::kCluster), tiles_m = ceil_div(m, S::kTokens);
@@ -96,75 +98,77 @@ struct Share {
   int first, count;
 };
 
+// Where in the ring a thread is: which slot, and the parity of the phase that it waits for there.
+template <typename S>
+struct Turn {
+  template <int kSteps = 1>
+  __device__ __forceinline__ void next() {
+    static_assert(kSteps <= Ring<S>::kStages);
+    if ((slot += kSteps) >= Ring<S>::kStages) slot -= Ring<S>::kStages, parity ^= 1;
+  }
+  int slot = 0, parity = 0;
+};
+
 // What every product begins with: its ring, opened for warps that read, and what of the product is the block's. By all threads.
+//
+// Blocks that stay (kStays), as many as the GPU runs at once, take one tile after another: stages of the next are copied while one is
+// finished. Where memory is the bound, that is slower than new blocks, which go where there is time.
 template <typename S>
 struct Block {
-  __device__ __forceinline__ Block(const Streams& p, char* start, int readers, int fillers = 1)
-      : ring(start), tile(p.m, p.n, blockIdx.x), share(p), warp(__shfl_sync(~0u, threadIdx.x / 32, 0)) {
-    ring.open(readers, fillers);
+  __device__ __forceinline__ Block(const Streams& p, char* start) : ring(start), share(p), warp(__shfl_sync(~0u, threadIdx.x / 32, 0)) {}
+  __device__ __forceinline__ Block(const Streams& p, char* start, int readers) : Block(p, start) { ring.open(readers); }
+  template <typename F>
+  __device__ __forceinline__ void each_tile(const Streams& p, F f) const {
+    if constexpr (!S::kStays) return f(Tile<S>(p.m, p.n, blockIdx.x));
+    else for (int i = blockIdx.x; i < p.tiles; i += gridDim.x) f(Tile<S>(p.m, p.n, i));
   }
   const Ring<S> ring;
-  const Tile<S> tile;
   const Share<S> share;
   const int warp;  // so that the compiler sees that lanes have the same
 };
 
-// Copies stages of both operands into the ring, by one thread. With the tokens of a stage goes what `beside(stage, slot)` copies, so
-// many bytes.
+// Copies stages of both operands into the ring, by one thread. With the tokens of a stage goes what `beside(tile, stage, slot)` copies,
+// so many bytes.
 template <typename S, typename Beside>
-__device__ __forceinline__ void copy_stages(
-    const Streams& p, const Ring<S>& ring, const Tile<S>& tile, const Share<S>& share, int bytes_beside, Beside beside) {
+__device__ __forceinline__ void copy_stages(const Streams& p, const Block<S>& own, int bytes_beside, Beside beside) {
+  const Ring<S>& ring = own.ring;
+  const Share<S>& share = own.share;
   const int rank = S::kCluster > 1 ? int(block_of_cluster()) : 0;
   prefetch_map(&p.weights), prefetch_map(&p.tokens);
-  auto weights = [&](int i, int slot) {
+  auto weights = [&](const Tile<S>& tile, int i, int slot) {
     expect(&ring.full[slot], Ring<S>::kWeights + Ring<S>::kTokens + bytes_beside);
     copy_box(ring.weights(slot), &p.weights, (share.first + i) * S::kRowBytes, tile.n0, &ring.full[slot]);
   };
-  auto tokens = [&](int i, int slot) {
+  auto tokens = [&](const Tile<S>& tile, int i, int slot) {
     constexpr int kRows = S::kTokens / S::kCluster;
 #pragma unroll
     for (int box = 0; box < S::kPlanes * S::kBoxes; ++box) {
       char* to = ring.tokens(slot) + box * Ring<S>::kBox + rank * kRows * kBoxBytes;
-      const int x = ((share.first + i) * S::kBoxes + box % S::kBoxes) * kBoxBytes;
-      const int y = tile.m0 + rank * kRows + box / S::kBoxes * p.m;
+      const int x = ((share.first + i) * S::kBoxes + box / S::kPlanes) * kBoxBytes;
+      const int y = tile.m0 + rank * kRows + box % S::kPlanes * p.m;
       if constexpr (S::kCluster == 1) copy_box(to, &p.tokens, x, y, &ring.full[slot]);
       else copy_box_to_all<S::kCluster>(to, &p.tokens, x, y, &ring.full[slot]);
     }
-    beside(share.first + i, slot);
+    beside(tile, share.first + i, slot);
   };
-  const int ahead = min(share.count, Ring<S>::kStages);
-  if (p.follows) {
-    for (int i = 0; i < ahead; ++i) weights(i, i);
-  }
+  // the first stages' weights do not wait for the kernel that makes tokens
+  int ahead = p.follows ? min(share.count, Ring<S>::kStages) : 0;
+  for (int i = 0; i < ahead; ++i) weights(Tile<S>(p.m, p.n, blockIdx.x), i, i);
   wait_for_kernel_before();
-  for (int i = 0; i < ahead; ++i) {
-    if (!p.follows) weights(i, i);
-    tokens(i, i);
-  }
-  for (int i = ahead, slot = 0, parity = 0; i < share.count; ++i) {
-    wait(&ring.empty[slot], parity);
-    weights(i, slot);
-    tokens(i, slot);
-    if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
-  }
-}
-
-// The weights alone: others fill in the tokens.
-template <typename S>
-__device__ __forceinline__ void copy_weights(const Streams& p, const Ring<S>& ring, const Tile<S>& tile, const Share<S>& share) {
-  prefetch_map(&p.weights);
-  if (!p.follows) wait_for_kernel_before();
-  for (int i = 0, slot = 0, parity = 1; i < share.count; ++i) {
-    if (i >= Ring<S>::kStages) wait(&ring.empty[slot], parity);
-    expect(&ring.full[slot], Ring<S>::kWeights);
-    copy_box(ring.weights(slot), &p.weights, (share.first + i) * S::kRowBytes, tile.n0, &ring.full[slot]);
-    if (++slot == Ring<S>::kStages) slot = 0, parity ^= 1;
-  }
+  Turn<S> turn{0, 1};  // at first, slots are free
+  own.each_tile(p, [&](const Tile<S>& tile) {
+    for (int i = 0; i < share.count; ++i, turn.next()) {
+      wait(&ring.empty[turn.slot], turn.parity);
+      if (--ahead < 0) weights(tile, i, turn.slot);
+      tokens(tile, i, turn.slot);
+    }
+  });
 }
 
 // A stage's tokens and nothing else.
 struct Nothing {
-  __device__ __forceinline__ void operator()(int, int) const {}
+  template <typename Tile>
+  __device__ __forceinline__ void operator()(const Tile&, int, int) const {}
 };
 
 }  // namespace qpass

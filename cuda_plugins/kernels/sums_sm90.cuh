@@ -9,14 +9,14 @@
 
 namespace qpass {
 
-// Whose sums a product's threads have: kWarpgroups of kTiles_ * 64 channels each, all of a tile's tokens. What adds them up knows no
-// more of a shape.
-template <typename Out_, typename Sum_, int kWarpgroups, int kTiles_, int kTokens_, int kCluster_>
+// Whose sums a product's threads have: kWarpgroups of kTiles_ * 64 channels each, all of a tile's tokens; of kTeams_ such teams, each a
+// part of K. What adds them up knows no more of a shape.
+template <typename Out_, typename Sum_, int kWarpgroups, int kTiles_, int kTokens_, int kCluster_, int kTeams_ = 1>
 struct SumsOf {
   using Out = Out_;
   using Sum = Sum_;
-  static constexpr int kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_;
-  static constexpr int kConsumers = kWarpgroups * 128, kChannels = kWarpgroups * kTiles * 64;
+  static constexpr int kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_, kTeams = kTeams_;
+  static constexpr int kTeam = kWarpgroups * 128, kConsumers = kTeam * kTeams, kChannels = kWarpgroups * kTiles * 64;
   static constexpr int kColumns = kTiles * kTokens / 8;  // of eight tokens that a warp has sums of
 };
 
@@ -143,31 +143,32 @@ __device__ __forceinline__ int token_of(const Tile<S>& tile, int column) {
   return tile.m0 + column % (S::kTokens / 8) * 8;
 }
 
-// Adds up the sums of a cluster's splits, which lie where stages were: what sixteen channels have of eight tokens by a warp each, dealt
-// out among all of the cluster's.
+// Adds up what all teams of a cluster's blocks left where stages were: of sixteen channels and eight tokens by a warp, dealt out among
+// those of the cluster.
 template <typename S>
-__device__ __forceinline__ void add_up_together(const Finish& to, const Streams& p, const Block<S>& own) {
+__device__ __forceinline__ void add_up_together(const Finish& to, const Streams& p, const Block<S>& own, const Tile<S>& tile) {
   using Sum = typename S::Sum;
-  constexpr int kWarps = S::kConsumers / 32;
+  constexpr int kWarps = S::kConsumers / 32, kOfTeam = S::kTeam / 32, kAtOnce = 4;
   const Pack<Sum, 4>* const lanes = reinterpret_cast<const Pack<Sum, 4>*>(own.ring.stages) + threadIdx.x % 32;
-  for (int i = blockIdx.y + p.splits * own.warp; i < S::kColumns * kWarps; i += p.splits * kWarps) {
-    const int column = i / kWarps, token = token_of(own.tile, column);
+  for (int i = blockIdx.y + p.splits * own.warp; i < S::kColumns * kOfTeam; i += p.splits * kWarps) {
+    const int column = i / kOfTeam, warp = i % kOfTeam, token = token_of(tile, column);
     if (token >= p.m) continue;
-    const Epilogue<typename S::Out> epilogue(to, p.m, p.n, own.tile.n0 + line_of<S>(i % kWarps, column / (S::kTokens / 8)));
+    const Epilogue<typename S::Out> epilogue(to, p.m, p.n, tile.n0 + line_of<S>(warp, column / (S::kTokens / 8)));
     Sum sums[4] = {};
-    for (int from = 0; from < p.splits; from += kMostTogether / 2) {  // two or four
-      uint4 parts[kMostTogether / 2];
+    for (int from = 0; from < p.splits * S::kTeams; from += kAtOnce) {
+      uint4 parts[kAtOnce];
+      auto each = [&](auto f) {
 #pragma unroll
-      for (int s = 0; s < kMostTogether / 2; ++s) {
-        if (from + s < p.splits) parts[s] = read_from(lanes + i * 32, from + s);
-      }
+        for (int s = 0; s < kAtOnce; ++s) {
+          if (from + s < p.splits * S::kTeams) f(parts[s], (from + s) / S::kTeams, (from + s) % S::kTeams);
+        }
+      };
+      each([&](uint4& part, int block, int team) { part = read_from(lanes + (column * kWarps + team * kOfTeam + warp) * 32, block); });
+      each([&](const uint4& part, int, int) {
+        const auto of = same_bits<Pack<Sum, 4>>(part);
 #pragma unroll
-      for (int s = 0; s < kMostTogether / 2; ++s) {
-        if (from + s >= p.splits) break;
-        const auto part = same_bits<Pack<Sum, 4>>(parts[s]);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sums[c] += part.x[c];
-      }
+        for (int c = 0; c < 4; ++c) sums[c] += of.x[c];
+      });
     }
     epilogue.put({float(sums[0]), float(sums[1]), float(sums[2]), float(sums[3])}, token);
   }
@@ -176,38 +177,42 @@ __device__ __forceinline__ void add_up_together(const Finish& to, const Streams&
 // Stores a thread's sums, or leaves them to be added up: `value(t, j, c)` is of part t of its warpgroup's channels and eight tokens from
 // 8 j on. By all consumers.
 template <typename S, typename Value>
-__device__ __forceinline__ void leave(const Finish& to, const Streams& p, const Block<S>& own, Value value) {
+__device__ __forceinline__ void leave(const Finish& to, const Streams& p, const Block<S>& own, const Tile<S>& tile, Value value) {
   using Sum = typename S::Sum;
   static_assert(S::kColumns * S::kConsumers * 16 <= Ring<S>::kStages * Ring<S>::kStage);
   auto each = [&](int t, auto put) {
 #pragma unroll
     for (int j = 0; j < S::kTokens / 8; ++j) {
-      const int column = t * (S::kTokens / 8) + j, token = token_of(own.tile, column);
+      const int column = t * (S::kTokens / 8) + j, token = token_of(tile, column);
       if (token < p.m) put(column, token, Pack<Sum, 4>{{value(t, j, 0), value(t, j, 1), value(t, j, 2), value(t, j, 3)}});
     }
   };
-  if (p.together) barrier_of_first<S::kConsumers>();  // the ring is read no more
+  const bool here = S::kTeams > 1 || p.together;
+  if (here) barrier_of_first<S::kConsumers>();  // the ring is read no more
 #pragma unroll
   for (int t = 0; t < S::kTiles; ++t) {
-    if (p.splits == 1) {
-      const Epilogue<typename S::Out> epilogue(to, p.m, p.n, own.tile.n0 + line_of<S>(own.warp, t));
+    if (!here && p.splits == 1) {
+      const Epilogue<typename S::Out> epilogue(to, p.m, p.n, tile.n0 + line_of<S>(own.warp, t));
       each(t, [&](int, int token, const Pack<Sum, 4>& sums) {
         epilogue.put({float(sums.x[0]), float(sums.x[1]), float(sums.x[2]), float(sums.x[3])}, token);
       });
     } else {
       each(t, [&](int column, int, const Pack<Sum, 4>& sums) {
         Sum* at = static_cast<Sum*>(to.partial) + partial_at<S>(blockIdx.y, gridDim.x, blockIdx.x, column);
-        if (p.together) at = reinterpret_cast<Sum*>(own.ring.stages) + (column * S::kConsumers + threadIdx.x) * 4;
+        if (here) at = reinterpret_cast<Sum*>(own.ring.stages) + (column * S::kConsumers + threadIdx.x) * 4;
         *reinterpret_cast<Pack<Sum, 4>*>(at) = sums;
       });
     }
   }
-  if (!p.together) return;
-  __syncwarp();
-  cluster_barrier();
-  add_up_together(to, p, own);
-  __syncwarp();
-  cluster_barrier();  // nobody leaves while its sums are read
+  if (!here) return;
+  auto all_there = [&] {
+    if (!p.together) return barrier_of_first<S::kConsumers>();
+    __syncwarp();
+    cluster_barrier();
+  };
+  all_there();
+  add_up_together(to, p, own, tile);
+  if (p.together) all_there();  // nobody leaves while its sums are read
 }
 
 // How many clusters of `grid.cluster` the GPU runs at the same time, asked once a device and size: as kernels on streams have a
@@ -225,42 +230,59 @@ int64_t clusters_at_once(void (*kernel)(Parameters), const Grid& grid, const Dev
   return count;
 }
 
-// Launches a product whose kernel takes `p`, which has everything but maps and splits, and adds up what it left.
+// Divides a product into tiles, and their K where they are few.
 template <typename S, typename Parameters>
-cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const void* weights, int64_t weight_bytes, const void* tokens,
-    int64_t token_bytes, const Device& device, OncePerDevice& allowed, cudaStream_t stream) {
-  if (cudaError_t e = map_matrix(&p.weights, weights, p.n, weight_bytes, weight_bytes, S::kChannels, S::kRowBytes)) return e;
-  if (tokens) if (cudaError_t e = map_matrix(&p.tokens, tokens, p.m * S::kPlanes, token_bytes, token_bytes, S::kTokens / S::kCluster, kBoxBytes)) return e;
-  auto allow = [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring<S>::kBytes); };
-  if (cudaError_t e = allowed(device, allow)) return e;
+Grid divide(void (*kernel)(Parameters), Parameters& p, const Device& device) {
   const int64_t tiles = Tile<S>::count(p.m, p.n), stages = ceil_div(p.k, S::kStageK);
-  Grid grid{dim3(unsigned(tiles)), S::kThreads, Ring<S>::kBytes, dim3(S::kCluster)};
-  // A part of fewer than two stages costs more to add up than it saves.
-  const int64_t at_once = std::min<int64_t>(device.multiprocessors, kMostStreaming);
-  const int64_t parts = std::min({at_once / tiles, stages / 2, kMostSplitsOfK});
+  p.tiles = int(tiles);
+  const int64_t stay = device.multiprocessors / S::kCluster * S::kCluster;
+  Grid grid{dim3(unsigned(S::kStays ? std::min(tiles, stay) : tiles)), S::kThreads, Ring<S>::kBytes, dim3(S::kCluster)};
   auto split = [&](int64_t into) {
     p.stages_a_split = int(ceil_div(stages, into));
     p.splits = int(ceil_div(stages, p.stages_a_split));
     grid.blocks.y = unsigned(p.splits);
   };
-  split(std::max<int64_t>(parts, 1));
-  if (S::kCluster == 1) {
-    int together = kMostTogether;
-    while (together > parts) together /= 2;
+  // A part of fewer than two stages costs more to add up than it saves.
+  const int64_t at_once = std::min<int64_t>(device.multiprocessors, kMostStreaming);
+  const int64_t parts = std::min({at_once / tiles, stages / (2 * S::kTeams), kMostSplitsOfK});
+  split(S::kTeams > 1 ? 1 : std::max<int64_t>(parts, 1));
+  for (int together = kMostTogether; together > 1 && S::kCluster == 1 && !p.together; together /= 2) {
     // a second kernel takes longer than a quarter more of K, or than what so many splits leave
-    if (together > 1 && (together == kMostTogether || together * 4 >= parts * 3)) {
-      Grid clusters = grid;
-      clusters.blocks.y = clusters.cluster.y = unsigned(together);
-      if (ceil_div(stages, ceil_div(stages, together)) == together && clusters_at_once(kernel, clusters, device) >= tiles) {
-        split(together);
-        grid.cluster.y = unsigned(together), p.together = true;
-      }
-    }
+    const bool enough = S::kTeams > 1 || together == kMostTogether || together * 4 >= parts * 3;
+    if (together > parts || !enough || ceil_div(stages, ceil_div(stages, together)) != together) continue;
+    Grid clusters = grid;
+    clusters.blocks.y = clusters.cluster.y = unsigned(together);
+    if (clusters_at_once(kernel, clusters, device) < tiles) continue;
+    split(together);
+    grid.cluster.y = unsigned(together), p.together = true;
+  }
+  return grid;
+}
+
+// Launches a product whose kernel takes `p`, which has everything but maps and splits, and adds up what it left. Without `tokens` it
+// finds them itself. Where `good` says no to how it would be divided: cudaErrorNotSupported.
+template <typename S, typename Parameters, typename Good>
+cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const void* weights, int64_t weight_bytes, const void* tokens,
+    int64_t token_bytes, const Device& device, OncePerDevice& allowed, cudaStream_t stream, Good good) {
+  auto allow = [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring<S>::kBytes); };
+  if (cudaError_t e = allowed(device, allow)) return e;
+  const Grid grid = divide<S>(kernel, p, device);
+  if (!good(p)) return cudaErrorNotSupported;
+  if (cudaError_t e = map_matrix(&p.weights, weights, p.n, weight_bytes, weight_bytes, S::kChannels, S::kRowBytes)) return e;
+  if (tokens) {
+    const int rows = S::kTokens / S::kCluster;
+    if (cudaError_t e = map_matrix(&p.tokens, tokens, p.m * S::kPlanes, token_bytes, token_bytes, rows, kBoxBytes)) return e;
   }
   if (cudaError_t e = launch(grid, device, stream, kernel, p)) return e;
   if (p.splits == 1 || p.together) return cudaSuccess;
-  const Grid adding{dim3(S::kColumns, unsigned(tiles)), S::kConsumers};
+  const Grid adding{dim3(S::kColumns, unsigned(p.tiles)), S::kConsumers};
   return launch(adding, device, stream, add_up<typename S::Sums>, p.finish, p.m, p.n, p.splits);
+}
+template <typename S, typename Parameters>
+cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const void* weights, int64_t weight_bytes, const void* tokens,
+    int64_t token_bytes, const Device& device, OncePerDevice& allowed, cudaStream_t stream) {
+  return launch_streaming<S>(
+      kernel, p, weights, weight_bytes, tokens, token_bytes, device, allowed, stream, [](const Parameters&) { return true; });
 }
 
 }  // namespace qpass

@@ -50,7 +50,6 @@ Path path_by_rule(const qpass_weight_only_matmul_args& args) {
   if (args.type == QPASS_FLOAT) return kFew;
   if (may_mix(args)) {
     const int64_t weights = args.n * args.k;
-    if (args.m <= 8 && weights <= 1 << 26) return kFew;  // the fewest launches
     if (args.m <= 32) return kSplitK;
     return args.m <= kSplitKTokens && !args.int4 && weights > 1 << 26 ? kSplitK : kMixed;
   }
@@ -84,7 +83,7 @@ struct Plan {
     pads_weight = few && row_bytes != bytes;
     padded = few ? row_bytes * (args.int4 ? 2 : 1) : path == kSplitK ? ceil_div(args.k, kBlockK) * kBlockK : ceil_div(args.k, 8) * 8;
     fixed = (few && args.type != QPASS_FLOAT) || path == kSplitK;
-    makes = fixed && (few ? args.m <= kMadeTokens && args.k % kFixedV == 0 : args.m <= kMadeHere);
+    makes = few && fixed && args.m <= kMadeTokens && args.k % kFixedV == 0;
     prepares = !makes && (fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k);
     size_t at = 0;
     auto take = [&](size_t size) {
@@ -190,15 +189,21 @@ cudaError_t mixed(const qpass_weight_only_matmul_args& args, const Plan& plan, c
   MixedGemm g = mixed_of(args);
   g.workspace = workspace + plan.partial;
   g.follows = plan.prepares;
-  if (plan.path == kSplitK) {
-    g.x_scale = args.pre_quant_scale;
-    g.follows = true;  // weights are there before what is multiplied by them
-    const FixedActivations x = fixed_of(args, plan);
-    return fixed_gemm(g, plan.makes ? nullptr : &x, stream);
-  }
   if (plan.prepares) g.x = workspace + plan.x;
   if (plan.divides) g.row_scale = reinterpret_cast<float*>(workspace + plan.row_scale);
   return mixed_gemm(g, stream);
+}
+
+cudaError_t split_k(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
+  MixedGemm g = mixed_of(args);
+  g.workspace = static_cast<char*>(args.workspace) + plan.partial;
+  g.x_scale = args.pre_quant_scale;
+  g.follows = true;  // weights are there before what is multiplied by them
+  cudaError_t e = fixed_gemm(g, nullptr, stream);
+  if (e != cudaErrorNotSupported) return e;
+  const FixedActivations x = fixed_of(args, plan);
+  e = prepare_fixed(args, x, stream);
+  return e ? e : fixed_gemm(g, &x, stream);
 }
 
 cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaStream_t stream) {
@@ -206,6 +211,7 @@ cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaSt
   if (plan.path == kMany && !may_expand(args)) return cudaErrorNotSupported;
   const bool streams = plan.path == kMixed || plan.path == kSplitK;
   if (streams && (!may_mix(args) || (plan.path == kSplitK && args.m > kSplitKTokens))) return cudaErrorNotSupported;
+  if (plan.path == kSplitK) return split_k(args, plan, stream);
   if (plan.fixed && plan.prepares) {
     if (cudaError_t e = prepare_fixed(args, fixed_of(args, plan), stream)) return e;
   } else if (plan.prepares) {
@@ -213,9 +219,9 @@ cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaSt
     float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
     if (cudaError_t e = prepare_activations(args, workspace + plan.x, plan.padded, row_scale, stream)) return e;
   }
-  return plan.path == kFew ? few_tokens(args, plan, stream)
-         : streams          ? mixed(args, plan, stream)
-                            : many_tokens(args, plan, stream);
+  return plan.path == kFew     ? few_tokens(args, plan, stream)
+         : plan.path == kMixed ? mixed(args, plan, stream)
+                               : many_tokens(args, plan, stream);
 }
 
 }  // namespace

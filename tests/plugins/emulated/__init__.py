@@ -41,12 +41,13 @@ RUNTIME = """
 extern "C" {
 int emulated_questions = 0;
 __attribute__((visibility("default"))) int emulated_major = 9;  // of the compute capability
+__attribute__((visibility("default"))) int emulated_multiprocessors = 132;
 const char* emulated_fault = nullptr;
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* id) { return *id = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   ++emulated_questions;
-  *value = which == cudaDevAttrMultiProcessorCount ? 132 : 0;
+  *value = which == cudaDevAttrMultiProcessorCount ? emulated_multiprocessors : 0;
   if (which == cudaDevAttrComputeCapabilityMajor) *value = emulated_major;
   return cudaSuccess;
 }

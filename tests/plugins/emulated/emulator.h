@@ -32,6 +32,7 @@
 
 // How often the runtime was asked for what does not change, or told what it knows.
 extern "C" __attribute__((visibility("default"))) int emulated_questions;
+extern "C" __attribute__((visibility("default"))) int emulated_multiprocessors;
 // What a GPU would have stopped at first, until somebody asks: then it is null again.
 extern "C" __attribute__((visibility("default"))) const char* emulated_fault;
 
@@ -195,11 +196,11 @@ cudaError_t launch_with(const cudaLaunchConfig_t* told, void (*kernel)(Parameter
   return cudaSuccess;
 }
 
-// A GPU of eight groups of sixteen multiprocessors and one of four, none of whose clusters is in two of them.
+// A GPU whose multiprocessors are in groups of sixteen, none of whose clusters is in two of them.
 template <typename... Parameters>
 cudaError_t clusters_at_once(int* count, void (*)(Parameters...), const cudaLaunchConfig_t* told) {
-  const int size = int(told->attrs[0].val.clusterDim.y);
-  return ++emulated_questions, *count = 8 * (16 / size) + 4 / size, cudaSuccess;
+  const int size = int(told->attrs[0].val.clusterDim.y), all = emulated_multiprocessors;
+  return ++emulated_questions, *count = all / 16 * (16 / size) + all % 16 / size, cudaSuccess;
 }
 
 template <typename... Parameters>

@@ -1,0 +1,185 @@
+// Sixteen tokens and fewer beside integer weights on Hopper, in one kernel: every block makes the integers of the tokens that it meets
+// while the first weights are on their way, and keeps them. Its four warpgroups take stages in turn, in teams that have a stage's
+// channels together; where tiles are few, so do the blocks of a cluster. All of them add up their sums in shared memory.
+#pragma once
+
+#include "fixed_math_sm90.cuh"
+
+namespace qpass {
+
+// kWide warpgroups share a stage. kResident: bytes of shared memory for tokens.
+template <typename Out, bool kInt4, int kGroup, bool kZeros, int kTokens, int kWide>
+struct FewShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, kZeros, kTokens> {
+  using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
+  using Of = FixedOf<kInt4, kGroup, kZeros, kTokens>;
+  static constexpr int kThreads = Sums::kConsumers + 32, kBoxes = 0, kSideBytes = 0;
+  static constexpr int kMostStages = kWide == 1 ? 8 : kWide == 2 ? 6 : 4;  // with more in flight, all take longer
+  static constexpr int kBlockBytes = Of::kPlanes * kTokens * kBoxBytes;                  // of tokens
+  static constexpr int kSideRow = kTokens * 4 * (1 + (kZeros ? Of::kSpans : 0));         // of a block: scales, and sums
+  static constexpr int kMostBlocks = (kWide == 1 ? 96 << 10 : 64 << 10) / kBlockBytes;  // that a block has room for
+  static constexpr int kBytesBeside = (kMostBlocks * (kBlockBytes + kSideRow) + 1023) / 1024 * 1024;
+};
+
+// Tokens of the block's share of K, as integers in shared memory. All consumers make them: sixteen lanes a block of a token.
+template <typename S>
+class Resident {
+ public:
+  __device__ __forceinline__ Resident(const FixedProduct& p, const Ring<S>& ring, const Share<S>& share)
+      : p_(p), blocks_(share.count * S::kBlocks), first_(share.first * S::kBlocks), token_a_job_(1.f / float(blocks_)),
+        matrices_(ring.beside()), sides_(matrices_ + S::kMostBlocks * S::kBlockBytes) {}
+
+  __device__ __forceinline__ FixedBlock block(int i) const {
+    const float* scale = reinterpret_cast<const float*>(sides_ + i * S::kSideRow);
+    return {matrix_at(matrices_ + i * S::kBlockBytes), scale, reinterpret_cast<const int*>(scale + S::kTokens)};
+  }
+
+  // Asks for tokens, the first ones before all else: they would come behind it.
+  __device__ __forceinline__ void ask(int from = 0) {
+    each(from, [&](int r, bool there, int token, int, int k) {
+      raw_[r] = there && k < p_.k ? read<kV>(static_cast<const T*>(p_.x) + int64_t(token) * p_.k + k) : Bits<T, kV>();
+      if (p_.x_scale && there && k < p_.k) prefetch(p_.x_scale + k);
+    });
+  }
+
+  __device__ __forceinline__ void make() {
+    for (int from = 0;; ask(from)) {
+      each(from, [&](int r, bool there, int token, int block, int k) { put(raw_[r], there, token, block, k); });
+      if ((from += kTeams * kAtOnce) >= p_.m * blocks_) break;
+    }
+    publish_writes();
+    barrier_of_first<S::kConsumers>();
+  }
+
+ private:
+  using T = typename S::Out;
+  static constexpr int kV = kFixedV, kTeams = S::kConsumers / kFixedLanes, kAtOnce = 8;
+
+  // f(which of those at once, whether it is one, its token, block, and first value) of a lane's jobs.
+  template <typename F>
+  __device__ __forceinline__ void each(int from, F f) const {
+    const int lane = threadIdx.x % kFixedLanes, team = threadIdx.x / kFixedLanes, jobs = p_.m * blocks_;
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int job = from + r * kTeams + team, token = int((float(job) + 0.5f) * token_a_job_), block = job - token * blocks_;
+      if (job - team < jobs) f(r, job < jobs, token, block, (first_ + block) * kBlockK + lane * kV);
+    }
+  }
+
+  __device__ __forceinline__ void put(const Bits<T, kV>& raw, bool there, int token, int block, int k) const {
+    constexpr int kLanes = S::kGroup && S::kGroup < kBlockK ? S::kGroup / kV : kFixedLanes;  // that share a sum
+    const int lane = threadIdx.x % kFixedLanes;
+    float value[kV];
+    to_floats(raw, value);
+    if (p_.x_scale && there && k < p_.k) {
+      float by[kV];
+      load<kV>(p_.x_scale + k, by);
+#pragma unroll
+      for (int j = 0; j < kV; ++j) value[j] *= by[j];
+    }
+    const FixedCodes codes = to_fixed<S::kInt4>(value);
+    const int sum = S::kZeros ? sum_of_lanes(codes.sum, kLanes) : 0;
+    if (!there) return;
+    auto store = [&](int plane, int half, uint32_t four) {  // where products of 32 meet this lane's values
+      char* const row = matrices_ + block * S::kBlockBytes + (plane * S::kTokens + token) * kBoxBytes;
+      *reinterpret_cast<uint32_t*>(row + ((lane / 4 * 2 + half) ^ token % 8) * 16 + lane % 4 * 4) = four;
+    };
+    store(0, 0, codes.high.x), store(0, 1, codes.high.y), store(1, 0, codes.low.x), store(1, 1, codes.low.y);
+    char* const side = sides_ + block * S::kSideRow + token * 4;
+    if (lane == 0) *reinterpret_cast<float*>(side) = codes.scale;
+    if (S::kZeros && lane % kLanes == 0) *reinterpret_cast<int*>(side + (1 + lane / kLanes) * S::kTokens * 4) = sum;
+  }
+
+  const FixedProduct& p_;
+  const int blocks_, first_;
+  const float token_a_job_;
+  char *const matrices_, *const sides_;
+  Bits<T, kV> raw_[kAtOnce];
+};
+
+// The part of a block's stages that is a team's; what does not divide goes to the first.
+template <typename S>
+struct TeamShare {
+  __device__ __forceinline__ TeamShare(const Share<S>& share, int team)
+      : first(team * (share.count / S::kTeams) + min(team, share.count % S::kTeams)),
+        count(share.count / S::kTeams + (team < share.count % S::kTeams)) {}
+  int first, count;  // from the block's on
+};
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_constant__ FixedProduct p) {
+  extern __shared__ __align__(128) char start[];
+  let_next_kernel_start();
+  constexpr int kWarps = S::kTeam / 32;
+  const Block<S> own(p, start);
+  const Tile<S> tile(0, blockIdx.x * S::kChannels);
+  const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
+  if (own.warp == S::kConsumers / 32) {
+    own.ring.open(kWarps);  // now the others have asked for tokens and scales, which would wait behind all that weights are asked for
+    if (threadIdx.x == S::kConsumers) {
+      prefetch_map(&p.weights);
+      Turn<S> turn{0, 1};  // at first, slots are free
+      for (int i = 0; i < own.share.count; ++i, turn.next()) {
+        const int stage = own.share.first + TeamShare<S>(own.share, i % S::kTeams).first + i / S::kTeams;
+        wait(&own.ring.empty[turn.slot], turn.parity);
+        expect(&own.ring.full[turn.slot], Ring<S>::kWeights);
+        copy_box(own.ring.weights(turn.slot), &p.weights, stage * S::kRowBytes, tile.n0, &own.ring.full[turn.slot]);
+      }
+    }
+    return;
+  }
+  Resident<S> tokens(p, own.ring, own.share);
+  const TeamShare<S> share(own.share, team);
+  wait_for_kernel_before();
+  tokens.ask();
+  FixedScales<S> scales(p, tile.n0 + line, (own.share.first + share.first) * S::kGroups);
+  own.ring.open(kWarps);
+  prefetch_finish(p.finish, p, tile);
+  tokens.make();
+  float sums[S::kSums] = {};
+  int32_t part[S::kParts];
+  Turn<S> turn{team, 0};
+  for (int i = 0; i < share.count; ++i, turn.template next<S::kTeams>()) {
+    wait(&own.ring.full[turn.slot], turn.parity);
+#pragma unroll
+    for (int block = 0; block < S::kBlocks; ++block) {
+      const char* rows = own.ring.weights(turn.slot) + line * S::kRowBytes;
+      const int at = (share.first + i) * S::kBlocks + block;
+      add_block<S>(sums, part, rows, block, tokens.block(at), scales, (own.share.first * S::kBlocks + at) * S::kSpans);
+    }
+    own.ring.free(turn.slot);
+  }
+  leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
+}
+
+// Launches it if there is room for the tokens and that keeps at least `least` multiprocessors busy: else cudaErrorNotSupported.
+template <typename S>
+cudaError_t few_if(int64_t least, const FixedProduct& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  static OncePerDevice allowed;
+  const int64_t row = S::kInt4 ? g.k / 2 : g.k;
+  return launch_streaming<S>(few_product<S>, p, g.weight, row, nullptr, 0, device, allowed, stream, [&](const FixedProduct& p) {
+    return p.stages_a_split * S::kBlocks <= S::kMostBlocks && int64_t(p.tiles) * p.splits >= least;
+  });
+}
+
+// cudaErrorNotSupported where a kernel ahead should make the integers.
+template <typename Out, bool kInt4, int kGroup, bool kZeros>
+cudaError_t few_by_tokens(FixedProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  if (g.m > 16) return cudaErrorNotSupported;
+  p.x = g.x, p.x_scale = g.x_scale;
+  cudaError_t e = cudaErrorNotSupported;
+  auto with = [&](auto tokens, auto wide, int64_t least) {
+    if (e == cudaErrorNotSupported) e = few_if<FewShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>>(least, p, g, device, stream);
+  };
+  using std::integral_constant;
+  const int64_t most = device.multiprocessors;
+  if (g.m <= 8) {
+    with(integral_constant<int, 8>(), integral_constant<int, 2>(), most * 3 / 4);
+    with(integral_constant<int, 8>(), integral_constant<int, 1>(), most * 3 / 4);
+  } else {
+    with(integral_constant<int, 16>(), integral_constant<int, 1>(), most * 3 / 4);
+  }
+  with(integral_constant<int, 16>(), integral_constant<int, 4>(), 0);
+  return e;
+}
+
+}  // namespace qpass
