@@ -151,13 +151,15 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
   leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
 }
 
-// Launches it if there is room for the tokens and that keeps at least `least` multiprocessors busy: else cudaErrorNotSupported.
+// Launches it if there is room for the tokens, and at least `least` multiprocessors have a block to do, none more than one: else
+// cudaErrorNotSupported.
 template <typename S>
 cudaError_t few_if(int64_t least, const FixedProduct& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
   static OncePerDevice allowed;
   const int64_t row = S::kInt4 ? g.k / 2 : g.k;
   return launch_streaming<S>(few_product<S>, p, g.weight, row, nullptr, 0, device, allowed, stream, [&](const FixedProduct& p) {
-    return p.stages_a_split * S::kBlocks <= S::kMostBlocks && int64_t(p.tiles) * p.splits >= least;
+    const int64_t blocks = int64_t(p.tiles) * p.splits;
+    return p.stages_a_split * S::kBlocks <= S::kMostBlocks && least <= blocks && blocks <= device.multiprocessors;
   });
 }
 
@@ -171,14 +173,15 @@ cudaError_t few_by_tokens(FixedProduct p, const MixedGemm& g, const Device& devi
     if (e == cudaErrorNotSupported) e = few_if<FewShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>>(least, p, g, device, stream);
   };
   using std::integral_constant;
-  const int64_t most = device.multiprocessors;
+  const int64_t most = device.multiprocessors * 3 / 5;
   if (g.m <= 8) {
-    with(integral_constant<int, 8>(), integral_constant<int, 2>(), most * 3 / 4);
-    with(integral_constant<int, 8>(), integral_constant<int, 1>(), most * 3 / 4);
+    with(integral_constant<int, 8>(), integral_constant<int, 2>(), most);
+    with(integral_constant<int, 8>(), integral_constant<int, 1>(), most);
+    with(integral_constant<int, 8>(), integral_constant<int, 4>(), 0);
   } else {
-    with(integral_constant<int, 16>(), integral_constant<int, 1>(), most * 3 / 4);
+    with(integral_constant<int, 16>(), integral_constant<int, 1>(), most);
+    with(integral_constant<int, 16>(), integral_constant<int, 4>(), 0);
   }
-  with(integral_constant<int, 16>(), integral_constant<int, 4>(), 0);
   return e;
 }
 

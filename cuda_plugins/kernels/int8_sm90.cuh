@@ -11,14 +11,13 @@ struct Int8Product : Streams {
   Finish finish;
 };
 
-// kWarpgroups of kTiles * 64 channels each.
-template <typename Out, int kTokens, int kWarpgroups, int kTiles>
-struct Int8Shape : SumsOf<Out, int32_t, kWarpgroups, kTiles, kTokens, 1> {
-  using Sums = SumsOf<Out, int32_t, kWarpgroups, kTiles, kTokens, 1>;
+template <typename Out, int kTokens>
+struct Int8Shape : SumsOf<Out, int32_t, 2, 2, kTokens, 1> {
+  using Sums = SumsOf<Out, int32_t, 2, 2, kTokens, 1>;
   static constexpr int kThreads = Sums::kConsumers + 32;
   static constexpr int kStageK = 128, kRowBytes = 128, kBoxes = 1, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = false;
-  static constexpr int kMostStages = 8 / (kWarpgroups * kTiles) + 2, kBytesBeside = 0;
+  static constexpr int kMostStages = 4, kBytesBeside = 0;
 };
 
 template <typename S>
@@ -60,28 +59,14 @@ cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream) 
   Int8Product p{};
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
   p.finish = {g.row_scale, g.col_scale, g.bias, g.d, g.per_row, g.per_column, g.workspace};
-  cudaError_t e = cudaErrorNotSupported;
-  auto with = [&](auto tokens, auto warpgroups, auto tiles, bool only_together) {
-    using S = Int8Shape<Out, tokens(), warpgroups(), tiles()>;
+  auto with = [&](auto tokens) {
+    using S = Int8Shape<Out, tokens()>;
     static OncePerDevice allowed;
-    if (e != cudaErrorNotSupported) return;
-    e = launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, allowed, stream, [&](const Int8Product& p) {
-      return !only_together || (p.together && p.tiles * p.splits >= device.multiprocessors * 3 / 4);
-    });
+    return launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, allowed, stream);
   };
-  using std::integral_constant;
-  integral_constant<int, 1> one;
-  integral_constant<int, 2> two;
-  if (g.m <= 16) {  // narrow tiles, where clusters then have them: half or a quarter of the channels share tokens, which are few
-    with(integral_constant<int, 16>(), two, one, true);
-    with(integral_constant<int, 16>(), one, one, true);
-    with(integral_constant<int, 16>(), two, two, false);
-  } else if (g.m <= 32) {
-    with(integral_constant<int, 32>(), two, two, false);
-  } else {
-    with(integral_constant<int, 64>(), two, two, false);
-  }
-  return e;
+  if (g.m <= 16) return with(std::integral_constant<int, 16>());
+  if (g.m <= 32) return with(std::integral_constant<int, 32>());
+  return with(std::integral_constant<int, 64>());
 }
 
 }  // namespace qpass
