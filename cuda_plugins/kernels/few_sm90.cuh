@@ -113,8 +113,16 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
   const Block<S> own(p, start);
   const Tile<S> tile(0, blockIdx.x * S::kChannels);
   const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
-  if (own.warp == S::kConsumers / 32) {
-    own.ring.open(kWarps);  // now the others have asked for tokens and scales, which would wait behind all that weights are asked for
+  const bool multiplies = own.warp < S::kConsumers / 32;
+  const TeamShare<S> share(own.share, team);
+  Resident<S> tokens(p, own.ring, own.share);
+  if (multiplies) {  // tokens and scales are asked for first: they would wait behind all that weights are
+    wait_for_kernel_before();
+    tokens.ask();
+  }
+  FixedScales<S> scales(p, tile.n0 + line, multiplies ? (own.share.first + share.first) * S::kGroups : p.scales);
+  own.ring.open(kWarps);
+  if (!multiplies) {
     if (threadIdx.x == S::kConsumers) {
       prefetch_map(&p.weights);
       Turn<S> turn{0, 1};  // at first, slots are free
@@ -127,12 +135,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
     }
     return;
   }
-  Resident<S> tokens(p, own.ring, own.share);
-  const TeamShare<S> share(own.share, team);
-  wait_for_kernel_before();
-  tokens.ask();
-  FixedScales<S> scales(p, tile.n0 + line, (own.share.first + share.first) * S::kGroups);
-  own.ring.open(kWarps);
   prefetch_finish(p.finish, p, tile);
   tokens.make();
   float sums[S::kSums] = {};
@@ -163,7 +165,7 @@ cudaError_t few_if(int64_t least, const FixedProduct& p, const MixedGemm& g, con
   });
 }
 
-// cudaErrorNotSupported where a kernel ahead should make the integers.
+// cudaErrorNotSupported where a kernel ahead should make the integers: more tokens take longer to make than to copy.
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t few_by_tokens(FixedProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
   if (g.m > 16) return cudaErrorNotSupported;
@@ -180,7 +182,6 @@ cudaError_t few_by_tokens(FixedProduct p, const MixedGemm& g, const Device& devi
     with(integral_constant<int, 8>(), integral_constant<int, 4>(), 0);
   } else {
     with(integral_constant<int, 16>(), integral_constant<int, 1>(), most);
-    with(integral_constant<int, 16>(), integral_constant<int, 4>(), 0);
   }
   return e;
 }

@@ -68,7 +68,8 @@ constexpr int staged_bytes(int threads) {
   return !kLong && kFits && kPack == 16 * Source::kOperands ? threads * Layout::N * kPack : 0;
 }
 
-template <typename Source, typename Layout, bool kLong, bool kSmooth>
+// kWhole: a row fills its threads' packs, so that nothing is beyond it.
+template <typename Source, typename Layout, bool kLong, bool kSmooth, bool kWhole>
 __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlocks)
     quantize_rows(Source all, int64_t rows, int k, qpass_quantized result) {
   using T = typename Source::T;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   const int first = first_of_warp + int(threadIdx.x) % 32 * V;
   auto packs = [&](auto&& f, int begin = 0) {  // f(pack, its column, whether that is within the row)
 #pragma unroll
-    for (int i = 0; i < N; ++i) f(i, begin + first + i * 32 * V, begin + first + i * 32 * V < k);
+    for (int i = 0; i < N; ++i) f(i, begin + first + i * 32 * V, kWhole || begin + first + i * 32 * V < k);
   };
   Raw raw[N];
   float v[N][V];
@@ -205,19 +206,25 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
     auto finish = [&](int begin) {
       if constexpr (Source::kNorm) {
         if (kLong && !source.rms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
-        packs([&](int i, int column, bool within) {
+        auto scaled = [&](int i, int column, bool within, float (&factor)[V]) {
           if constexpr (!kGamma) gamma[i] = within ? read<V>(source.gamma + column) : Bits<T, V>();
-          float factor[V];
           to_floats(gamma[i], factor);
 #pragma unroll
-          for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], inverse_deviation, shift) * factor[j];
-        }, begin);
+          for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], inverse_deviation, shift);
+        };
         if (source.beta) packs([&](int i, int column, bool within) {
+          float factor[V], plus[V];
+          scaled(i, column, within, factor);
           if constexpr (!kBeta) beta[i] = within ? read<V>(source.beta + column) : Bits<T, V>();
-          float plus[V];
           to_floats(beta[i], plus);
 #pragma unroll
-          for (int j = 0; j < V; ++j) v[i][j] = __fadd_rn(v[i][j], plus[j]);
+          for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], factor[j], plus[j]);
+        }, begin);
+        else packs([&](int i, int column, bool within) {
+          float factor[V];
+          scaled(i, column, within, factor);
+#pragma unroll
+          for (int j = 0; j < V; ++j) v[i][j] *= factor[j];
         }, begin);
       }
     };
@@ -270,9 +277,12 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
 
 template <typename Layout, bool kLong, bool kSmooth, typename Source>
 cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
-  const auto kernel = quantize_rows<Source, Layout, kLong, kSmooth>;
   constexpr int kRows = Layout::kRows;
   const int threads = kLong || Layout::kWarp ? Layout::kThreads : int(ceil_div(k, 32 * Layout::N * Layout::V)) * 32;
+  auto kernel = quantize_rows<Source, Layout, kLong, kSmooth, false>;
+  if constexpr (!kLong && !kSmooth && Layout::V > 1) {
+    if (k == int64_t(threads) * Layout::N * Layout::V) kernel = quantize_rows<Source, Layout, kLong, kSmooth, true>;
+  }
   const int shared = staged_bytes<Source, Layout, kLong>(threads * kRows);
   int64_t blocks = ceil_div(rows, kRows);
   Device device;
@@ -284,13 +294,14 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
   }
   if (blocks > device.multiprocessors) {
     static thread_local struct {
+      decltype(kernel) of;
       int device = -1, threads, shared, resident;
     } last;  // asked of the same rows as before it takes longer than the launch
-    if (last.device != device.id || last.threads != threads || last.shared != shared) {
+    if (last.of != kernel || last.device != device.id || last.threads != threads || last.shared != shared) {
       int resident = 0;
       cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads * kRows, shared);
       if (error) return error;
-      last = {device.id, threads, shared, resident > 1 ? resident : 1};
+      last = {kernel, device.id, threads, shared, resident > 1 ? resident : 1};
     }
     const int64_t at_once = int64_t(last.resident) * device.multiprocessors;
     blocks = blocks < at_once ? blocks : at_once;  // full multiprocessors, also where some blocks then take a row less

@@ -11,7 +11,7 @@ import itertools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,35 @@ def test_products_on_streams(name: str, tokens: int, on_host: Library) -> None:
     assert seen == {v for v, can in zip(STREAMING, (few, of_ints), strict=True) if can}
 
 
+@pytest.fixture(params=[2, 5, 8])
+def small_gpu(request: pytest.FixtureRequest, on_host: Library) -> Iterator[Library]:
+    """On a GPU of so few multiprocessors that products of a test's size are divided among them as large ones are."""
+    library = ctypes.CDLL(str(on_host.path))
+    device, multiprocessors = (ctypes.c_int.in_dll(library, f"emulated_{n}") for n in ("device", "multiprocessors"))
+    before = device.value, multiprocessors.value
+    device.value, multiprocessors.value = request.param, request.param
+    yield on_host
+    device.value, multiprocessors.value = before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MATMULS)
+def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> None:
+    """Tile after tile by a block that stays. Tiles of 64 and 128 channels whose tokens become integers in every block, with
+    K split among warpgroups and among the blocks of a cluster, and whole.
+    """
+    op = REGISTRY[name]
+    asked = [(a, d) for a, d in itertools.product(signatures(op), DTYPES) if output_of(a, d) == d]
+    few = [(1, 300, 1024), (5, 530, 1024), (8, 200, 2048), (8, 1000, 1024), (16, 130, 2048), (12, 520, 4096)]
+    seen: set[str] = set()
+    for i, (m, n, k) in enumerate([*few, (300, 300, 512)]):
+        attrs, dtype = asked[(i * 7 + 3) % len(asked)]
+        case = example(op, attrs, dtype, lead=(m,), n=n, k=k, seed=i)
+        check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
+        seen |= {*streamed(small_gpu, case, check)}
+    assert seen == {*STREAMING} if name in WEIGHT_ONLY else {"sm90_split_k"}
+
+
 def output_of(attrs: Mapping[str, Attr], dtype: np.dtype[Any]) -> np.dtype[Any]:
     """What a product with activations of a dtype returns."""
     return np.dtype(helper.tensor_dtype_to_np_dtype(int(attrs["output_type"]))) if "output_type" in attrs else dtype
@@ -300,7 +329,7 @@ TensorMap map;
 void copied_to(int at) {
   Barrier barrier;
   init(&barrier, 1), expect(&barrier, map.box_rows * map.box_bytes);
-  copy_box(emulator::own.shared + at, &map, 0, 0, &barrier);
+  copy_box(emulator::current->home->shared + at, &map, 0, 0, &barrier);
 }
 void waits(int) {
   Barrier barrier;
@@ -309,7 +338,7 @@ void waits(int) {
 void multiplies(int at) {
   float sums[8] = {};
   uint32_t a[4] = {};
-  Wgmma<half, 16>::run(sums, a, matrix_at(emulator::own.shared + at));
+  Wgmma<half, 16>::run(sums, a, matrix_at(emulator::current->home->shared + at));
   commit_products();
 }
 void tell(void (*kernel)(int), int at) {

@@ -42,9 +42,10 @@ extern "C" {
 int emulated_questions = 0;
 __attribute__((visibility("default"))) int emulated_major = 9;  // of the compute capability
 __attribute__((visibility("default"))) int emulated_multiprocessors = 132;
+__attribute__((visibility("default"))) int emulated_device = 0;  // what is known of a GPU is kept by its number
 const char* emulated_fault = nullptr;
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaGetDevice(int* id) { return *id = 0, cudaSuccess; }
+cudaError_t cudaGetDevice(int* id) { return *id = emulated_device, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   ++emulated_questions;
   *value = which == cudaDevAttrMultiProcessorCount ? emulated_multiprocessors : 0;
@@ -111,7 +112,9 @@ def run(command: list[str]) -> None:
 
 def as_cpp(source: str) -> str:
     """A CUDA source in plain C++."""
-    source = re.sub(r"extern __shared__ [^;]*?char (\w+)\[\];", r"char* const \1 = emulator::current->home->shared;", source)
+    source = re.sub(
+        r"extern __shared__ [^;]*?char (\w+)\[\];", r"char* const \1 = emulator::current->home->shared;", source
+    )
     source = re.sub(r'asm(?: volatile)?\("([^"]*)".*?\);', lambda m: ASSEMBLY.get(m[1], m[0]), source, flags=re.S)
     for name, emulated in EMULATED.items():
         source = source.replace(f"{name}(", f"emulator::{emulated}(")
