@@ -206,25 +206,19 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
     auto finish = [&](int begin) {
       if constexpr (Source::kNorm) {
         if (kLong && !source.rms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
-        auto scaled = [&](int i, int column, bool within, float (&factor)[V]) {
+        packs([&](int i, int column, bool within) {
           if constexpr (!kGamma) gamma[i] = within ? read<V>(source.gamma + column) : Bits<T, V>();
+          float factor[V];
           to_floats(gamma[i], factor);
 #pragma unroll
-          for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], inverse_deviation, shift);
-        };
+          for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], inverse_deviation, shift) * factor[j];
+        }, begin);
         if (source.beta) packs([&](int i, int column, bool within) {
-          float factor[V], plus[V];
-          scaled(i, column, within, factor);
           if constexpr (!kBeta) beta[i] = within ? read<V>(source.beta + column) : Bits<T, V>();
+          float plus[V];
           to_floats(beta[i], plus);
 #pragma unroll
-          for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], factor[j], plus[j]);
-        }, begin);
-        else packs([&](int i, int column, bool within) {
-          float factor[V];
-          scaled(i, column, within, factor);
-#pragma unroll
-          for (int j = 0; j < V; ++j) v[i][j] *= factor[j];
+          for (int j = 0; j < V; ++j) v[i][j] = __fadd_rn(v[i][j], plus[j]);
         }, begin);
       }
     };
@@ -280,7 +274,8 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
   constexpr int kRows = Layout::kRows;
   const int threads = kLong || Layout::kWarp ? Layout::kThreads : int(ceil_div(k, 32 * Layout::N * Layout::V)) * 32;
   auto kernel = quantize_rows<Source, Layout, kLong, kSmooth, false>;
-  if constexpr (!kLong && !kSmooth && Layout::V > 1) {
+  // Norms are held up by registers: without tests, the compiler takes more of them for loads ahead than there are.
+  if constexpr (!kLong && !kSmooth && Layout::V > 1 && (!Source::kNorm || Layout::kFew)) {
     if (k == int64_t(threads) * Layout::N * Layout::V) kernel = quantize_rows<Source, Layout, kLong, kSmooth, true>;
   }
   const int shared = staged_bytes<Source, Layout, kLong>(threads * kRows);

@@ -188,8 +188,8 @@ def small_gpu(request: pytest.FixtureRequest, on_host: Library) -> Iterator[Libr
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MATMULS)
 def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> None:
-    """Tile after tile by a block that stays. Tiles of 64 and 128 channels whose tokens become integers in every block, with
-    K split among warpgroups and among the blocks of a cluster, and whole.
+    """Tile after tile by a block that stays. Tiles of 64 and 128 channels whose tokens become integers in every block,
+    with K split among warpgroups and among the blocks of a cluster, and whole.
     """
     op = REGISTRY[name]
     asked = [(a, d) for a, d in itertools.product(signatures(op), DTYPES) if output_of(a, d) == d]
