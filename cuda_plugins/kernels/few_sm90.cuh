@@ -7,16 +7,16 @@
 
 namespace qpass {
 
-// kWide warpgroups share a stage. kResident: bytes of shared memory for tokens.
+// kWide of the four warpgroups are a team.
 template <typename Out, bool kInt4, int kGroup, bool kZeros, int kTokens, int kWide>
 struct FewShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, kZeros, kTokens> {
   using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
   using Of = FixedOf<kInt4, kGroup, kZeros, kTokens>;
   static constexpr int kThreads = Sums::kConsumers + 32, kBoxes = 0, kSideBytes = 0;
   static constexpr int kMostStages = kWide == 1 ? 8 : kWide == 2 ? 6 : 4;  // with more in flight, all take longer
-  static constexpr int kBlockBytes = Of::kPlanes * kTokens * kBoxBytes;                  // of tokens
-  static constexpr int kSideRow = kTokens * 4 * (1 + (kZeros ? Of::kSpans : 0));         // of a block: scales, and sums
-  static constexpr int kMostBlocks = (kWide == 1 ? 96 << 10 : 64 << 10) / kBlockBytes;  // that a block has room for
+  static constexpr int kBlockBytes = Of::kPlanes * kTokens * kBoxBytes;            // of kBlockK values of all tokens
+  static constexpr int kSideRow = kTokens * 4 * (1 + (kZeros ? Of::kSpans : 0));   // beside them: scales, and sums
+  static constexpr int kMostBlocks = (kWide == 1 ? 96 : 64) * 1024 / kBlockBytes;  // that there is room for
   static constexpr int kBytesBeside = (kMostBlocks * (kBlockBytes + kSideRow) + 1023) / 1024 * 1024;
 };
 

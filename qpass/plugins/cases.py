@@ -39,6 +39,13 @@ WEIGHTS = (
 ODD_K = (1, 2, 7, 24, 33, 50, 100, 130, 1002)
 """Of weights whose rows are not 16-byte aligned; only ops without groups can have them."""
 ROWS = (1, 2, 3, 5, 8, 31, 64, 200, 1000)
+LARGE = {
+    (4096, 4096): (1, 16, 64, 200),
+    (1024, 11008): (1, 16, 64, 200),
+    (8192, 2048): (1, 5, 16),
+    (11008, 1024): (3, 8, 600),
+}
+"""Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens."""
 LENGTHS = (1, 2, 7, 8, 24, 33, 64, 100, 128, 255, 256, 768, 1000, 1024, 1026, 2048, 4095, 4096, 5120, 8192, 8200, 12288)
 LONG = (16384, 20000, 32768, 65544, 131072)
 
@@ -87,8 +94,8 @@ def _matmul_sizes(op: Op) -> Iterator[Make]:
         for m, k, n in itertools.product((1, 16, 70, 130), ODD_K, (1, 24, 130)):
             attrs, dtype = next(turn)
             yield _matmul(op, attrs, dtype, (m,), n, k)
-    for n, k in ((4096, 4096), (1024, 11008)):
-        for m in (1, 16, 64, 200):
+    for (n, k), few in LARGE.items():
+        for m in few:
             attrs, dtype = next(turn)
             yield _matmul(op, attrs, dtype, (m,), n, k)
 

@@ -174,6 +174,19 @@ def test_products_on_streams(name: str, tokens: int, on_host: Library) -> None:
     assert seen == {v for v, can in zip(STREAMING, (few, of_ints), strict=True) if can}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_tokens_that_become_integers_in_every_block(name: str, on_host: Library) -> None:
+    """Of weights that a large GPU's multiprocessors share: in tiles of 64 and 128 channels, by clusters and not."""
+    op = REGISTRY[name]
+    signed = itertools.cycle(itertools.product(signatures(op), DTYPES))
+    for (m, n, k), _ in itertools.product([(3, 8192, 2048), (8, 11008, 1024), (1, 4096, 2048)], range(5)):
+        attrs, dtype = next(signed)
+        case = example(op, attrs, dtype, lead=(m,), n=n, k=k, seed=m)
+        check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
+        assert streamed(on_host, case, check, ["sm90_split_k"])
+
+
 @pytest.fixture(params=[2, 5, 8])
 def small_gpu(request: pytest.FixtureRequest, on_host: Library) -> Iterator[Library]:
     """On a GPU of so few multiprocessors that products of a test's size are divided among them as large ones are."""
