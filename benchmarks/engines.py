@@ -6,7 +6,8 @@ MiniLM is what samples/01_quickstart.py prepares, with statistics of its calibra
 measured by
 
     python -m benchmarks.llama layer.onnx --bare --layers 1 --hidden 4096 --intermediate 11008 --heads 32
-    qpass bench layer.onnx --backend tensorrt --preset w4a16-g128 --preset w8a16 --preset w8a8 \\
+    qpass bench layer.onnx --backend tensorrt --preset w4a16-g128 --preset benchmarks/recipes/w4a16-g128-merged.yaml \\
+        --preset w8a16 --preset w8a8 --preset benchmarks/recipes/w8a8-merged.yaml \\
         --shapes hidden_states:1x1x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_1_h200.json
     qpass bench layer.onnx --backend tensorrt --preset w8a8 \\
         --shapes hidden_states:1x2048x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_2048_h200.json

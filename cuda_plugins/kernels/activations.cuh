@@ -5,6 +5,7 @@
 #pragma once
 
 #include "reduction.cuh"
+#include "rounding.cuh"
 
 namespace qpass {
 
@@ -18,9 +19,7 @@ __device__ __forceinline__ float exp2_approximately(float x) {
 
 // 1 / (1 + 2^x): a sigmoid of -x ln 2. An infinite 2^x gives 0.
 __device__ __forceinline__ float inverse_of_1_and_exp2(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.f + exp2_approximately(x)));
-  return y;
+  return inverse_approximately(1.f + exp2_approximately(x));
 }
 
 constexpr float kLog2E = 1.44269504f;

@@ -80,7 +80,7 @@ cudaError_t fixed_sm90(const MixedGemm& g, const FixedActivations* x, const Devi
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
   p.scale = g.scale, p.zero = g.zero;
   p.scales = g.group_size ? int(g.k / g.group_size) : 1;
-  p.follows = g.follows;
+  p.follows = true;
   p.finish = {nullptr, g.group_size ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
   auto by_zeros = [&](auto group) {
     return g.zero ? fixed_by_tokens<Out, kInt4, group(), true>(p, g, x, device, stream)

@@ -64,18 +64,26 @@ uint32_t variants_of(const Gemm& g, const Device& device) {
 }
 
 qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
-  if (mask & bit(QPASS_SM90_SPLIT_K) && g.m <= 32) return QPASS_SM90_SPLIT_K;
-  // Hopper's smallest tiles are faster from the second tile of tokens on
-  const int64_t few = mask & bit(QPASS_SM90_64X128) ? 16 : kSkinnyTokens;
-  if (g.in == QPASS_INT8 && g.m <= skinny_tokens(g.n, g.k, kHeadStartInt8, few)) return QPASS_SKINNY;
-  // the largest tile does the most with what it reads, unless its tiles are so few that two fifths of the GPU or more are idle
-  const bool idle = ceil_div(g.m, 128) * ceil_div(g.n, 256) * 5 <= 3 * device.multiprocessors;
-  qpass_variant first = idle ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
-  if (g.in == QPASS_INT8 && g.m <= 128) {
-    const bool at_once = ceil_div(g.m, 64) * ceil_div(g.n, 64) <= device.multiprocessors;
-    first = at_once && (mask & bit(QPASS_SM90_64X64)) ? QPASS_SM90_64X64 : QPASS_SM90_64X128;
+  auto tiles = [&](int64_t m, int64_t n) { return ceil_div(g.m, m) * ceil_div(g.n, n); };
+  auto at_once = [&](int64_t m, int64_t n) { return tiles(m, n) <= device.multiprocessors; };
+  // Hopper's smallest tiles are faster from the second tile of tokens on, and beside small weights from the first token on
+  if (!(mask & bit(QPASS_SM90_64X64) && g.k <= 2048 && at_once(64, 64))) {
+    const bool tiled = mask & bit(QPASS_SM90_64X128);
+    if (mask & bit(QPASS_SM90_SPLIT_K) && g.m <= (tiled ? 16 : 32)) return QPASS_SM90_SPLIT_K;
+    const int64_t few = tiled ? 16 : skinny_tokens(g.n, g.k, kHeadStartInt8, kSkinnyTokens);
+    if (g.in == QPASS_INT8 && g.m <= few) return QPASS_SKINNY;
   }
-  for (qpass_variant variant : {first, QPASS_SM90_128X256, QPASS_SM80_128X128}) {
+  auto first = [&] {
+    // small ones as long as each has a multiprocessor to itself, or where larger ones would be filled by half
+    if (mask & bit(QPASS_SM90_64X64) && (g.m <= 64 || at_once(64, 64))) return QPASS_SM90_64X64;
+    if (mask & bit(QPASS_SM90_64X128) && (g.m <= 128 || at_once(64, 128))) return QPASS_SM90_64X128;
+    // the largest does the most with what it reads, unless there are so few that two fifths of the GPU or more are idle, or where
+    // it would wait for the results of a tile more than for what little of K the next has
+    const bool idle = tiles(128, 256) * 5 <= 3 * device.multiprocessors;
+    const bool waits = g.k <= 2048 && !at_once(128, 256);
+    return idle || waits ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
+  };
+  for (qpass_variant variant : {first(), QPASS_SM90_128X256, QPASS_SM80_128X128}) {
     if (mask & bit(variant)) return variant;
   }
   return QPASS_MMA;
@@ -165,6 +173,7 @@ Gemm product_of(const qpass_smooth_quant_gemm_args& args) {
   g.d = args.y, g.ldd = args.n;
   g.workspace = args.workspace;
   g.variant = args.variant;
+  g.follows = g.lda == args.k;  // else the weight is padded just before
   return g;
 }
 

@@ -25,6 +25,7 @@ struct Gemm {
   int64_t ldd;
   void* workspace;   // gemm_workspace bytes, 256-byte aligned
   qpass_variant variant;  // QPASS_AUTO is QPASS_RULE here: tables are by ops
+  bool follows;  // what is read but a and row_scale was there before the kernel ahead in the stream began
 };
 
 // cudaErrorNotSupported for a variant that cannot do it.

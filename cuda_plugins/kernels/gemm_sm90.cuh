@@ -2,6 +2,9 @@
 // (gemm_sm90_*.cu): each takes a minute to compile.
 #pragma once
 
+// Its kernels wait for the one before them as ours do (launch.cuh), and let the next start when their last tile is multiplied.
+#define CUTLASS_ENABLE_GDC_FOR_SM90 1
+
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
 #include <cutlass/device_kernel.h>
@@ -113,16 +116,9 @@ cudaError_t gemm_sm90(const Gemm& g, const Device& device, cudaStream_t stream) 
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
   };
   if (cudaError_t e = allowed(device, allow)) return e;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Traits::Of::kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = launch->blocks, config.blockDim = Kernel::get_block_shape();
-  config.dynamicSmemBytes = Kernel::SharedStorageSize;
-  config.stream = stream;
-  config.attrs = &cluster, config.numAttrs = Traits::Of::kCluster > 1;
-  void* arguments[] = {&launch->params};
-  return taken_back(cudaLaunchKernelExC(&config, kernel, arguments));
+  const Grid grid{launch->blocks, Kernel::get_block_shape(), Kernel::SharedStorageSize, dim3(Traits::Of::kCluster)};
+  void* arguments[] = {&launch->params};  // they are large: not copied once more
+  return launch_by(grid, device, stream, [&](auto* config) { return cudaLaunchKernelExC(config, kernel, arguments); });
 }
 
 }  // namespace qpass

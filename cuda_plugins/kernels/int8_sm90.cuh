@@ -58,6 +58,7 @@ template <typename Out>
 cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream) {
   Int8Product p{};
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
+  p.follows = g.follows;
   p.finish = {g.row_scale, g.col_scale, g.bias, g.d, g.per_row, g.per_column, g.workspace};
   auto with = [&](auto tokens) {
     using S = Int8Shape<Out, tokens()>;

@@ -52,7 +52,7 @@ struct Grid {
   dim3 cluster = 1;      // blocks that run together and reach each other's shared memory
 };
 
-// As the runtime takes it; `attributes` are kept by the caller.
+// As the runtime takes it, without a stream and without overlap; `attributes` are kept by the caller.
 inline cudaLaunchConfig_t config_of(const Grid& grid, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks, config.blockDim = grid.threads;
@@ -65,9 +65,9 @@ inline cudaLaunchConfig_t config_of(const Grid& grid, cudaLaunchAttribute (&attr
   return config;
 }
 
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(const Grid& grid, const Device& device, cudaStream_t stream, void (*kernel)(Parameters...),
-    const Arguments&... arguments) {
+// What is to be launched so, by a call of the runtime's.
+template <typename Call>
+cudaError_t launch_by(const Grid& grid, const Device& device, cudaStream_t stream, Call call) {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = config_of(grid, attributes);
   config.stream = stream;
@@ -75,7 +75,13 @@ cudaError_t launch(const Grid& grid, const Device& device, cudaStream_t stream, 
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  return taken_back(cudaLaunchKernelEx(&config, kernel, arguments...));
+  return taken_back(call(&config));
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(const Grid& grid, const Device& device, cudaStream_t stream, void (*kernel)(Parameters...),
+    const Arguments&... arguments) {
+  return launch_by(grid, device, stream, [&](auto* config) { return cudaLaunchKernelEx(config, kernel, arguments...); });
 }
 
 }  // namespace qpass

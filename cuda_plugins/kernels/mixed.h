@@ -7,6 +7,7 @@
 namespace qpass {
 
 // y[m, n] = (sum_k x[m, k] * (weight[n, k] - zero) * scale) * row_scale[m] (+ bias[n]); x and y of one type, half or bfloat16.
+// What is read of it but x and row_scale is there before the kernel ahead of it in the stream begins.
 struct MixedGemm {
   qpass_type type;
   bool int4;
@@ -21,7 +22,6 @@ struct MixedGemm {
   const void* bias;          // or null
   void* y;
   void* workspace;           // mixed_workspace bytes
-  bool follows;              // x comes of the kernel before; what else is read here was there before that one began
 };
 
 // Whether it can be done: rows are copied from multiples of 16 bytes on, and counted in 32 bits.

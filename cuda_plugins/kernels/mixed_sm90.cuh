@@ -171,7 +171,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
   using T = typename S::T;
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
-  if (!p.follows) wait_for_kernel_before();  // scales are read at once
   const Block<S> own(p, start, S::kConsumers / 32);
   if (own.warp >= S::kWarpgroups * 4) {
     limit_registers<S::kFewRegisters>();
@@ -261,7 +260,7 @@ cudaError_t mixed_sm90(const MixedGemm& g, const Device& device, cudaStream_t st
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k);
   p.scale = g.scale, p.zero = g.zero;
   p.scales = g.group_size ? int(g.k / g.group_size) : 1;
-  p.follows = g.follows;
+  p.follows = true;
   p.finish = {g.row_scale, g.group_size ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
   switch (g.group_size) {
     case 0: return mixed_by_tokens<T, kInt4, 0>(p, g, device, stream);

@@ -19,7 +19,7 @@ __device__ __forceinline__ int64_t operand_row(const qpass_rows& rows, int64_t r
 template <typename Element, bool kResidual>
 struct Normed {
   using T = Element;
-  static constexpr bool kNorm = true, kHasY = true, kHasSum = kResidual;
+  static constexpr bool kNorm = true, kHasY = true, kExact = false, kHasSum = kResidual;
   static constexpr int kOperands = kResidual ? 2 : 1, kRegisters = 48;
 
   __device__ Normed at(int64_t row) const {

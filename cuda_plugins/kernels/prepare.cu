@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const f
 template <typename T, bool kInt4>
 __global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args args, int64_t first, T* to, int64_t padded,
     float* row_scale) {
+  let_next_kernel_start();
   const int64_t n = first + blockIdx.x;
   const int group = args.group_size ? args.group_size : int(args.k);
   const int64_t groups = args.group_size ? args.k / args.group_size : 1;
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args
   for (int64_t i = threadIdx.x; i < groups; i += kThreads) largest = fmaxf(largest, fabsf(scale[i]));
   largest = largest_of_block(largest) / kRoom;
   if (!args.group_size) largest = scale[0];  // with its sign: the integers stay as they are
+  wait_for_kernel_before();  // which may read what is written here
   if (threadIdx.x == 0) row_scale[blockIdx.x] = largest;
 
   constexpr int V = 8;  // values a thread takes at once: within a row, and within a group
@@ -185,16 +187,17 @@ cudaError_t prepare_fixed(const qpass_weight_only_matmul_args& args, const Fixed
 
 cudaError_t expand_weight(const qpass_weight_only_matmul_args& args, int64_t first, int64_t rows, void* to,
     int64_t padded, float* row_scale, cudaStream_t stream) {
-  auto launch = [&](auto type, auto int4) {
+  Device device;
+  if (cudaError_t e = current_device(&device)) return e;
+  auto with = [&](auto type, auto int4) {
     using T = typename decltype(type)::type;
-    expand<T, decltype(int4)::value>
-        <<<unsigned(rows), kThreads, 0, stream>>>(args, first, static_cast<T*>(to), padded, row_scale);
-    return cudaGetLastError();
+    const Grid grid{dim3(unsigned(rows)), dim3(kThreads)};
+    return launch(grid, device, stream, expand<T, decltype(int4)::value>, args, first, static_cast<T*>(to), padded, row_scale);
   };
   if (args.type == QPASS_HALF) {
-    return args.int4 ? launch(Tag<half>(), std::true_type()) : launch(Tag<half>(), std::false_type());
+    return args.int4 ? with(Tag<half>(), std::true_type()) : with(Tag<half>(), std::false_type());
   }
-  return args.int4 ? launch(Tag<bfloat16>(), std::true_type()) : launch(Tag<bfloat16>(), std::false_type());
+  return args.int4 ? with(Tag<bfloat16>(), std::true_type()) : with(Tag<bfloat16>(), std::false_type());
 }
 
 }  // namespace qpass

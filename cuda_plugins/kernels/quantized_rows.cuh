@@ -120,16 +120,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   };
 
   if (kStaged) stage(all.at(row));
-  if (!kLong) packs([&](int, int column, bool within) {
-    if constexpr (Source::kNorm) if (within) {
-      if (!kGamma) prefetch(all.gamma + column);
-      if (!kBeta && all.beta) prefetch(all.beta + column);
-    }
-    if (kSmooth && within) prefetch(result.smoother + column);
-  });
   if constexpr (Source::kNorm) if (!all.rms)
     reduce.count(k / chunk * 32 * N * V + min(max(k % chunk - first_of_warp, 0), 32 * N * V));
-  if (result.zero) prefetch(result.zero);
   float scale = result.scale ? *result.scale : 0;
   for (; row < rows; row += step) {
     const Source source = all.at(row);
@@ -227,8 +219,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
         if (!within) return;
         float smoother[V];
         load<V>(result.smoother + column, smoother);
-#pragma unroll
-        for (int j = 0; j < V; ++j) v[i][j] = __fdiv_rn(v[i][j], smoother[j]);
+        divide<Source::kExact>(v[i], smoother);
       }, begin);
     };
     float most[kParts] = {};

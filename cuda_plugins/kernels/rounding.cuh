@@ -58,6 +58,21 @@ struct Rounding {
   }
 };
 
+// 1 / x to an ulp.
+__device__ __forceinline__ float inverse_approximately(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// v / by: correctly rounded where kExact; else to 2^-22 of it (the same tests), without the branch that the GPU's division has
+// for every element.
+template <bool kExact, int V>
+__device__ __forceinline__ void divide(float (&v)[V], const float (&by)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = kExact ? __fdiv_rn(v[i], by[i]) : v[i] * inverse_approximately(by[i]);
+}
+
 // amax / 127, correctly rounded: for every mantissa the correction makes it that (the same tests), where the remainder is
 // normal.
 __device__ __forceinline__ float scale_of(float amax) {

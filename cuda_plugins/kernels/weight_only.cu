@@ -41,17 +41,22 @@ bool may_expand(const qpass_weight_only_matmul_args& args) {
 // Whether Hopper's products can do it. An engine may be built on one GPU and run on another: workspaces do not depend on which it is.
 bool may_mix_on_hopper(const qpass_weight_only_matmul_args& args) { return QPASS_STREAMS && fits_mixed(mixed_of(args)); }
 
-bool may_mix(const qpass_weight_only_matmul_args& args) {
+bool may_mix(const qpass_weight_only_matmul_args& args, Device* on = nullptr) {
   Device device;
-  return may_mix_on_hopper(args) && !current_device(&device) && device.major == 9;
+  const bool may = may_mix_on_hopper(args) && !current_device(&device) && device.major == 9;
+  if (may && on) *on = device;
+  return may;
 }
 
 Path path_by_rule(const qpass_weight_only_matmul_args& args) {
   if (args.type == QPASS_FLOAT) return kFew;
-  if (may_mix(args)) {
+  Device device;
+  if (may_mix(args, &device)) {
     const int64_t weights = args.n * args.k;
     if (args.m <= 32) return kSplitK;
-    return args.m <= kSplitKTokens && !args.int4 && weights > 1 << 26 ? kSplitK : kMixed;
+    if (args.m <= kSplitKTokens && !args.int4 && weights > 1 << 26) return kSplitK;
+    // where K is short a tile's results take longer than its products, and CUTLASS's next tile does not wait for them
+    return args.k <= 1024 && ceil_div(args.m, 256) * ceil_div(args.n, 128) > device.multiprocessors ? kMany : kMixed;
   }
   return args.m <= skinny_tokens(args.n, args.k, kHeadStart, kFewTokens) ? kFew : kMany;
 }
@@ -188,7 +193,6 @@ cudaError_t mixed(const qpass_weight_only_matmul_args& args, const Plan& plan, c
   char* workspace = static_cast<char*>(args.workspace);
   MixedGemm g = mixed_of(args);
   g.workspace = workspace + plan.partial;
-  g.follows = plan.prepares;
   if (plan.prepares) g.x = workspace + plan.x;
   if (plan.divides) g.row_scale = reinterpret_cast<float*>(workspace + plan.row_scale);
   return mixed_gemm(g, stream);
@@ -198,7 +202,6 @@ cudaError_t split_k(const qpass_weight_only_matmul_args& args, const Plan& plan,
   MixedGemm g = mixed_of(args);
   g.workspace = static_cast<char*>(args.workspace) + plan.partial;
   g.x_scale = args.pre_quant_scale;
-  g.follows = true;  // weights are there before what is multiplied by them
   cudaError_t e = fixed_gemm(g, nullptr, stream);
   if (e != cudaErrorNotSupported) return e;
   const FixedActivations x = fixed_of(args, plan);

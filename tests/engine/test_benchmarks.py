@@ -21,6 +21,7 @@ from benchmarks import engines_zoo, matrix
 from benchmarks.record import Record, command
 from qpass.engine import Worker
 from qpass.ops import REGISTRY
+from qpass.spec import QuantSpec
 from qpass.testing import model
 
 ABOUT = {"command": "python -m benchmarks.some -o f.json", "device": "a GPU", "backend": "tensorrt 8.6.1"}
@@ -193,3 +194,10 @@ def of_session(leader: int) -> list[str]:
             if int(fields.split()[3]) == leader and fields[0] != "Z":
                 found.append(name)
     return found
+
+
+@pytest.mark.parametrize("preset", ["w8a16", "w8a8", "w4a16-g128"])
+def test_merged_recipes_are_presets_with_merged_siblings(preset: str) -> None:
+    recipe = Path(matrix.__file__).parent / "recipes" / f"{preset}-merged.yaml"
+    changes = {"name": f"{preset}-merged", "merge_siblings": True}
+    assert QuantSpec.from_yaml(recipe) == QuantSpec.preset(preset).model_copy(update=changes)

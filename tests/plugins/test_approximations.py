@@ -248,3 +248,18 @@ def _exact(x: Array, kind: Activation) -> Array:
     if kind is Activation.GELU_TANH:
         return np.asarray(wide / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))))
     return activate(wide, kind)
+
+
+# division by a smoother
+
+
+@pytest.mark.parametrize("ulps", [-RCP_ULPS, RCP_ULPS])
+def test_a_smoothed_value_is_off_by_its_last_bits(ulps: int) -> None:
+    """However rcp.approx errs: of a norm or an activation, which are off by as much themselves."""
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal(300_000).astype(F32)
+    smoother = np.exp(rng.uniform(-8, 8, y.shape)).astype(F32)
+    exact = 1 / smoother.astype(np.float64)
+    inverse = (exact + ulps * np.spacing(exact.astype(F32))).astype(F32)
+    quotient = y / smoother.astype(np.float64)
+    assert np.max(np.abs(y * inverse - quotient) / np.abs(quotient)) < 2.0**-22

@@ -20,7 +20,10 @@ from qpass.ops.weight_only_quant_matmul import INT8
 
 WEIGHTS = ((4096, 4096), (8192, 8192), (57344, 8192), (8192, 28672))
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
-ROWS = tuple((m, 4096) for m in (1, 4, 16, 4096, 16384)) + tuple((m, 8192) for m in (16, 4096, 16384))
+SMALL = (4096, 768)
+"""Rows of BERT's hidden size: what a kernel does once a block counts here."""
+ROWS = (SMALL, *((m, 4096) for m in (1, 4, 16, 4096, 16384)), *((m, 8192) for m in (16, 4096, 16384)))
+SMOOTHED = (SMALL, (4096, 4096))
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 Kind = tuple[np.dtype[Any], tuple[int, ...]]
@@ -125,6 +128,11 @@ def _rows() -> Iterator[Job]:
         yield _job("QuantizeTensor", "", ["x", "scale"], ["q"], {}, m, 0, k)
         yield _job("ActivationQuantization", "gelu", ["x"], ["q", "scale"], {"activation": 0}, m, 0, k)
         yield _job("ActivationQuantization", "silu, gated", ["x", "up"], ["q", "scale"], {"activation": 4}, m, 0, k)
+        if (m, k) in SMOOTHED:
+            both, smoothed = ["x", "residual", "gamma", "beta", "smoother"], ["x", "smoother"]
+            yield _job("LayernormQuantization", "residual, smoothed", both, ["q", "scale", "y"], {}, m, 0, k)
+            yield _job("QuantizePerToken", "smoothed", smoothed, ["q", "scale"], {}, m, 0, k)
+            yield _job("ActivationQuantization", "gelu, smoothed", smoothed, ["q", "scale"], {"activation": 0}, m, 0, k)
 
 
 def _matmuls(weights: Sequence[tuple[int, int]], tokens: Sequence[int]) -> Iterator[Job]:

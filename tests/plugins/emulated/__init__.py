@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 ASSEMBLY = {
     "max.NaN.f32 %0, %1, %2;": "most = a != a || b != b ? NAN : std::max(a, b);",
     "ex2.approx.ftz.f32 %0, %1;": "y = exp2f(x);",
-    "rcp.approx.ftz.f32 %0, %1;": "y = 1.f / (1.f + exp2_approximately(x));",
+    "rcp.approx.ftz.f32 %0, %1;": "y = 1.f / x;",
     "ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];": "std::memcpy(bits.x, from, 16);",
     "prefetch.global.L2 [%0];": "",
 }

@@ -31,11 +31,11 @@ class TorchCompile(TorchPeer):
         yield [self.on_stream(work, **self._tensors(job)) for _ in range(copies)]
 
     def _tensors(self, job: Job) -> dict[str, Any]:
-        """The op's own inputs by name. In these jobs they are floats; a static scale is about 1."""
+        """The op's own inputs by name. In these jobs they are floats; a static scale and smoothers are about 1."""
         made = {}
         for name, (dtype, shape) in job.inputs(DTYPES[self.dtype]).items():
             made[name] = self.random(*shape, dtype=getattr(self.torch, dtype.name))
-            if name == "scale":
+            if name in ("scale", "smoother"):
                 made[name] = made[name].abs() + 0.5
         return made
 
@@ -43,9 +43,16 @@ class TorchCompile(TorchPeer):
         torch, functional = self.torch, self.torch.nn.functional
         op, epsilon = job.op, float(job.attrs.get("epsilon", 0))
         gelu = job.attrs.get("activation") == Activation.GELU
+        written = job.outputs(DTYPES[self.dtype])
 
         def work(
-            x: Any, residual: Any = None, gamma: Any = None, beta: Any = None, up: Any = None, scale: Any = None
+            x: Any,
+            residual: Any = None,
+            gamma: Any = None,
+            beta: Any = None,
+            up: Any = None,
+            smoother: Any = None,
+            scale: Any = None,
         ) -> Any:
             total = x if residual is None else x + residual
             y = total.float()
@@ -56,8 +63,10 @@ class TorchCompile(TorchPeer):
             elif op == "ActivationQuantization":
                 y = functional.gelu(y) if gelu else functional.silu(y)
                 y = y if up is None else y * up.float()
+            normed = y.to(x.dtype) if "y" in written else None
+            y = y if smoother is None else y / smoother
             by = y.abs().amax(-1, keepdim=True) / 127 if scale is None else scale
             q = torch.round(y / by).clamp(-128, 127).to(torch.int8)
-            return q, by, total
+            return q, by, total if "sum" in written else None, normed
 
         return work
