@@ -24,22 +24,23 @@ from pathlib import Path
 from typing import Any
 
 MODELS = {
-    "minilm_1x128": "MiniLM, 1×128",
-    "minilm_32x128": "MiniLM, 32×128",
-    "layer_1": "a 7B-size layer, 1 token",
-    "layer_2048": "a 7B-size layer, 2048 tokens",
+    "minilm_1x128_h100": "MiniLM, 1×128",
+    "minilm_32x128_h100": "MiniLM, 32×128",
+    "layer_1_h200": "a 7B-size layer, 1 token",
+    "layer_2048_h200": "a 7B-size layer, 2048 tokens",
 }
-"""What is measured → how it is called."""
+"""What is measured, and on which GPU → how it is called."""
 
 
-def latencies(results: Path, gpu: str = "h200") -> str:
+def latencies(results: Path) -> str:
     """A row an engine."""
     lines = [
-        "| model | engine | µs | × FP16 | profiled: plugins | TensorRT's layers |",
-        "|---|---|---|---|---|---|",
+        "| model | GPU | engine | µs | × FP16 | profiled: plugins | TensorRT's layers |",
+        "|---|---|---|---|---|---|---|",
     ]
     for stem, name in MODELS.items():
-        told = json.loads((results / f"engines_{stem}_{gpu}.json").read_text())
+        told = json.loads((results / f"engines_{stem}.json").read_text())
+        gpu = stem.rpartition("_")[2].upper()
         rows = told["points"][0]["results"]
         base = rows[0]["us"]["p50"]
         for row in rows:
@@ -49,7 +50,7 @@ def latencies(results: Path, gpu: str = "h200") -> str:
             parts = ", ".join(f"{layer['layers']} {layer['name']} {layer['us']:.0f}" for layer in plugins)
             own = f"{sum(layer['layers'] for layer in others)} in {sum(layer['us'] for layer in others):.0f}"
             engine = "FP16" if row["engine"] == "baseline" else row["engine"]
-            lines.append(f"| {name} | {engine} | {us:.0f} | {base / us:.2f} | {parts} | {own} |")
+            lines.append(f"| {name} | {gpu} | {engine} | {us:.0f} | {base / us:.2f} | {parts} | {own} |")
     return "\n".join(lines)
 
 

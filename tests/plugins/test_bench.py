@@ -5,16 +5,19 @@ from __future__ import annotations
 import types
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from benchmarks import small
 from qpass import gpu
 from qpass.errors import QpassError
 from qpass.ops import REGISTRY
-from qpass.plugins.bench.jobs import Job, jobs, shape
+from qpass.plugins.bench.jobs import DTYPES, Job, jobs, shape
 from qpass.plugins.bench.measure import Bench
-from qpass.plugins.bench.timing import REPLAYS, WARM_UP_US, Call, Timer
+from qpass.plugins.bench.ours import Ours
+from qpass.plugins.bench.timing import REPLAYS, WARM_UP_US, Call, Time, Timer
+from qpass.plugins.library import Choice
 from tests.plugins.stand_ins import BF16, StandIn, StandInOurs, StandInTimer, a_job, bench_of
 
 
@@ -214,3 +217,36 @@ class TestRows:
         able = StandIn("able", [1.0])
         bench_of(Unable("unable", [1.0]), able).prepare(jobs(tokens=[16]))
         assert able.prepared == [j for j in jobs(tokens=[16]) if j.n]
+
+
+def test_small_sizes_are_timed_by_every_variant() -> None:
+    """benchmarks/small.py, which runs on a GPU alone: what it asks for, and in what it is told."""
+
+    class Run:
+        variant = "first"
+
+        def __call__(self, stream: int) -> None: ...
+        def choice(self) -> Choice:
+            return Choice(("first", "second"), "first", "w8a8")
+
+        def take(self, variant: str) -> None:
+            self.variant = variant
+
+    class AnyTimer:
+        def copies(self, size: int) -> int:
+            return 2
+
+        def time(self, calls: Sequence[Any]) -> Time:
+            return Time(2.0 if calls[0].variant == "second" else 1.0, 1.0)
+
+    class AnyOurs(StandInOurs):
+        def calls(self, job: Job, copies: int) -> list[Any]:
+            assert job.bytes(DTYPES["float16"]) > 0
+            return [Run() for _ in range(copies)]
+
+    ours, timer = cast(Ours, AnyOurs()), cast(Timer, AnyTimer())
+    assert {r["cold"] for r in small.rows(ours, timer)} == {1.0}
+    found = list(small.products(ours, timer))
+    assert len(found) == len(small.KINDS) * len(small.TOKENS) * len(small.PRODUCTS)
+    assert {(r["rule"], *r["cold"].values()) for r in found} == {("first", 1.0, 2.0)}
+    assert [r["warm"] for r in small.chains(ours, timer)] == [len(small.CHAIN)] * 2
