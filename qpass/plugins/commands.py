@@ -202,6 +202,8 @@ def bench(
     target = output or resume
     if target is not None:
         check_place(target, [])
+    if resume is not None and not resume.is_file():  # whatever else is missing
+        raise QpassError(f"--resume {resume}: there is no such file; -o begins one")
     wanted = [p for p in (PEERS if peers else ["cuBLAS"]) if p not in (skip_peer or ())]
     session = Session(plugins.find(library), dtype, wanted, shlex.join(["qpass", *sys.argv[1:]]), target)
     if resume is not None:

@@ -50,7 +50,8 @@ def build(
         progress: called with steps done and in all.
 
     Raises:
-        QpassError: a tool is missing, an architecture or file is not known, or the compiler failed (with its words).
+        QpassError: a tool is missing, an architecture or file is not known, the compiler failed (with
+            its words), or the cache cannot be written.
     """
     spelled = (re.sub(r"^(sm|compute)_?", "", a.lower()).replace(".", "") for a in architectures)
     wanted = tuple(dict.fromkeys(spelled)) or toolchain.gpu_architectures() or toolchain.WITHOUT_GPU
@@ -86,11 +87,17 @@ def build(
             return Library(home / LIBRARY)
         if force:
             shutil.rmtree(objects, ignore_errors=True)
-        _synchronize(source_folder(), objects / "cuda_plugins")
-        _compile(tools, objects, [*flags, *whose, own_flag], jobs, progress)
-        facts: dict[str, object] = {"sources": sources, "architectures": wanted, "nvcc": tools.version}
-        facts["interface"] = INTERFACES[major]
-        _publish(objects / "build" / LIBRARY, home, facts)
+        try:
+            _synchronize(source_folder(), objects / "cuda_plugins")
+            _compile(tools, objects, [*flags, *whose, own_flag], jobs, progress)
+            facts: dict[str, object] = {"sources": sources, "architectures": wanted, "nvcc": tools.version}
+            facts["interface"] = INTERFACES[major]
+            _publish(objects / "build" / LIBRARY, home, facts)
+        except OSError as error:
+            raise QpassError(
+                f"the plugins cannot be written to {folder()}: {error.strerror}; mend that, or name another folder in "
+                "XDG_CACHE_HOME"
+            ) from error
     return Library(home / LIBRARY)
 
 
@@ -185,15 +192,17 @@ def _publish(library: Path, home: Path, facts: dict[str, object]) -> None:
     """Put the library and its facts in their place in the cache, complete or not at all."""
     fresh = home.with_name(f"{home.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    shutil.copyfile(library, fresh / LIBRARY)
-    (fresh / "build.json").write_text(json.dumps(facts, indent=1))
-    if home.exists():  # only with force: whoever has the old library open keeps it
-        os.replace(fresh / "build.json", home / "build.json")
-        os.replace(fresh / LIBRARY, home / LIBRARY)
-        fresh.rmdir()
-    else:
-        fresh.rename(home)
+    try:
+        fresh.mkdir(parents=True)
+        shutil.copyfile(library, fresh / LIBRARY)
+        (fresh / "build.json").write_text(json.dumps(facts, indent=1))
+        if home.exists():  # only with force: whoever has the old library open keeps it
+            os.replace(fresh / "build.json", home / "build.json")
+            os.replace(fresh / LIBRARY, home / LIBRARY)
+        else:
+            fresh.rename(home)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def built() -> list[tuple[Path, dict[str, object]]]:

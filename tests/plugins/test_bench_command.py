@@ -135,6 +135,16 @@ class TestCommand:
         assert [r["us"] for r in told["rows"]] == [7.0] + [100.0] * 7
         assert len(told["runs"]) == 2
 
+    def test_a_run_that_is_not_there_is_told_before_anything_else(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("QPASS_PLUGINS", str(tmp_path / "no-library.so"))
+        done = run("plugins", "bench", "--resume", tmp_path / "none.json", *SIZES)
+        assert (done.code, done.err.strip()) == (
+            2,
+            f"error: --resume {tmp_path / 'none.json'}: there is no such file; -o begins one",
+        )
+
     def test_a_kill_loses_nothing_that_was_measured(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import re
 import shutil
 import time
 from pathlib import Path
@@ -216,6 +217,25 @@ def test_a_compiler_that_fails(
         plugins.build(["90a"], progress=lambda done, total: steps.append((done, total)))
     assert steps == [(1, 3)]
     assert not building.built()
+
+
+@pytest.mark.parametrize("step", ["_synchronize", "_compile", "copyfile"])
+def test_a_disk_that_is_full(
+    step: str, compiled: list[Path], cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the sources, the compiler's log or the library: a line that says where, nothing half written, mended by room."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as filled:
+        filled.setattr(shutil if step == "copyfile" else building, step, full)
+        where = re.escape(str(building.folder()))
+        with pytest.raises(QpassError, match=rf"written to {where}: No space left on device; mend that, or .* XDG_"):
+            plugins.build(["90a"])
+    assert not building.built()
+    assert [f.name for f in building.folder().iterdir() if not f.name.startswith("objects-")] == []
+    assert plugins.build(["90a"]).ops
 
 
 def test_whose_plugins(compiled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
