@@ -223,7 +223,7 @@ def test_a_compiler_that_fails(
 def test_a_disk_that_is_full(
     step: str, compiled: list[Path], cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the sources, the compiler's log or the library: a line that says where, nothing half written, mended by room."""
+    """At the sources, the compiler's log or the library: a line that says where, nothing half written, then mended."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
