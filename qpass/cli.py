@@ -19,6 +19,7 @@ from qpass.errors import QpassError
 from qpass.options import (
     BUG,
     DONE,
+    INTERRUPTED,
     MISTAKE,
     NOT_MET,
     Calibration,
@@ -345,6 +346,8 @@ def main() -> None:
     """Entry point: one line for a user's mistake, exit codes 0 done, 1 not met, 2 mistake, 3 bug."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # what typer returns for Ctrl-C
+            _complain("interrupted", INTERRUPTED)
     except QpassError as error:
         sys.exit(_complain(str(error), MISTAKE))
     except typer.Exit as leave:
@@ -355,7 +358,7 @@ def main() -> None:
     except PatternError as error:
         sys.exit(_complain(f"rule error: {error}", MISTAKE))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_complain("interrupted", 130))
+        sys.exit(_complain("interrupted", INTERRUPTED))
     except BrokenPipeError:
         sys.exit(DONE)
     except Exception as error:

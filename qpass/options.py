@@ -16,7 +16,7 @@ import qpass.pipeline as pipeline
 from qpass.errors import QpassError
 from qpass.spec import PRESETS, QuantSpec
 
-DONE, NOT_MET, MISTAKE, BUG = 0, 1, 2, 3
+DONE, NOT_MET, MISTAKE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes."""
 
 Model = Annotated[Path, typer.Argument(help="The model, an .onnx file.", show_default=False)]

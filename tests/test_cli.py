@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from qpass import pipeline
 from qpass.rules import LIFT, MERGE, RULES
 from qpass.testing import model
 from tests.conftest import Run
@@ -402,3 +403,13 @@ class TestBadInput:
 
     def test_unknown_option(self, run: Run, tiny: Path) -> None:
         assert run("rewrite", tiny, "--no-such-option").code == 2
+
+
+def test_an_interrupted_command_says_so(tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "rewrite", pressed)
+    done = run("rewrite", tiny)
+    assert (done.code, done.err.strip()) == (130, "error: interrupted")
+    assert [f.name for f in tiny.parent.iterdir()] == [tiny.name]
