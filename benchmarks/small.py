@@ -28,6 +28,8 @@ ROWS = ((4096, 384), (4096, 1536), (2048, 4096), (4096, 4096))
 OPS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], int | None], ...] = (
     ("QuantizePerToken", ("x",), ("q", "scale"), None),
     ("QuantizePerToken", ("x", "smoother"), ("q", "scale"), None),
+    ("Layernorm", ("x", "residual", "gamma", "beta"), ("y",), None),
+    ("Rmsnorm", ("x", "residual", "gamma"), ("y", "sum"), None),
     ("LayernormQuantization", ("x", "gamma", "beta"), ("q", "scale"), None),
     ("LayernormQuantization", ("x", "residual", "gamma", "beta", "smoother"), ("q", "scale", "y"), None),
     ("RmsnormQuantization", ("x", "gamma"), ("q", "scale"), None),

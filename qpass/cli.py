@@ -37,7 +37,7 @@ from qpass.options import (
 )
 from qpass.plugins.commands import app as plugins_app
 from qpass.rewriter import PatternError
-from qpass.rules import LIFT, MERGE, RULES
+from qpass.rules import LIFT, MERGE, NORM_PLUGINS, RULES
 from qpass.runs import last_run, remember
 from qpass.spec import PRESETS, QuantSpec
 
@@ -328,7 +328,7 @@ def rules(rules: Rules = None) -> None:
 
 
 def _all_rules(own: list[Any]) -> list[tuple[str, Any]]:
-    stages = [("lift", LIFT), ("merge", (MERGE,)), ("quantize", RULES)]
+    stages = [("lift", LIFT), ("merge", (MERGE,)), ("quantize", RULES), ("norms", (NORM_PLUGINS,))]
     return [("own", r) for r in own] + [(name, r) for name, group in stages for stage in group for r in stage]
 
 

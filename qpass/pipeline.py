@@ -20,7 +20,7 @@ from qpass.ops import DOMAIN, REGISTRY
 from qpass.rewriter import LIFTED, Ledger, Outcome, Rule, Site
 from qpass.rewriter.ledger import WEIGHTED_KINDS
 from qpass.rewriter.pattern import Op, Pat, reached
-from qpass.rules import MERGE, RULES, Found, Lifted
+from qpass.rules import MERGE, NORM_PLUGINS, RULES, Found, Lifted
 from qpass.rules.quantizer import Quantizer
 from qpass.spec import QuantSpec
 
@@ -158,6 +158,8 @@ class _Job:
         late = [r for r in self.rules if _over_lifted(r)]
         for stage in ((late,) if late else ()) + (() if self.only_rules else RULES):
             lifted.run(stage, quantizer)
+        if self.spec.norm_plugins and not self.only_rules:  # those that no quantizing norm took
+            lifted.run(NORM_PLUGINS, quantizer)
         lifted.unlift()
         lifted.survey.settle(lifted.outcome)
         return _Run(model, lifted, quantizer, bytes_before, already)

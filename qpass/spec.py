@@ -240,6 +240,9 @@ class QuantSpec(_Settings):
         default="custom", description="what tables and ledgers call this spec"
     )
     mode: Mode = Field(description=_Settings.model_fields["mode"].description)
+    norm_plugins: bool = Field(
+        default=False, description="norms that feed no int8 Linear become plugins too, with the Add before them"
+    )
     include: Filters = Field(default=(), description="if not empty, only Linears that match one of these are quantized")
     exclude: Filters = Field(default=(), description="Linears that match one of these are left as they are")
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = Field(
@@ -332,7 +335,8 @@ class QuantSpec(_Settings):
         """One line for a table: the name, what most Linears get, and how many filters say otherwise."""
         counts = [(key, len(getattr(self, key))) for key in ("overrides", "include", "exclude")]
         filters = "".join(f", {key}: {count}" for key, count in counts if count)
-        return f"{self.name}: {_linear(self._said()).describe()}{filters}"
+        norms = ", norm plugins" if self.norm_plugins else ""
+        return f"{self.name}: {_linear(self._said()).describe()}{norms}{filters}"
 
     def resolver(self) -> Resolver:
         """A fresh Resolver, for one model."""

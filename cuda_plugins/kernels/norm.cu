@@ -1,4 +1,4 @@
-// LayernormQuantization and RmsnormQuantization.
+// Layernorm and Rmsnorm, and LayernormQuantization and RmsnormQuantization.
 #include "quantized_rows.cuh"
 
 namespace qpass {
@@ -55,7 +55,7 @@ struct Normed {
 }  // namespace
 }  // namespace qpass
 
-int qpass_norm_quantize(const qpass_norm_quantize_args* args, cudaStream_t stream) {
+int qpass_norm(const qpass_norm_args* args, cudaStream_t stream) {
   if ((args->x_rows.rank || args->residual_rows.rank) && args->rows > UINT32_MAX) return cudaErrorInvalidValue;
   return qpass::with_float_type(args->type, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -36,7 +36,7 @@ typedef struct {
   const float* smoother;  // [k] or null
   const float* scale;     // [1]: static. null: a scale per token goes to `token_scale`
   const int8_t* zero;     // [1] or null; only with `scale`
-  int8_t* q;              // [rows, k]
+  int8_t* q;              // [rows, k], or null: y alone
   float* token_scale;     // [rows]; only without `scale`
   void* y;                // [rows, k] of the op's type, unsmoothed, or null
 } qpass_quantized;
@@ -50,7 +50,7 @@ typedef struct {
 } qpass_quantize_args;
 int qpass_quantize(const qpass_quantize_args* args, cudaStream_t stream);
 
-// LayernormQuantization, RmsnormQuantization: y = norm(x (+ residual)) * gamma (+ beta).
+// Layernorm, Rmsnorm (result.q is null) and LayernormQuantization, RmsnormQuantization: y = norm(x (+ residual)) * gamma (+ beta).
 // x + residual is rounded to `type` before the norm; `sum` is that rounded value.
 typedef struct {
   qpass_type type;
@@ -64,8 +64,8 @@ typedef struct {
   const void* beta;   // [k] or null
   void* sum;          // [rows, k] of `type` or null; only with residual
   qpass_quantized result;
-} qpass_norm_quantize_args;
-int qpass_norm_quantize(const qpass_norm_quantize_args* args, cudaStream_t stream);
+} qpass_norm_args;
+int qpass_norm(const qpass_norm_args* args, cudaStream_t stream);
 
 // ActivationQuantization: y = activation(x) (* up). `activation` as in qpass/ops/activation_quantization.py.
 typedef struct {

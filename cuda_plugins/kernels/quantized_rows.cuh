@@ -1,4 +1,5 @@
-// The kernel behind every op that quantizes rows: a row is read once, held in registers, and leaves as q, scale and y.
+// The kernel behind norms and every op that quantizes rows: a row is read once, held in registers, and leaves as q, scale and y,
+// or a norm's as y alone.
 //
 // A `Source` says what rows are made of. at() is the source of one row; operand() is where its kOperands tensors lie, and values()
 // makes floats of a pack of V neighbours of each. For a norm (kNorm) statistics over the row follow, and gamma and beta.
@@ -237,6 +238,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
         if (!within) part = before;
       }, begin);
     });
+    if (Source::kNorm && !result.q) continue;
     if (!result.scale) {
       scale = scale_of(reduce(over(most, Max()), Max()));
       if (threadIdx.x == 0) result.token_scale[row] = scale;

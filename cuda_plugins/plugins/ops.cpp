@@ -7,6 +7,8 @@ const Op& quantize_tensor();
 const Op& quantize_per_token();
 const Op& dequantize();
 const Op& dequantize_weight();
+const Op& layernorm();
+const Op& rmsnorm();
 const Op& layernorm_quantization();
 const Op& rmsnorm_quantization();
 const Op& activation_quantization();
@@ -32,6 +34,8 @@ const std::vector<const Op*>& ops() {
         &quantize_per_token(),
         &dequantize(),
         &dequantize_weight(),
+        &layernorm(),
+        &rmsnorm(),
         &layernorm_quantization(),
         &rmsnorm_quantization(),
         &activation_quantization(),

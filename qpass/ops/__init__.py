@@ -6,10 +6,10 @@ from qpass.ops.activation_quantization import ActivationQuantization
 from qpass.ops.base import DOMAIN, OPSET_VERSION, PLUGIN, Attribute, Input, Op, Output, When
 from qpass.ops.dequantize import Dequantize
 from qpass.ops.dequantize_weight import DequantizeWeight
-from qpass.ops.layernorm_quantization import LayernormQuantization
+from qpass.ops.norm import Layernorm, Rmsnorm
+from qpass.ops.norm_quantization import LayernormQuantization, RmsnormQuantization
 from qpass.ops.quantize_per_token import QuantizePerToken
 from qpass.ops.quantize_tensor import QuantizeTensor
-from qpass.ops.rmsnorm_quantization import RmsnormQuantization
 from qpass.ops.smooth_quant_gemm import SmoothQuantGemm
 from qpass.ops.weight_only_groupwise_quant_matmul import WeightOnlyGroupwiseQuantMatmul
 from qpass.ops.weight_only_quant_matmul import WeightOnlyQuantMatmul
@@ -21,6 +21,8 @@ REGISTRY: dict[str, Op] = {
         QuantizePerToken(),
         Dequantize(),
         DequantizeWeight(),
+        Layernorm(),
+        Rmsnorm(),
         LayernormQuantization(),
         RmsnormQuantization(),
         ActivationQuantization(),

@@ -8,6 +8,7 @@ from typing import Any
 from qpass.graph import Model, Node
 from qpass.rewriter import Outcome, Pool, Rewriter, Rule, Stage
 from qpass.rules.activations import LIFT_ACTIVATIONS, LIFT_GATES, telling
+from qpass.rules.added_norms import NORM_PLUGINS
 from qpass.rules.experts import EXPERTS, LIFT_EXPERTS
 from qpass.rules.linears import LIFT_LINEARS, LIFT_VIEWS
 from qpass.rules.mlp import quantize_activation
@@ -30,7 +31,7 @@ LIFT: tuple[Stage, ...] = (
 SMOOTH_QUANT: tuple[Stage, ...] = ((quantize_norm,), (quantize_activation,), (quantize_input,))
 RULES: tuple[Stage, ...] = (*SMOOTH_QUANT, (*WEIGHT_ONLY, *EXPERTS))
 
-__all__ = ["LIFT", "MERGE", "RULES", "Found", "Lifted", "Survey"]
+__all__ = ["LIFT", "MERGE", "NORM_PLUGINS", "RULES", "Found", "Lifted", "Survey"]
 
 
 class Lifted:

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qpass.graph import Const, Value
-from qpass.graph.dtypes import to_onnx
-from qpass.ops.body import FLOATS
-from qpass.rewriter import Emit, Pattern, Replacement, attr, const, ir, keep, need, others, rule, uses, val
-from qpass.rewriter.view import width
+from qpass.graph import Value
+from qpass.rewriter import Emit, Replacement, keep, need, others, rule, uses
+from qpass.rules.added_norms import AddedNorm, in_dtype_of, operands
 from qpass.rules.linears import Linear, unfit
 from qpass.rules.quantizer import Activation, Quantizer
 from qpass.rules.rows import as_read, readable, same_rows
 
 
-class NormFanout(Pattern):
+class NormFanout(AddedNorm):
     """A norm, maybe of a sum, and the Linears that read it."""
 
-    x: Value = val()
-    residual: Value | None = val()
-    gamma: Const = const("K")
-    beta: Const | None = const("K")
-    kind: str = attr()
-    epsilon: float = attr()
-    added: Value | None = x + residual
-    total = added | x
-    y = ir.Norm(total, gamma, beta, kind=kind, epsilon=epsilon) | ir.Norm(total, gamma, kind=kind, epsilon=epsilon)
-    heads: list[Linear] = uses(y)
-    rest: bool = others(y)
-    added_needed: bool = others(added)
+    heads: list[Linear] = uses(AddedNorm.y)
+    rest: bool = others(AddedNorm.y)
 
 
 class InputFanout(Linear):
@@ -45,9 +33,8 @@ class InputFanout(Linear):
 def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     """A norm that feeds Linears becomes a quantizing norm with SmoothQuantGemms behind it; an Add before it is part."""
     heads = fed(m.y, m.heads, cfg)
-    need(m.total.dtype in FLOATS, f"its input is {m.total.dtype}, wants float32, float16 or bfloat16")
+    x, residual = operands(m)
     needed = m.rest or len(heads) < len(m.heads)
-    x, residual = (m.x, m.residual) if _adds_rows(m) else (m.total, None)
     like = next((v for v in (x, residual) if v is not None and same_rows(m.total, v)), None)
     total_needed = residual is not None and (m.added_needed or like is None)
     act = cfg.activation(m.y, heads)
@@ -76,14 +63,6 @@ def quantize_norm(m: NormFanout, new: Emit, cfg: Quantizer) -> Replacement:
     if not needed:
         new.same_shape(m.y, m.added if total_needed and m.added else like or x)
     return replaced
-
-
-def _adds_rows(m: NormFanout) -> bool:
-    """Whether the sum before a norm can be taken into it: of two whole rows, in the dtype that the norm reads."""
-    if m.residual is None:
-        return False
-    k = m.gamma.shape[0]
-    return all(v.dtype == m.total.dtype and width(v) == k for v in (m.x, m.residual))
 
 
 @rule
@@ -152,10 +131,3 @@ def gemm(h: Linear, x: Value, new: Emit, cfg: Quantizer, act: Activation, q: Val
         has_per_channel_scaling=int(per_channel),
     )
     return as_read(y, x, h, at)
-
-
-def in_dtype_of(old: Value, y: Value, new: Emit) -> Value:
-    """`y` in the dtype of the value that it replaces: a norm or an activation may have had a Cast in it."""
-    if old.dtype is None or old.dtype == y.dtype:
-        return y
-    return new.onnx("Cast", y, dtype=old.dtype, shape=y.shape, to=to_onnx(old.dtype))

@@ -13,7 +13,8 @@ from qpass.ops.examples import signatures
 from qpass.ops.shapes import Shape
 from tests.ops.running import BF16, F16, F32, INT8, every_case
 
-NORM = (
+NORM = "x residual? gamma beta?", "y sum?", "epsilon has_residual has_beta has_sum"
+QUANTIZING_NORM = (
     "x residual? gamma beta? smoother? scale? zero?",
     "q scale? y? sum?",
     "epsilon has_residual has_beta has_smoother dyn_act_scaling has_zero has_y has_sum",
@@ -23,8 +24,10 @@ TABLE = {
     "QuantizePerToken": ("x smoother?", "q scale", "has_smoother"),
     "Dequantize": ("q scale", "x", "output_type"),
     "DequantizeWeight": ("weight scale zero?", "w", "output_type weight_type_id group_size has_zero"),
-    "LayernormQuantization": NORM,
-    "RmsnormQuantization": NORM,
+    "Layernorm": NORM,
+    "Rmsnorm": NORM,
+    "LayernormQuantization": QUANTIZING_NORM,
+    "RmsnormQuantization": QUANTIZING_NORM,
     "ActivationQuantization": (
         "x up? smoother? scale? zero?",
         "q scale? y?",
@@ -253,6 +256,8 @@ def test_signatures_are_all_there_are() -> None:
         "QuantizePerToken": 2,
         "Dequantize": 3,
         "DequantizeWeight": 48,
+        "Layernorm": 6,
+        "Rmsnorm": 6,
         "LayernormQuantization": 72,
         "RmsnormQuantization": 72,
         "ActivationQuantization": 7 * 24,

@@ -26,6 +26,7 @@ class TestPeers:
             ("SmoothQuantGemm", {"cuBLAS", "torch linear", "torch._int_mm", "torch._scaled_mm"}),
             ("WeightOnlyQuantMatmul", {"cuBLAS", "torch linear", "humming"}),
             ("WeightOnlyGroupwiseQuantMatmul", {"cuBLAS", "torch linear", "humming", "tinygemm"}),
+            ("Rmsnorm", {"torch.compile"}),
             ("RmsnormQuantization", {"torch.compile"}),
             ("QuantizePerToken", {"torch.compile"}),
         ],

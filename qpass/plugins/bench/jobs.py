@@ -124,6 +124,7 @@ def _rows() -> Iterator[Job]:
         norm = "RmsnormQuantization"
         yield _job(norm, "static", ["x", "gamma", "scale"], ["q"], {}, m, 0, k)
         yield _job(norm, "per-token, residual", ["x", "residual", "gamma"], ["q", "scale", "sum"], {}, m, 0, k)
+        yield _job("Rmsnorm", "residual", ["x", "residual", "gamma"], ["y", "sum"], {}, m, 0, k)
         yield _job("QuantizePerToken", "", ["x"], ["q", "scale"], {}, m, 0, k)
         yield _job("QuantizeTensor", "", ["x", "scale"], ["q"], {}, m, 0, k)
         yield _job("ActivationQuantization", "gelu", ["x"], ["q", "scale"], {"activation": 0}, m, 0, k)
@@ -131,6 +132,7 @@ def _rows() -> Iterator[Job]:
         if (m, k) in SMOOTHED:
             both, smoothed = ["x", "residual", "gamma", "beta", "smoother"], ["x", "smoother"]
             yield _job("LayernormQuantization", "residual, smoothed", both, ["q", "scale", "y"], {}, m, 0, k)
+            yield _job("Layernorm", "residual", both[:-1], ["y"], {}, m, 0, k)
             yield _job("QuantizePerToken", "smoothed", smoothed, ["q", "scale"], {}, m, 0, k)
             yield _job("ActivationQuantization", "gelu, smoothed", smoothed, ["q", "scale"], {"activation": 0}, m, 0, k)
 

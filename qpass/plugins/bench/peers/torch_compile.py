@@ -1,4 +1,4 @@
-"""What torch.compile makes of a norm or activation and the quantization behind it."""
+"""What torch.compile makes of a norm, or of a norm or activation and the quantization behind it."""
 
 from __future__ import annotations
 
@@ -56,14 +56,16 @@ class TorchCompile(TorchPeer):
         ) -> Any:
             total = x if residual is None else x + residual
             y = total.float()
-            if op == "LayernormQuantization":
+            if op in ("Layernorm", "LayernormQuantization"):
                 y = functional.layer_norm(y, y.shape[-1:], gamma.float(), beta.float(), epsilon)
-            elif op == "RmsnormQuantization":
+            elif op in ("Rmsnorm", "RmsnormQuantization"):
                 y = functional.rms_norm(y, y.shape[-1:], gamma.float(), epsilon)
             elif op == "ActivationQuantization":
                 y = functional.gelu(y) if gelu else functional.silu(y)
                 y = y if up is None else y * up.float()
             normed = y.to(x.dtype) if "y" in written else None
+            if "q" not in written:
+                return normed, total if "sum" in written else None
             y = y if smoother is None else y / smoother
             by = y.abs().amax(-1, keepdim=True) / 127 if scale is None else scale
             q = torch.round(y / by).clamp(-128, 127).to(torch.int8)

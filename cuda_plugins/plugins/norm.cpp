@@ -1,4 +1,4 @@
-// LayernormQuantization and RmsnormQuantization.
+// Layernorm, Rmsnorm, LayernormQuantization and RmsnormQuantization.
 #include <cstring>
 
 #include "quantized.h"
@@ -23,52 +23,55 @@ qpass_rows rows_of(const Tensor& operand, const Tensor& result) {
   return rows;
 }
 
-class NormQuantization : public Op {
+class Norm : public Op {
  public:
-  NormQuantization(const char* name, bool rms) : Op(name, fields_(), inputs_(), outputs_()), rms_(rms) {}
+  Norm(const char* name, bool rms, bool quantized)
+      : Op(name, fields_(quantized), inputs_(quantized), outputs_(quantized)), rms_(rms) {}
 
   int run(const Call& call, cudaStream_t stream) const override {
-    const Tensor &x = *call.in("x"), &q = *call.out("q");
+    const Tensor& x = *call.in("x");
+    const Tensor& result = *(call.out("q") ? call.out("q") : call.out("y"));
     const Tensor* residual = call.in("residual");
-    qpass_norm_quantize_args args{};
+    qpass_norm_args args{};
     args.type = x.type;
     args.rms = rms_;
     args.epsilon = call.number("epsilon");
-    args.rows = q.rows();
+    args.rows = result.rows();
     args.k = x.last();
     args.x = x.data;
     args.residual = residual ? residual->data : nullptr;
-    args.x_rows = rows_of(x, q);
-    if (residual) args.residual_rows = rows_of(*residual, q);
+    args.x_rows = rows_of(x, result);
+    if (residual) args.residual_rows = rows_of(*residual, result);
     args.gamma = call.read<void>("gamma");
     args.beta = call.read<void>("beta");
     args.sum = call.write<void>("sum");
     args.result = quantized_of(call);
-    return qpass_norm_quantize(&args, stream);
+    return qpass_norm(&args, stream);
   }
 
  private:
-  static std::vector<Field> fields_() {
+  static std::vector<Field> fields_(bool quantized) {
     std::vector<Field> fields = {{"epsilon", true}, {"has_residual"}, {"has_beta"}};
-    add_quantized_fields(fields);
+    if (quantized) add_quantized_fields(fields);
     fields.push_back({"has_sum"});
     return fields;
   }
 
-  static std::vector<Slot> inputs_() {
+  static std::vector<Slot> inputs_(bool quantized) {
     std::vector<Slot> slots = {
         {"x", Kind::kT, "... K"},
         {"residual", Kind::kT, "~... K", {"has_residual"}},
         {"gamma", Kind::kT, "K"},
         {"beta", Kind::kT, "K", {"has_beta"}},
     };
-    add_quantized_inputs(slots);
+    if (quantized) add_quantized_inputs(slots);
     return slots;
   }
 
-  static std::vector<Slot> outputs_() {
+  static std::vector<Slot> outputs_(bool quantized) {
     std::vector<Slot> slots;
-    add_quantized_outputs(slots);
+    if (quantized) add_quantized_outputs(slots);
+    else slots.push_back({"y", Kind::kT, "... K"});
     slots.push_back({"sum", Kind::kT, "... K", {"has_sum"}});
     return slots;
   }
@@ -78,13 +81,23 @@ class NormQuantization : public Op {
 
 }  // namespace
 
+const Op& layernorm() {
+  static const Norm op("Layernorm", false, false);
+  return op;
+}
+
+const Op& rmsnorm() {
+  static const Norm op("Rmsnorm", true, false);
+  return op;
+}
+
 const Op& layernorm_quantization() {
-  static const NormQuantization op("LayernormQuantization", false);
+  static const Norm op("LayernormQuantization", false, true);
   return op;
 }
 
 const Op& rmsnorm_quantization() {
-  static const NormQuantization op("RmsnormQuantization", true);
+  static const Norm op("RmsnormQuantization", true, true);
   return op;
 }
 
