@@ -37,7 +37,6 @@ class Resident {
   __device__ __forceinline__ void ask(int from = 0) {
     each(from, [&](int r, bool there, int token, int, int k) {
       raw_[r] = there && k < p_.k ? read<kV>(static_cast<const T*>(p_.x) + int64_t(token) * p_.k + k) : Bits<T, kV>();
-      if (p_.x_scale && there && k < p_.k) prefetch(p_.x_scale + k);
     });
   }
 
@@ -96,15 +95,6 @@ class Resident {
   Bits<T, kV> raw_[kAtOnce];
 };
 
-// The part of a block's stages that is a team's; what does not divide goes to the first.
-template <typename S>
-struct TeamShare {
-  __device__ __forceinline__ TeamShare(const Share<S>& share, int team)
-      : first(team * (share.count / S::kTeams) + min(team, share.count % S::kTeams)),
-        count(share.count / S::kTeams + (team < share.count % S::kTeams)) {}
-  int first, count;  // from the block's on
-};
-
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_constant__ FixedProduct p) {
   extern __shared__ __align__(128) char start[];
@@ -114,23 +104,22 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
   const Tile<S> tile(0, blockIdx.x * S::kChannels);
   const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
   const bool multiplies = own.warp < S::kConsumers / 32;
-  const TeamShare<S> share(own.share, team);
+  const int first = own.share.first_of(team), count = own.share.count_of(team);
   Resident<S> tokens(p, own.ring, own.share);
   if (multiplies) {  // tokens and scales are asked for first: they would wait behind all that weights are
     wait_for_kernel_before();
     tokens.ask();
   }
-  FixedScales<S> scales(p, tile.n0 + line, multiplies ? (own.share.first + share.first) * S::kGroups : p.scales);
+  FixedScales<S> scales(p, tile.n0 + line, multiplies ? first * S::kGroups : p.scales);
   own.ring.open(kWarps);
   if (!multiplies) {
     if (threadIdx.x == S::kConsumers) {
       prefetch_map(&p.weights);
       Turn<S> turn{0, 1};  // at first, slots are free
       for (int i = 0; i < own.share.count; ++i, turn.next()) {
-        const int stage = own.share.first + TeamShare<S>(own.share, i % S::kTeams).first + i / S::kTeams;
         wait(&own.ring.empty[turn.slot], turn.parity);
         expect(&own.ring.full[turn.slot], Ring<S>::kWeights);
-        copy_box(own.ring.weights(turn.slot), &p.weights, stage * S::kRowBytes, tile.n0, &own.ring.full[turn.slot]);
+        copy_box(own.ring.weights(turn.slot), &p.weights, own.share.stage(i) * S::kRowBytes, tile.n0, &own.ring.full[turn.slot]);
       }
     }
     return;
@@ -140,13 +129,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
   float sums[S::kSums] = {};
   int32_t part[S::kParts];
   Turn<S> turn{team, 0};
-  for (int i = 0; i < share.count; ++i, turn.template next<S::kTeams>()) {
+  for (int i = 0; i < count; ++i, turn.template next<S::kTeams>()) {
     wait(&own.ring.full[turn.slot], turn.parity);
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
       const char* rows = own.ring.weights(turn.slot) + line * S::kRowBytes;
-      const int at = (share.first + i) * S::kBlocks + block;
-      add_block<S>(sums, part, rows, block, tokens.block(at), scales, (own.share.first * S::kBlocks + at) * S::kSpans);
+      const int at = (first + i) * S::kBlocks + block;  // of K
+      add_block<S>(sums, part, rows, block, tokens.block(at - own.share.first * S::kBlocks), scales, at * S::kSpans);
     }
     own.ring.free(turn.slot);
   }

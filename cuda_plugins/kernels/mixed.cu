@@ -11,6 +11,10 @@ bool fits_mixed(const MixedGemm& g) {
   return g.type != QPASS_FLOAT && g.k % (g.int4 ? 32 : 16) == 0 && g.m < kMost && g.n < kMost && g.k < kMost / 2;
 }
 
+bool is_small(const MixedGemm& g, int multiprocessors) {
+  return g.k <= 2048 && ceil_div(g.n, 64) * ceil_div(g.m, 64) <= multiprocessors;
+}
+
 size_t mixed_workspace(int64_t m, int64_t n) { return split_bytes(m, n, 128); }
 
 namespace {

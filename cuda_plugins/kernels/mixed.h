@@ -26,6 +26,8 @@ struct MixedGemm {
 
 // Whether it can be done: rows are copied from multiples of 16 bytes on, and counted in 32 bits.
 bool fits_mixed(const MixedGemm& g);
+// Whether K is short and every tile of 64 by 64 has a multiprocessor.
+bool is_small(const MixedGemm& g, int multiprocessors);
 cudaError_t mixed_gemm(const MixedGemm& g, cudaStream_t stream);
 size_t mixed_workspace(int64_t m, int64_t n);  // an upper bound for every m up to this one
 

@@ -23,20 +23,21 @@ struct Mixed : Streams {
 constexpr int kRun = 32;  // values of K whose operands are made at once: a group has no fewer
 
 // kGroup: values of K that share a scale, or 0: all of a channel's do. kWarpgroups of kTiles * 64 channels each; kTokens tokens; blocks
-// that share tokens.
-template <typename T_, bool kInt4_, int kGroup_, int kWarpgroups_, int kTiles, int kTokens, int kCluster>
-struct MixedShape : SumsOf<T_, float, kWarpgroups_, kTiles, kTokens, kCluster> {
+// that share tokens; kTeams of so many warpgroups, each with a part of K.
+template <typename T_, bool kInt4_, int kGroup_, int kWarpgroups, int kTiles, int kTokens, int kCluster, int kTeams = 1>
+struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kTeams> {
   using T = T_;
-  using Sums = SumsOf<T_, float, kWarpgroups_, kTiles, kTokens, kCluster>;
+  using Sums = SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kTeams>;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0;
-  static constexpr int kGroup = kGroup_, kWarpgroups = kWarpgroups_;
+  static constexpr int kGroup = kGroup_;
   // Registers are handed out by warpgroups: that of the one thread that copies keeps few, which leaves more for the others.
   static constexpr int kThreads = Sums::kConsumers + 128;
-  static constexpr int kFewRegisters = kWarpgroups == 2 ? 24 : 32, kManyRegisters = kWarpgroups == 2 ? 240 : 112;
+  static constexpr bool kTwo = kWarpgroups * kTeams == 2;
+  static constexpr int kFewRegisters = kTwo ? 24 : 32, kManyRegisters = kTwo ? 240 : 112;
   static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
-  static constexpr bool kStays = true;
-  static constexpr int kMostStages = 4, kBytesBeside = 0;
+  static constexpr bool kStays = kTeams == 1;
+  static constexpr int kMostStages = 4 * kTeams, kBytesBeside = 0;
 };
 
 // What a lane's channels are multiplied by, ready for where in K it is.
@@ -171,31 +172,35 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
   using T = typename S::T;
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
-  const Block<S> own(p, start, S::kConsumers / 32);
-  if (own.warp >= S::kWarpgroups * 4) {
+  constexpr int kWarps = S::kTeam / 32;
+  const Block<S> own(p, start, kWarps);
+  if (own.warp >= S::kConsumers / 32) {
     limit_registers<S::kFewRegisters>();
     if (threadIdx.x == S::kConsumers) copy_stages(p, own, 0, Nothing());
   } else {
     raise_registers<S::kManyRegisters>();
-    const int line = line_of<S>(own.warp, 0);
+    const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
+    const int first = own.share.first_of(team), count = own.share.count_of(team);
     constexpr int kGroups = S::kGrouped ? S::kStageK / S::kGroup : 0;  // of a stage
-    Turn<S> turn;
+    Turn<S> turn{team, 0};
     own.each_tile(p, [&](const Tile<S>& tile) {
       prefetch_finish(p.finish, p, tile);
-      MixedScales<S> scales(p, tile.n0 + line, own.share.first * kGroups, (own.share.first + own.share.count) * kGroups);
+      MixedScales<S> scales(p, tile.n0 + line, first * kGroups, (first + count) * kGroups);
       float sums[S::kTiles][S::kTokens / 2] = {};
       constexpr int kParts = S::kStageK / kRun * S::kTiles;  // runs of a stage, and of each the tiles
       RawRun<S> raw;
       uint32_t a[2][2][4];
       auto read = [&](int part) { raw.read(own.ring.weights(turn.slot) + line * S::kRowBytes, part / S::kTiles, part % S::kTiles); };
       auto make = [&](int i, int part) {
-        if (part % S::kTiles == 0) scales.go_to(own.share.first + i, part / S::kTiles * kRun);
+        if (part % S::kTiles == 0) scales.go_to(first + i, part / S::kTiles * kRun);
         make_operands<S>(a[part % 2], raw, part % S::kTiles, scales, p.zero != nullptr);
       };
-      wait(&own.ring.full[turn.slot], turn.parity);
-      read(0);
-      make(0, 0);
-      for (int i = 0; i < own.share.count; ++i) {
+      if (S::kTeams == 1 || count) {
+        wait(&own.ring.full[turn.slot], turn.parity);
+        read(0);
+        make(0, 0);
+      }
+      for (int i = 0; i < count; ++i) {
         const int done = turn.slot;
         const uint64_t tokens = matrix_at(own.ring.tokens(turn.slot));
 #pragma unroll
@@ -213,8 +218,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
           wait_products<1>();  // what the next operands take the place of
           if (more) {
             make(i, part + 1);
-          } else if (i + 1 < own.share.count) {
-            turn.next();
+          } else if (i + 1 < count) {
+            turn.template next<S::kTeams>();
             wait(&own.ring.full[turn.slot], turn.parity);
             read(0);
             make(i + 1, 0);
@@ -241,6 +246,10 @@ cudaError_t launch_mixed(const Mixed& p, const MixedGemm& g, const Device& devic
 
 template <typename T, bool kInt4, int kGroup>
 cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  // all warpgroups have the same channels and tokens: where there is little to do, the way through a stage is most of the time
+  if (g.m > 16 && is_small(g, device.multiprocessors)) {
+    return launch_mixed<MixedShape<T, kInt4, kGroup, 1, 1, 64, 1, 4>>(p, g, device, stream);
+  }
   if (g.m <= 16) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 16, 1>>(p, g, device, stream);
   if (g.m <= 32) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 32, 1>>(p, g, device, stream);
   if (g.m <= 64) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 64, 1>>(p, g, device, stream);

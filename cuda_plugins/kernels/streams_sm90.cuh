@@ -90,11 +90,17 @@ struct Tile {
   int m0, n0;
 };
 
-// The stages that a block multiplies.
+// The stages that a block multiplies; each of its teams has a part of them, what does not divide goes to the first.
 template <typename S>
 struct Share {
   __device__ __forceinline__ explicit Share(const Streams& p)
       : first(blockIdx.y * p.stages_a_split), count(min(p.stages_a_split, int(ceil_div(p.k, S::kStageK)) - first)) {}
+  __device__ __forceinline__ int first_of(int team) const {
+    return first + team * (count / S::kTeams) + min(team, count % S::kTeams);
+  }
+  __device__ __forceinline__ int count_of(int team) const { return count / S::kTeams + (team < count % S::kTeams); }
+  // The one that is copied as the i-th: teams take turns.
+  __device__ __forceinline__ int stage(int i) const { return first_of(i % S::kTeams) + i / S::kTeams; }
   int first, count;
 };
 
@@ -137,19 +143,19 @@ __device__ __forceinline__ void copy_stages(const Streams& p, const Block<S>& ow
   prefetch_map(&p.weights), prefetch_map(&p.tokens);
   auto weights = [&](const Tile<S>& tile, int i, int slot) {
     expect(&ring.full[slot], Ring<S>::kWeights + Ring<S>::kTokens + bytes_beside);
-    copy_box(ring.weights(slot), &p.weights, (share.first + i) * S::kRowBytes, tile.n0, &ring.full[slot]);
+    copy_box(ring.weights(slot), &p.weights, share.stage(i) * S::kRowBytes, tile.n0, &ring.full[slot]);
   };
   auto tokens = [&](const Tile<S>& tile, int i, int slot) {
     constexpr int kRows = S::kTokens / S::kCluster;
 #pragma unroll
     for (int box = 0; box < S::kPlanes * S::kBoxes; ++box) {
       char* to = ring.tokens(slot) + box * Ring<S>::kBox + rank * kRows * kBoxBytes;
-      const int x = ((share.first + i) * S::kBoxes + box / S::kPlanes) * kBoxBytes;
+      const int x = (share.stage(i) * S::kBoxes + box / S::kPlanes) * kBoxBytes;
       const int y = tile.m0 + rank * kRows + box % S::kPlanes * p.m;
       if constexpr (S::kCluster == 1) copy_box(to, &p.tokens, x, y, &ring.full[slot]);
       else copy_box_to_all<S::kCluster>(to, &p.tokens, x, y, &ring.full[slot]);
     }
-    beside(tile, share.first + i, slot);
+    beside(tile, share.stage(i), slot);
   };
   // the first stages' weights do not wait for the kernel that makes tokens
   int ahead = p.follows ? min(share.count, Ring<S>::kStages) : 0;

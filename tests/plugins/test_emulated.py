@@ -187,6 +187,19 @@ def test_tokens_that_become_integers_in_every_block(name: str, on_host: Library)
         assert streamed(on_host, case, check, ["sm90_split_k"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_small_products_whose_warpgroups_share_k(name: str, on_host: Library) -> None:
+    """Fewer stages of K than warpgroups, no whole number of them, and K split among the blocks of a cluster too."""
+    signed = itertools.cycle(itertools.product(signatures(REGISTRY[name]), DTYPES))
+    sizes = [(17, 64, 128), (33, 130, 384), (128, 72, 640), (100, 200, 1152), (64, 24, 2048)]
+    for (m, n, k), _ in itertools.product(sizes, range(5)):
+        attrs, dtype = next(signed)
+        case = example(REGISTRY[name], attrs, dtype, lead=(m,), n=n, k=k, seed=m)
+        check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
+        assert streamed(on_host, case, check, ["sm90_mixed"])
+
+
 @pytest.fixture(params=[2, 5, 8])
 def small_gpu(request: pytest.FixtureRequest, on_host: Library) -> Iterator[Library]:
     """On a GPU of so few multiprocessors that products of a test's size are divided among them as large ones are."""
@@ -208,7 +221,7 @@ def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> No
     asked = [(a, d) for a, d in itertools.product(signatures(op), DTYPES) if output_of(a, d) == d]
     few = [(1, 300, 1024), (5, 530, 1024), (8, 200, 2048), (8, 1000, 1024), (16, 130, 2048), (12, 520, 4096)]
     seen: set[str] = set()
-    for i, (m, n, k) in enumerate([*few, (300, 300, 512)]):
+    for i, (m, n, k) in enumerate([*few, (300, 300, 512), (100, 600, 512)]):
         attrs, dtype = asked[(i * 7 + 3) % len(asked)]
         case = example(op, attrs, dtype, lead=(m,), n=n, k=k, seed=i)
         check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
