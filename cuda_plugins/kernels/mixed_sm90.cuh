@@ -247,7 +247,7 @@ cudaError_t launch_mixed(const Mixed& p, const MixedGemm& g, const Device& devic
 template <typename T, bool kInt4, int kGroup>
 cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
   // all warpgroups have the same channels and tokens: where there is little to do, the way through a stage is most of the time
-  if (g.m > 16 && is_small(g, device.multiprocessors)) {
+  if (is_small(g, device.multiprocessors)) {
     return launch_mixed<MixedShape<T, kInt4, kGroup, 1, 1, 64, 1, 4>>(p, g, device, stream);
   }
   if (g.m <= 16) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 16, 1>>(p, g, device, stream);
