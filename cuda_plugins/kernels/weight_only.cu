@@ -53,7 +53,8 @@ Path path_by_rule(const qpass_weight_only_matmul_args& args) {
   Device device;
   if (may_mix(args, &device)) {
     const int64_t weights = args.n * args.k;
-    if (args.m > 16 && is_small(mixed_of(args), device.multiprocessors)) return kMixed;
+    const bool small = is_small(mixed_of(args), device.multiprocessors);
+    if (small && (args.m > 16 || (!args.int4 && args.k <= 1024))) return kMixed;
     if (args.m <= 32) return kSplitK;
     if (args.m <= kSplitKTokens && !args.int4 && weights > 1 << 26) return kSplitK;
     // where K is short a tile's results take longer than its products, and CUTLASS's next tile does not wait for them

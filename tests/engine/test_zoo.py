@@ -20,7 +20,7 @@ from tests import zoo
 from tests.zoo import FEW
 
 PRESETS = {"w8a16": None, "w4a16-g128": 32, "w8a8": None}
-"""With group sizes that the zoo's small Linears have."""
+"""With group sizes that the zoo's small Linears have; w4a16-g128 with its norms as plugins."""
 REFUSED = ("gemma_dynamo23", "llama_dynamo23", "llama_nnrms_dynamo23", "qwen2_dynamo23")
 """Those that TensorRT-RTX cannot build unquantized either: it fails in opset 23's Attention."""
 
@@ -35,7 +35,7 @@ def build_all(path: Path, tmp_path: Path, library: Library) -> None:
     usual = {name: x.shape for name, x in zoo.samples(path)[0].items()}
     least = {name: (1, *shape[1:]) for name, shape in usual.items()}  # the first dim is a batch in all of them
     for preset, group_size in PRESETS.items():
-        spec = qpass.QuantSpec.preset(preset, group_size)
+        spec = qpass.QuantSpec.preset(preset, group_size, norm_plugins=preset == "w4a16-g128")
         done = qpass.rewrite(model, tmp_path / f"{preset}.onnx", spec=spec)
         facts = engines.build_files(done.output, library=library.path, min_shapes=least, opt_shapes=usual).facts
         promised = {n for site in done.ledger.sites if site.status == "rewritten" for n in site.new_nodes}

@@ -30,6 +30,7 @@ from qpass.ops.weight_only_quant_matmul import INT8
 from qpass.plugins import DeviceTensor, Library
 from qpass.plugins.cases import MATMULS, Make, every_case
 from qpass.plugins.selftest import LIMITS, OnGpu, Tally, compare, references, relative_error, run, selftest
+from qpass.plugins.tune.products import job as product
 from tests.plugins import emulated as emulation
 from tests.plugins.emulated import as_cpp, compile_emulated
 from tests.plugins.shells import cuda_include
@@ -198,6 +199,27 @@ def test_small_products_whose_warpgroups_share_k(name: str, on_host: Library) ->
         case = example(REGISTRY[name], attrs, dtype, lead=(m,), n=n, k=k, seed=m)
         check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
         assert streamed(on_host, case, check, ["sm90_mixed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "rule"),
+    [
+        (1, 384, 384, "sm90_mixed"),
+        (16, 384, 1536, "sm90_split_k"),
+        (17, 384, 1536, "sm90_mixed"),
+        (17, 4096, 4096, "sm90_split_k"),
+        (128, 4096, 384, "sm90_mixed"),
+    ],
+)
+def test_the_rule_of_small_products(tokens: int, n: int, k: int, rule: str, on_host: Library) -> None:
+    """What was faster on an H100 (benchmarks/results/small_h100.json)."""
+    job = product(("w8a16", n, k), tokens, "float16")
+    tensors = [
+        [DeviceTensor(1 << 20, dtype, shape) for dtype, shape in kinds(np.dtype(np.float16)).values()]
+        for kinds in (job.inputs, job.outputs)
+    ]
+    assert on_host.node(job.op, job.attrs).choice(*tensors).rule == rule
 
 
 @pytest.fixture(params=[2, 5, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto
 
 from qpass.spec import QuantSpec
+from tests import zoo
 from tests.rules.kit import Graph, error, ops, run
 from tests.rules.spelling import HALF, Spelling, write
 from tests.rules.test_residual import K, add, layer, minus_minus
@@ -158,7 +160,17 @@ def test_what_nearly_is_a_norm_stays() -> None:
     assert error(apart, result) == 0
 
 
-def test_a_recipe_says_it(tmp_path: Any) -> None:
+@zoo.each(*zoo.FEW)
+def test_every_norm_of_the_zoo(path: Path) -> None:
+    proto = onnx.load(path)
+    done, result = run(proto, spec())
+    assert {s.status for s in done.ledger.of("norm")} == {"rewritten"}
+    assert len(norms(result)) == len(done.ledger.of("norm"))
+    _, apart = run(proto, "w8a16")
+    assert error(apart, result, zoo.samples(path)[0]) <= (3e-3 if "fp16" in path.stem else 2e-6)
+
+
+def test_a_recipe_says_it(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("preset: w4a16-g128\nnorm_plugins: true\n")
     asked = QuantSpec.from_yaml(path)
