@@ -3,6 +3,8 @@
 // chunk is large enough to fill the GPU, and bounds the workspace.
 #include "weight_only.h"
 
+#include <optional>
+
 #include "mixed.h"
 #include "tuning.h"
 
@@ -41,24 +43,23 @@ bool may_expand(const qpass_weight_only_matmul_args& args) {
 // Whether Hopper's products can do it. An engine may be built on one GPU and run on another: workspaces do not depend on which it is.
 bool may_mix_on_hopper(const qpass_weight_only_matmul_args& args) { return QPASS_STREAMS && fits_mixed(mixed_of(args)); }
 
-bool may_mix(const qpass_weight_only_matmul_args& args, Device* on = nullptr) {
+// The current device, where that is a Hopper whose products can do it.
+std::optional<Device> mixing_device(const qpass_weight_only_matmul_args& args) {
   Device device;
   const bool may = may_mix_on_hopper(args) && !current_device(&device) && device.major == 9;
-  if (may && on) *on = device;
-  return may;
+  return may ? std::optional(device) : std::nullopt;
 }
 
 Path path_by_rule(const qpass_weight_only_matmul_args& args) {
   if (args.type == QPASS_FLOAT) return kFew;
-  Device device;
-  if (may_mix(args, &device)) {
+  if (const std::optional<Device> device = mixing_device(args)) {
     const int64_t weights = args.n * args.k;
-    const bool small = is_small(mixed_of(args), device.multiprocessors);
+    const bool small = is_small(mixed_of(args), device->multiprocessors);
     if (small && (args.m > 16 || (!args.int4 && args.k <= 1024))) return kMixed;
     if (args.m <= 32) return kSplitK;
     if (args.m <= kSplitKTokens && !args.int4 && weights > 1 << 26) return kSplitK;
     // where K is short a tile's results take longer than its products, and CUTLASS's next tile does not wait for them
-    return args.k <= 1024 && ceil_div(args.m, 256) * ceil_div(args.n, 128) > device.multiprocessors ? kMany : kMixed;
+    return args.k <= 1024 && ceil_div(args.m, 256) * ceil_div(args.n, 128) > device->multiprocessors ? kMany : kMixed;
   }
   return args.m <= skinny_tokens(args.n, args.k, kHeadStart, kFewTokens) ? kFew : kMany;
 }
@@ -215,7 +216,7 @@ cudaError_t weight_only_matmul(const qpass_weight_only_matmul_args& args, cudaSt
   const Plan plan(args, path_of(args));
   if (plan.path == kMany && !may_expand(args)) return cudaErrorNotSupported;
   const bool streams = plan.path == kMixed || plan.path == kSplitK;
-  if (streams && (!may_mix(args) || (plan.path == kSplitK && args.m > kSplitKTokens))) return cudaErrorNotSupported;
+  if (streams && (!mixing_device(args) || (plan.path == kSplitK && args.m > kSplitKTokens))) return cudaErrorNotSupported;
   if (plan.path == kSplitK) return split_k(args, plan, stream);
   if (plan.fixed && plan.prepares) {
     if (cudaError_t e = prepare_fixed(args, fixed_of(args, plan), stream)) return e;
@@ -248,7 +249,7 @@ int qpass_weight_only_matmul_choice(const qpass_weight_only_matmul_args* args, q
     if (cudaError_t e = gemm_choice(product_of(*args, Plan(*args, kMany)), choice)) return e;
   }
   choice->mask |= 1u << QPASS_SKINNY;
-  if (may_mix(*args)) choice->mask |= 1u << QPASS_SM90_MIXED | (args->m <= kSplitKTokens ? 1u << QPASS_SM90_SPLIT_K : 0);
+  if (mixing_device(*args)) choice->mask |= 1u << QPASS_SM90_MIXED | (args->m <= kSplitKTokens ? 1u << QPASS_SM90_SPLIT_K : 0);
   choice->kind = kind_of(*args);
   const Path path = path_by_rule(*args);
   if (path != kMany) choice->rule = path == kFew ? QPASS_SKINNY : path == kSplitK ? QPASS_SM90_SPLIT_K : QPASS_SM90_MIXED;
