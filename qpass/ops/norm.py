@@ -68,6 +68,8 @@ class Norm(Op):
 
 
 class Layernorm(Norm):
+    """Ba, Kiros and Hinton 2016, "Layer Normalization", as ONNX's LayerNormalization has it over the last axis."""
+
     doc = "y = (x - mean(x)) / sqrt(var(x) + epsilon) · gamma + beta over the last axis"
 
     def build_norm(self, b: Body, x: Value) -> Value:
@@ -82,6 +84,8 @@ class Layernorm(Norm):
 
 
 class Rmsnorm(Norm):
+    """Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", as ONNX's RMSNormalization has it."""
+
     doc = "y = x / sqrt(mean(x²) + epsilon) · gamma + beta over the last axis"
 
     def build_norm(self, b: Body, x: Value) -> Value:

@@ -201,6 +201,6 @@ def of_session(leader: int) -> list[str]:
     [(f"{preset}-merged", preset, {"merge_siblings": True}) for preset in ("w8a16", "w8a8", "w4a16-g128")]
     + [(f"{p}-fused", p, {"merge_siblings": True, "norm_plugins": True}) for p in ("w8a16", "w4a16-g128")],
 )
-def test_recipes_are_presets_with_what_their_names_say(name: str, preset: str, changes: dict[str, object]) -> None:
+def test_recipes_are_presets_with_what_their_names_say(name: str, preset: str, changes: dict[str, Any]) -> None:
     recipe = Path(matrix.__file__).parent / "recipes" / f"{name}.yaml"
     assert QuantSpec.from_yaml(recipe) == QuantSpec.preset(preset, **changes).model_copy(update={"name": name})
