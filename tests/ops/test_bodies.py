@@ -60,7 +60,18 @@ def test_bodies_are_valid_at_the_newest_opset_of_onnx() -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (0,), (2, 0), (2, 1, 3)], ids=str)
-@pytest.mark.parametrize(("opset", "dtype"), [(13, F32), (NEWEST, BF16)], ids=str)
+@pytest.mark.parametrize(
+    ("opset", "dtype"),
+    [
+        (13, F32),
+        (NEWEST, BF16),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [(13, F16), (13, BF16), (NEWEST, F32), (NEWEST, F16)]
+        ),
+    ],
+    ids=str,
+)
 def test_any_rank_and_no_tokens(opset: int, dtype: np.dtype[Any], lead: tuple[int, ...]) -> None:
     cases = every_case(dtype, lead=lead, n=8, k=128)
     for optimised in (False, True):
