@@ -79,26 +79,17 @@ class Norm : public Op {
   const bool rms_;
 };
 
+template <bool kRms, bool kQuantized>
+const Op& norm(const char* name) {
+  static const Norm op(name, kRms, kQuantized);
+  return op;
+}
+
 }  // namespace
 
-const Op& layernorm() {
-  static const Norm op("Layernorm", false, false);
-  return op;
-}
-
-const Op& rmsnorm() {
-  static const Norm op("Rmsnorm", true, false);
-  return op;
-}
-
-const Op& layernorm_quantization() {
-  static const Norm op("LayernormQuantization", false, true);
-  return op;
-}
-
-const Op& rmsnorm_quantization() {
-  static const Norm op("RmsnormQuantization", true, true);
-  return op;
-}
+const Op& layernorm() { return norm<false, false>("Layernorm"); }
+const Op& rmsnorm() { return norm<true, false>("Rmsnorm"); }
+const Op& layernorm_quantization() { return norm<false, true>("LayernormQuantization"); }
+const Op& rmsnorm_quantization() { return norm<true, true>("RmsnormQuantization"); }
 
 }  // namespace qpass
