@@ -42,7 +42,7 @@ def check_filter(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class SiteNames:
-    """All that a Linear of a model can be called."""
+    """All that a Linear, or another site, of a model can be called."""
 
     nodes: tuple[str, ...]
     weight: str | None
@@ -72,7 +72,7 @@ class Filter:
 
 
 class Resolver:
-    """What each Linear of one model gets, and whether every filter of the spec has an effect on it."""
+    """What each Linear of one model gets, which norms stay, and whether every filter of the spec has an effect."""
 
     def __init__(self, spec: QuantSpec) -> None:
         self._source = spec._source
@@ -86,10 +86,7 @@ class Resolver:
 
     def linear(self, site: SiteNames) -> LinearSpec | str:
         """What the Linear gets, or why it is excluded, such as "excluded by exclude[0] '*.lm_head'"."""
-        names = [name for name in (*site.nodes, *site.scopes, site.weight) if name]
-        for name in names:
-            for part in re.split(r"[./]", name):
-                self._names.setdefault(part, name)
+        names = self._learn(site)
         excluding, including, overriding = (
             [one for one in filters if one.matches(names)]
             for filters in (self._exclude, self._include, self._overrides)
@@ -112,8 +109,24 @@ class Resolver:
             one.obstacle = f"{names[0]!r}: {reason}"
         return reason
 
+    def norm(self, site: SiteNames) -> str | None:
+        """Why a norm that would become a plugin is excluded, as of a Linear; None where it is not."""
+        names = self._learn(site)
+        excluding = [one for one in self._exclude if one.matches(names)]
+        for one in excluding:
+            one.effective = True
+        return f"excluded by {excluding[0].label}" if excluding else None
+
+    def _learn(self, site: SiteNames) -> list[str]:
+        """All names of a site, known from now on for suggestions."""
+        names = [name for name in (*site.nodes, *site.scopes, site.weight) if name]
+        for name in names:
+            for part in re.split(r"[./]", name):
+                self._names.setdefault(part, name)
+        return names
+
     def check(self) -> None:
-        """After all Linears: raises QpassError that names each filter without effect, and why."""
+        """After all Linears and norms: raises QpassError that names each filter without effect, and why."""
         idle = [one for one in (*self._exclude, *self._include, *self._overrides) if not one.effective]
         if idle:
             mistakes = [SpecError(self._complaint(one), one.at, self._source) for one in idle]

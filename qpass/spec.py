@@ -244,7 +244,10 @@ class QuantSpec(_Settings):
         default=False, description="norms that feed no int8 Linear become plugins too, with the Add before them"
     )
     include: Filters = Field(default=(), description="if not empty, only Linears that match one of these are quantized")
-    exclude: Filters = Field(default=(), description="Linears that match one of these are left as they are")
+    exclude: Filters = Field(
+        default=(),
+        description="Linears, and norms that would become plugins, that match one of these are left as they are",
+    )
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = Field(
         default=(), description="other settings for some Linears; the first whose match matches wins"
     )

@@ -32,6 +32,7 @@ class AddedNorm(Pattern):
 @rule
 def plug_norm(m: AddedNorm, new: Emit, cfg: Quantizer) -> Replacement:
     """A norm whose result stays in floats becomes a Layernorm or Rmsnorm plugin; an Add before it is part."""
+    cfg.check_norm(m.root)
     x, residual = operands(m)
     gamma, beta = cfg.like(m.gamma, x), cfg.like(m.beta, x)
     summed = residual is not None and m.added_needed

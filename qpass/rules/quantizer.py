@@ -67,9 +67,7 @@ class Quantizer:
         QpassError: a filter of the spec that matches nothing, or static scales asked for without statistics.
     """
 
-    def __init__(
-        self, spec: QuantSpec, survey: Survey, stats: Stats | None, *, rewritten_before: bool = False
-    ) -> None:
+    def __init__(self, spec: QuantSpec, survey: Survey, stats: Stats | None, *, rewritten_before: bool = False) -> None:
         self._survey = survey
         self._stats = stats
         self._remarks: Counter[str] = Counter()
@@ -77,7 +75,11 @@ class Quantizer:
         self._specs: dict[Found, LinearSpec | str] = {}
         self._notes: dict[Found, str] = {}
         self._place = {f: i for i, f in enumerate(survey.found)}
+        self._excluded_norms: dict[Node, str] = {}
         for f in survey.found:
+            may_plug = spec.norm_plugins and f.site.kind == "norm"
+            if may_plug and f.lifted is not None and (why := resolver.norm(f.names)) is not None:
+                self._excluded_norms[f.lifted] = why
             if f.site.kind in WEIGHTED_KINDS:
                 resolved = resolver.linear(f.names)
                 if f.lifted is not None:
@@ -119,6 +121,11 @@ class Quantizer:
     def spec_of(self, m: Linear | Pattern) -> LinearSpec | str:
         """What the spec says of a lifted Linear or of lifted experts: the settings, or why it is excluded."""
         return self._specs[self._survey.by_lifted[m.root][0]]
+
+    def check_norm(self, norm: Node) -> None:
+        """Raise Exclude where the spec leaves a lifted norm as it is."""
+        if (why := self._excluded_norms.get(norm)) is not None:
+            exclude(why)
 
     def in_order(self, heads: Sequence[Linear]) -> list[Linear]:
         """Linears in the order of the model."""

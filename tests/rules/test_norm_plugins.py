@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from qpass.errors import QpassError
 from qpass.spec import QuantSpec
 from tests import zoo
 from tests.rules.kit import Graph, error, ops, run
@@ -158,6 +159,24 @@ def test_what_nearly_is_a_norm_stays() -> None:
     assert not norms(result)
     _, apart = run(proto, "w8a16")
     assert error(apart, result) == 0
+
+
+def test_an_excluded_norm_stays() -> None:
+    """Which is the way out for one within an If, where TensorRT-RTX takes no plugin."""
+    g = Graph()
+    h = g.op("LayerNormalization", g.input("x", ["B", K]), g.gain(K), name="first", axis=-1)
+    h = g.op("LayerNormalization", g.op("MatMul", h, g.weight(K, K), name="lin"), g.gain(K), name="second", axis=-1)
+    proto = g.model(g.op("Identity", h, out="y"))
+    done, result = run(proto, spec(exclude=["second"]))
+    assert ops(result) == ["Layernorm", "WeightOnlyQuantMatmul", "LayerNormalization", "Identity"]
+    norm = done.ledger.of("norm")[1]
+    assert (norm.status, norm.reason) == ("excluded", "excluded by exclude[0] 'second'")
+    _, apart = run(proto, "w8a16")
+    assert error(apart, result) <= 1e-6
+    with pytest.raises(QpassError, match="'second' matches no Linear"):  # it would be no plugin
+        run(proto, QuantSpec.preset("w8a16", exclude=["second"]))
+    with pytest.raises(QpassError, match="'third' matches no Linear"):
+        run(proto, spec(exclude=["third"]))
 
 
 @zoo.each(*zoo.FEW)
