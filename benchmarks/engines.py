@@ -8,9 +8,9 @@ measured by
     python -m benchmarks.llama layer.onnx --bare --layers 1 --hidden 4096 --intermediate 11008 --heads 32
     qpass bench layer.onnx --backend tensorrt --preset w4a16-g128 --preset benchmarks/recipes/w4a16-g128-fused.yaml \\
         --preset w8a16 --preset w8a8 \\
-        --shapes hidden_states:1x1x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_1_h100.json
+        --shapes hidden_states:1x1x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_1_h200.json
     qpass bench layer.onnx --backend tensorrt --preset w8a8 \\
-        --shapes hidden_states:1x2048x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_2048_h100.json
+        --shapes hidden_states:1x2048x4096 --keep KEEP --profile -o benchmarks/results/engines_layer_2048_h200.json
 
 Latencies are medians; what plugins take, and what TensorRT's own layers do, is of the profile, where every layer takes
 some µs more than within a run: it tells shares. The files lack layers of less than 0.05 µs, such as constants.
@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 MODELS = {
-    "minilm_1x128_h100": "MiniLM, 1×128",
-    "minilm_32x128_h100": "MiniLM, 32×128",
-    "layer_1_h100": "a 7B-size layer, 1 token",
+    "minilm_1x128_h200": "MiniLM, 1×128",
+    "minilm_32x128_h200": "MiniLM, 32×128",
     "layer_1_h200": "a 7B-size layer, 1 token",
-    "layer_2048_h100": "a 7B-size layer, 2048 tokens",
     "layer_2048_h200": "a 7B-size layer, 2048 tokens",
 }
 """What is measured, and on which GPU → how it is called."""
@@ -56,7 +54,7 @@ def latencies(results: Path) -> str:
     return "\n".join(lines)
 
 
-def errors(results: Path, gpu: str = "h100") -> str:
+def errors(results: Path, gpu: str = "h200") -> str:
     """A row a preset of the zoo's engines, with the model whose engine errs most."""
     told = json.loads((results / f"engines_zoo_{gpu}.json").read_text())
     rows: list[dict[str, Any]] = told["rows"]
