@@ -65,7 +65,7 @@ class TestPeers:
             ("torch._scaled_mm", 1),
             ("tinygemm", 3),
             ("humming", 1),
-            ("torch.compile", 1),
+            ("torch.compile", 2),
         ],
     )
     def test_each_way_has_a_call_for_every_copy(self, name: str, ways: int, monkeypatch: pytest.MonkeyPatch) -> None:
