@@ -12,8 +12,8 @@ from qpass.plugins.bench.timing import Call
 
 
 class TorchCompile(TorchPeer):
-    """The same arithmetic on the same tensors, compiled for its very shape: by rules, and by its autotuner, whose choice
-    differs from run to run and is at times several times slower. The faster counts."""
+    """The same arithmetic on the same tensors, compiled for its very shape, by rules and by an autotuner, whose choice
+    differs from run to run and is several times slower at times. The faster counts."""
 
     name = "torch.compile"
 
