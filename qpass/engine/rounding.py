@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,11 @@ from qpass.graph.walk import graphs_of
 from qpass.ops import DOMAIN, REGISTRY
 
 
-def rounded(path: Path, proto: ModelProto) -> ModelProto:
+def every(_: NodeProto) -> bool:
+    return True
+
+
+def rounded(path: Path, proto: ModelProto, of: Callable[[NodeProto], bool] = every) -> ModelProto:
     """A copy of a model in which every float32 tensor that a node makes is rounded to float16 and back.
 
     Left as they are: outputs of the model, constants, what plugins hand on in float32 by their declaration (scales),
@@ -22,6 +26,7 @@ def rounded(path: Path, proto: ModelProto) -> ModelProto:
     Args:
         path: its file, which types are read from.
         proto: the model, as `qpass.runtime.load` gives it; not changed.
+        of: whether what a node makes is rounded.
     """
     copy = ModelProto()
     copy.CopyFrom(proto)
@@ -29,17 +34,17 @@ def rounded(path: Path, proto: ModelProto) -> ModelProto:
     for value in (v for n in Model.load(path).nodes() for v in n.outputs):
         kinds.setdefault(value.name, set()).add(None if value.dtype is None else np.dtype(value.dtype))
     floats = {name for name, kind in kinds.items() if kind == {np.dtype(np.float32)}}
-    _round(copy.graph, floats - {o.name for o in copy.graph.output})
+    _round(copy.graph, floats - {o.name for o in copy.graph.output}, of)
     return copy
 
 
-def _round(graph: GraphProto, floats: set[str]) -> None:
+def _round(graph: GraphProto, floats: set[str], of: Callable[[NodeProto], bool]) -> None:
     nodes: list[NodeProto] = []
     for node in graph.node:
         for inner in (g for a in node.attribute for g in graphs_of(a)):
-            _round(inner, floats)
+            _round(inner, floats, of)
         nodes.append(node)
-        for i in _rounded_outputs(node):
+        for i in _rounded_outputs(node) if of(node) else ():
             if (name := node.output[i]) in floats:
                 exact, half = f"{name}/exact", f"{name}/float16"
                 node.output[i] = exact

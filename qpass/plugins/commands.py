@@ -191,6 +191,7 @@ def bench(
     from qpass.plugins.bench.jobs import DTYPES, jobs, shape
     from qpass.plugins.bench.peers import PEERS
     from qpass.plugins.bench.report import tables
+    from qpass.plugins.bench.results import Earlier
     from qpass.plugins.bench.session import Session
 
     if dtype not in DTYPES:
@@ -202,12 +203,11 @@ def bench(
     target = output or resume
     if target is not None:
         check_place(target, [])
-    if resume is not None and not resume.is_file():  # whatever else is missing
-        raise QpassError(f"--resume {resume}: there is no such file; -o begins one")
+    earlier = None if resume is None else Earlier.read(resume)  # before what needs a GPU
     wanted = [p for p in (PEERS if peers else ["cuBLAS"]) if p not in (skip_peer or ())]
     session = Session(plugins.find(library), dtype, wanted, shlex.join(["qpass", *sys.argv[1:]]), target)
-    if resume is not None:
-        session.results.resume(resume)
+    if earlier is not None:
+        session.results.resume(earlier)
     with bar("timing", not as_json) as progress:
         session.run(todo, progress)
     told = session.results.to_dict()

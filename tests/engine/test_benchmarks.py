@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import engines_zoo, matrix
+from benchmarks import engines_zoo, matrix, rounding
 from benchmarks.record import Record, command
 from qpass.engine import Worker
 from qpass.ops import REGISTRY
@@ -139,6 +139,13 @@ def test_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[2].keys() == {"model", "unquantized"}
     said = engines_zoo.summary(rows)
     assert said.startswith("unquantized: 3 models, 2 built, 2 within 0.005, worst 0.0001\nw8a16: 2 models, 2 built")
+
+
+def test_rounding_by_who_makes_what(tmp_path: Path) -> None:
+    """A product alone is between x and the last node, whose output is the model's: that is never rounded."""
+    row = rounding.measure(model_of_a_zoo(tmp_path / "one.onnx", "Relu"))
+    assert row["model"] == "one"
+    assert 0 == row["others"] < row["plugins"] == row["all"] < 1e-3
 
 
 SCRIPT = """

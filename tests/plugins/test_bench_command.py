@@ -15,7 +15,7 @@ from qpass.errors import QpassError
 from qpass.plugins.bench import machine, session
 from qpass.plugins.bench.jobs import Job
 from qpass.plugins.bench.measure import Row
-from qpass.plugins.bench.results import Results
+from qpass.plugins.bench.results import Earlier, Results
 from qpass.plugins.bench.timing import Call
 from tests.conftest import Run
 from tests.plugins.stand_ins import SIZES, StandIn, StandInOurs, StandInTimer, a_job, call_of
@@ -43,7 +43,7 @@ class TestResults:
         first.add(Row(*job.key, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, {"p": 2.0}, {}, {"q": "not installed"}))
         second = Results(path, "H200", "bfloat16", {"command": "b"})
         assert second.lacks(job, [])
-        second.resume(path)
+        second.resume(Earlier.read(path))
         assert not second.lacks(job, ["p", "q"])
         assert second.lacks(job, ["p", "new"])
         assert second.lacks(a_job(m=64), [])
@@ -57,13 +57,13 @@ class TestResults:
         results = Results(path, "H100", "bfloat16", {})
         results.write()
         with pytest.raises(QpassError, match="device is H100, here it is H200"):
-            Results(None, "H200", "bfloat16", {}).resume(path)
+            Results(None, "H200", "bfloat16", {}).resume(Earlier.read(path))
         for text in ("{", "[]", "{}", '{"rows": [1], "runs": []}', '{"rows": 3, "runs": 3}'):
             path.write_text(text)
             with pytest.raises(QpassError, match="no result of"):
-                results.resume(path)
-        with pytest.raises(QpassError, match="cannot be read"):
-            results.resume(tmp_path / "none.json")
+                Earlier.read(path)
+        with pytest.raises(QpassError, match="cannot be read: Is a directory"):
+            Earlier.read(tmp_path)
 
 
 class TestCommand:
@@ -135,15 +135,19 @@ class TestCommand:
         assert [r["us"] for r in told["rows"]] == [7.0] + [100.0] * 7
         assert len(told["runs"]) == 2
 
-    def test_a_run_that_is_not_there_is_told_before_anything_else(
-        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [(None, "there is no such file; -o begins one"), ("{", "is no result of `qpass plugins bench`")],
+    )
+    def test_what_cannot_be_gone_on_with_is_told_before_anything_else(
+        self, text: str | None, why: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("QPASS_PLUGINS", str(tmp_path / "no-library.so"))
-        done = run("plugins", "bench", "--resume", tmp_path / "none.json", *SIZES)
-        assert (done.code, done.err.strip()) == (
-            2,
-            f"error: --resume {tmp_path / 'none.json'}: there is no such file; -o begins one",
-        )
+        path = tmp_path / "some.json"
+        if text is not None:
+            path.write_text(text)
+        done = run("plugins", "bench", "--resume", path, *SIZES)
+        assert (done.code, done.err.strip()) == (2, f"error: --resume {path}: {why}")
 
     def test_a_kill_loses_nothing_that_was_measured(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

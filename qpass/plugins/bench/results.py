@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,36 @@ from qpass.errors import QpassError
 from qpass.graph.commit import write
 from qpass.plugins.bench.jobs import Job
 from qpass.plugins.bench.measure import Row
+
+_ABOUT = ("device", "dtype")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run wrote before, that another goes on with."""
+
+    path: Path
+    about: dict[str, Any]
+    runs: list[dict[str, Any]]
+    rows: dict[tuple[Any, ...], dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Earlier:
+        """Read a file; needs no GPU.
+
+        Raises:
+            QpassError: it cannot be read, or is something else.
+        """
+        try:
+            told = json.loads(path.read_bytes())
+            rows = {_key(row): row for row in told["rows"]}
+            return cls(path, {name: told[name] for name in _ABOUT}, list(told["runs"]), rows)
+        except FileNotFoundError as error:
+            raise QpassError(f"--resume {path}: there is no such file; -o begins one") from error
+        except OSError as error:
+            raise QpassError(f"--resume {path}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise QpassError(f"--resume {path}: is no result of `qpass plugins bench`") from error
 
 
 class Results:
@@ -26,31 +56,21 @@ class Results:
 
     def __init__(self, path: Path | None, device: str, dtype: str, run: dict[str, Any]) -> None:
         self._path = path
-        self._about = {"device": device, "dtype": dtype}
+        self._about = dict(zip(_ABOUT, (device, dtype), strict=True))
         self._runs = [run]
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def resume(self, earlier: Path) -> None:
+    def resume(self, earlier: Earlier) -> None:
         """Take over the rows of a file that a run wrote before.
 
         Raises:
-            QpassError: it cannot be read, is no such file, or is of another GPU or dtype.
+            QpassError: it is of another GPU or dtype.
         """
-        try:
-            told = json.loads(earlier.read_bytes())
-            rows = {_key(row): row for row in told["rows"]}
-            runs, about = list(told["runs"]), {name: told[name] for name in self._about}
-        except OSError as error:
-            raise QpassError(f"--resume {earlier}: cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise QpassError(f"--resume {earlier}: is no result of `qpass plugins bench`") from error
         for name, mine in self._about.items():
-            if about[name] != mine:
-                raise QpassError(
-                    f"--resume {earlier}: its {name} is {about[name]}, here it is {mine}; write another file"
-                )
-        self._rows = rows
-        self._runs = [*runs, *self._runs]
+            if (its := earlier.about[name]) != mine:
+                raise QpassError(f"--resume {earlier.path}: its {name} is {its}, here it is {mine}; write another file")
+        self._rows = dict(earlier.rows)
+        self._runs = [*earlier.runs, *self._runs]
 
     def lacks(self, job: Job, peers: Collection[str]) -> bool:
         """Whether there is no row of a job, or one for which one of these peers was never tried."""
