@@ -29,6 +29,7 @@ import numpy as np
 
 import qpass
 from benchmarks.record import Record, command
+from benchmarks.zoo import Feeds, inputs_of, models_of
 from qpass import engine as engines
 from qpass import gpu
 from qpass.engine.verify import verify_engine
@@ -56,8 +57,7 @@ def measure(model: Path, backend: str, level: int | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy = Path(shutil.copyfile(model, folder / model.name))
-        with np.load(model.with_suffix(".npz")) as file:
-            feeds = {k.removeprefix("in:"): file[k] for k in file.files if k.startswith("in:")}
+        feeds: dict[str, Any] = inputs_of(model)
         np.savez(folder / "inputs.npz", **feeds)
         for name, run in RUNS.items():
             try:
@@ -74,7 +74,7 @@ def one(
     preset: str | None,
     group_size: int | None,
     precision: str,
-    feeds: dict[str, np.ndarray[Any, Any]],
+    feeds: Feeds,
     backend: str,
     level: int | None,
 ) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--level", type=int, help="as in qpass build; it is no matter for the numbers")
     parser.add_argument("--resume", action="store_true", help="keep what the output has already")
     a = parser.parse_args()
-    models = sorted(a.zoo.glob(a.models))
+    models = models_of(a.zoo, a.models)
     backend = engines.backends.choose(a.backend)
     about = {
         "command": command("benchmarks.engines_zoo"),

@@ -14,18 +14,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from onnx import NodeProto
 
 import qpass
 from benchmarks.record import Record, Row, command
-from qpass.engine.rounding import every, rounded
+from benchmarks.zoo import Feeds, inputs_of, models_of
+from qpass.engine.rounding import rounded
 from qpass.ops import DOMAIN
 from qpass.runtime import Runner, load
 from qpass.verify import Difference
 
 PARTS: dict[str, Callable[[NodeProto], bool]] = {
-    "all": every,
+    "all": lambda _: True,
     "plugins": lambda node: node.domain == DOMAIN,
     "others": lambda node: node.domain != DOMAIN,
 }
@@ -33,15 +33,14 @@ PARTS: dict[str, Callable[[NodeProto], bool]] = {
 
 def measure(model: Path) -> Row:
     """The errors of one model, which has its inputs beside it."""
-    with np.load(model.with_suffix(".npz")) as file:
-        feeds = {k.removeprefix("in:"): file[k] for k in file.files if k.startswith("in:")}
+    feeds = inputs_of(model)
     with tempfile.TemporaryDirectory() as folder:
         spec = qpass.QuantSpec.preset("w8a8")
         path = qpass.rewrite(model, Path(folder) / model.name, spec=spec).output
         exact = load(path)
         names = [[o.name for o in exact.graph.output]]
 
-        def run(part: Callable[[NodeProto], bool] | None) -> dict[str, np.ndarray]:
+        def run(part: Callable[[NodeProto], bool] | None) -> Feeds:
             proto = exact if part is None else rounded(path, exact, part)
             return next(iter(Runner(path, proto, names, optimize=False).run(feeds, model.name)))
 
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--models", default="*_ts*.onnx", help="which of them")
     a = parser.parse_args()
-    models = sorted(a.zoo.glob(a.models))
+    models = models_of(a.zoo, a.models)
     about = {"command": command("benchmarks.rounding")}
     record = Record(a.output, about, ["model"], [(m.stem,) for m in models], resume=False)
     for model in models:

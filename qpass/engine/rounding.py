@@ -13,11 +13,7 @@ from qpass.graph.walk import graphs_of
 from qpass.ops import DOMAIN, REGISTRY
 
 
-def every(_: NodeProto) -> bool:
-    return True
-
-
-def rounded(path: Path, proto: ModelProto, of: Callable[[NodeProto], bool] = every) -> ModelProto:
+def rounded(path: Path, proto: ModelProto, of: Callable[[NodeProto], bool] = lambda _: True) -> ModelProto:
     """A copy of a model in which every float32 tensor that a node makes is rounded to float16 and back.
 
     Left as they are: outputs of the model, constants, what plugins hand on in float32 by their declaration (scales),
@@ -26,7 +22,7 @@ def rounded(path: Path, proto: ModelProto, of: Callable[[NodeProto], bool] = eve
     Args:
         path: its file, which types are read from.
         proto: the model, as `qpass.runtime.load` gives it; not changed.
-        of: whether what a node makes is rounded.
+        of: whether what a node makes is rounded; by default of every node.
     """
     copy = ModelProto()
     copy.CopyFrom(proto)

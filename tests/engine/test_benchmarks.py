@@ -19,6 +19,7 @@ import pytest
 
 from benchmarks import engines_zoo, matrix, rounding
 from benchmarks.record import Record, command
+from benchmarks.zoo import models_of
 from qpass.engine import Worker
 from qpass.ops import REGISTRY
 from qpass.spec import QuantSpec
@@ -139,6 +140,16 @@ def test_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[2].keys() == {"model", "unquantized"}
     said = engines_zoo.summary(rows)
     assert said.startswith("unquantized: 3 models, 2 built, 2 within 0.005, worst 0.0001\nw8a16: 2 models, 2 built")
+
+
+def test_what_is_no_zoo(tmp_path: Path) -> None:
+    path = model_of_a_zoo(tmp_path / "one.onnx", "Relu")
+    assert models_of(tmp_path, "o*.onnx") == [path]
+    with pytest.raises(SystemExit, match=r"no model matches two\*"):
+        models_of(tmp_path, "two*")
+    path.with_suffix(".npz").unlink()
+    with pytest.raises(SystemExit, match=r"its inputs, one\.npz, are not beside it"):
+        models_of(tmp_path, "o*.onnx")
 
 
 def test_rounding_by_who_makes_what(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from qpass.graph.commit import write
 from qpass.plugins.bench.jobs import Job
 from qpass.plugins.bench.measure import Row
 
-_ABOUT = ("device", "dtype")
-
 
 @dataclass(frozen=True)
 class Earlier:
@@ -35,7 +33,7 @@ class Earlier:
         try:
             told = json.loads(path.read_bytes())
             rows = {_key(row): row for row in told["rows"]}
-            return cls(path, {name: told[name] for name in _ABOUT}, list(told["runs"]), rows)
+            return cls(path, {name: told[name] for name in ("device", "dtype")}, list(told["runs"]), rows)
         except FileNotFoundError as error:
             raise QpassError(f"--resume {path}: there is no such file; -o begins one") from error
         except OSError as error:
@@ -56,7 +54,7 @@ class Results:
 
     def __init__(self, path: Path | None, device: str, dtype: str, run: dict[str, Any]) -> None:
         self._path = path
-        self._about = dict(zip(_ABOUT, (device, dtype), strict=True))
+        self._about = {"device": device, "dtype": dtype}
         self._runs = [run]
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
 
