@@ -14,10 +14,12 @@ struct FewShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<k
   using Of = FixedOf<kInt4, kGroup, kZeros, kTokens>;
   static constexpr int kThreads = Sums::kConsumers + 32, kBoxes = 0, kSideBytes = 0;
   static constexpr int kMostStages = kWide == 1 ? 8 : kWide == 2 ? 6 : 4;  // with more in flight, all take longer
+  using Scales = GroupStream<2, Sums::kConsumers, fours_of(Of::kGroups, kMostStages / Sums::kTeams), kZeros>;
   static constexpr int kBlockBytes = Of::kPlanes * kTokens * kBoxBytes;            // of kBlockK values of all tokens
   static constexpr int kSideRow = kTokens * 4 * (1 + (kZeros ? Of::kSpans : 0));   // beside them: scales, and sums
   static constexpr int kMostBlocks = (kWide == 1 ? 96 : 64) * 1024 / kBlockBytes;  // that there is room for
-  static constexpr int kBytesBeside = (kMostBlocks * (kBlockBytes + kSideRow) + 1023) / 1024 * 1024;
+  static constexpr int kScalesAt = (kMostBlocks * (kBlockBytes + kSideRow) + 1023) / 1024 * 1024;
+  static constexpr int kBytesBeside = kScalesAt + Scales::kBytes;
 };
 
 // Tokens of the block's share of K, as integers in shared memory. All consumers make them: sixteen lanes a block of a token.
@@ -30,7 +32,7 @@ class Resident {
 
   __device__ __forceinline__ FixedBlock block(int i) const {
     const float* scale = reinterpret_cast<const float*>(sides_ + i * S::kSideRow);
-    return {matrix_at(matrices_ + i * S::kBlockBytes), scale, reinterpret_cast<const int*>(scale + S::kTokens)};
+    return {matrix_at(matrices_ + i * S::kBlockBytes), scale, scale + S::kTokens};
   }
 
   // Asks for tokens, the first ones before all else: they would come behind it.
@@ -85,7 +87,7 @@ class Resident {
     store(0, 0, codes.high.x), store(0, 1, codes.high.y), store(1, 0, codes.low.x), store(1, 1, codes.low.y);
     char* const side = sides_ + block * S::kSideRow + token * 4;
     if (lane == 0) *reinterpret_cast<float*>(side) = codes.scale;
-    if (S::kZeros && lane % kLanes == 0) *reinterpret_cast<int*>(side + (1 + lane / kLanes) * S::kTokens * 4) = sum;
+    if (S::kZeros && lane % kLanes == 0) reinterpret_cast<float*>(side)[(1 + lane / kLanes) * S::kTokens] = float(sum);
   }
 
   const FixedProduct& p_;
@@ -110,7 +112,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
     wait_for_kernel_before();
     tokens.ask();
   }
-  FixedScales<S> scales(p, tile.n0 + line, multiplies ? first * S::kGroups : p.scales);
+  const int groups = multiplies ? count * S::kGroups : 0;
+  FixedScales<S> scales(own.ring.beside() + S::kScalesAt, p, tile.n0 + line, first * S::kGroups, first * S::kGroups + groups);
   own.ring.open(kWarps);
   if (!multiplies) {
     if (threadIdx.x == S::kConsumers) {

@@ -3,6 +3,7 @@
 // operands, where 16-bit floats would take thirteen.
 #pragma once
 
+#include "reduction.cuh"
 #include "vectors.cuh"
 
 namespace qpass {
@@ -25,21 +26,28 @@ struct FixedCodes {
 template <bool kInt4>
 __device__ __forceinline__ FixedCodes to_fixed(const float (&value)[kFixedV]) {
   constexpr float kLargest = 127 * 256 + 127, kLeast = 1e-33f;  // below kLeast, the reciprocal would be infinite
+  // in the last bits of this, integers count: 128 more, so that their upper byte is rounded, and the lower 128 off
+  constexpr float kPower = 3 << 22;
   float largest = 0;
 #pragma unroll
-  for (int i = 0; i < kFixedV; ++i) largest = fmaxf(largest, isfinite(value[i]) ? fabsf(value[i]) : INFINITY);
+  for (int i = 0; i < kFixedV; ++i) largest = Max()(largest, fabsf(value[i]));
 #pragma unroll
-  for (int step = kFixedLanes / 2; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  for (int step = kFixedLanes / 2; step; step /= 2) largest = Max()(largest, __shfl_xor_sync(~0u, largest, step));
   const bool counts = largest > kLeast && isfinite(largest);
   const float inverse = counts ? kLargest * __frcp_rn(largest) : 0.f;  // a rounding off what is kLargest at most: int8 still
-  uint32_t high[2] = {}, low[2] = {};
+  uint32_t code[kFixedV];
   FixedCodes codes{};
 #pragma unroll
   for (int i = 0; i < kFixedV; ++i) {
-    const int code = counts ? __float2int_rn(value[i] * inverse) : 0, at = kInt4 ? i / 2 + i % 2 * 4 : i;
-    high[at / 4] |= uint32_t(code + 128 >> 8 & 0xff) << at % 4 * 8;
-    low[at / 4] |= uint32_t(code & 0xff) << at % 4 * 8;
-    codes.sum += code;
+    code[i] = __float_as_uint(fmaf(value[i], inverse, kPower + 128));
+    codes.sum += int(code[i] - (__float_as_uint(kPower) + 128));
+  }
+  uint32_t high[2], low[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    auto of = [&](int j) { return code[kInt4 ? j * 2 + i : i * 4 + j]; };
+    const uint32_t first = __byte_perm(of(0), of(1), 0x5410), second = __byte_perm(of(2), of(3), 0x5410);
+    low[i] = __byte_perm(first, second, 0x6420) ^ 0x80808080u, high[i] = __byte_perm(first, second, 0x7531);
   }
   codes.high = {high[0], high[1]}, codes.low = {low[0], low[1]};
   // int4 weights are multiplied as sixteen times what they are

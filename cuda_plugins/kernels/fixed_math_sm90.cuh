@@ -40,11 +40,13 @@ struct FixedOf {
 };
 
 // What a lane's two channels are multiplied by, and their zero points, ready for where in K it is.
+//
+// S::Scales is the stream that they come of, `room` its shared memory; of the groups from `first` to `end`.
 template <typename S>
 class FixedScales {
  public:
-  __device__ __forceinline__ FixedScales(const FixedProduct& p, int channel, int first)
-      : stream_(p.scale, S::kZeros ? p.zero : nullptr, p.n, S::kGrouped ? p.scales : 0, channel, first), first_(first) {
+  __device__ __forceinline__ FixedScales(char* room, const FixedProduct& p, int channel, int first, int end)
+      : stream_(room, p.scale, S::kZeros ? p.zero : nullptr, p.n, p.scales, channel, first, end), first_(first) {
     if constexpr (!S::kGrouped && S::kZeros) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -78,7 +80,7 @@ class FixedScales {
     for (int h = 0; h < 2; ++h) held_zero_[h] = float(taken[h] * kTimes);
   }
 
-  GroupStream<2> stream_;
+  typename S::Scales stream_;
   const int first_;
   float held_scale_[2], held_zero_[2];
 };
@@ -105,7 +107,7 @@ __device__ __forceinline__ void fixed_operands(uint32_t (&a)[4][4], const char* 
 struct FixedBlock {
   uint64_t matrix;
   const float* scale;
-  const int* sum;
+  const float* sum;  // of integers of 16 bits, which are exact
 };
 
 // Adds what a block of K gives to the sums: `rows` is where the lane's first channel begins, `group` the block's first. By a warpgroup,
@@ -120,51 +122,50 @@ __device__ __forceinline__ void add_block(float (&sums)[S::kSums], int32_t (&par
 #pragma unroll
   for (int span = 0; span < S::kSpans; ++span) {
     scales.go_to(group + span);
-    // Adds four * times to the sums; what zero points make of the tokens' sums goes with the low plane.
-    auto promote = [&](const auto& of, float times, bool low) {
+    auto promote = [&](const auto& of) {  // adds them to the sums
 #pragma unroll
       for (int j = 0; j < kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
         const float2 by = *reinterpret_cast<const float2*>(x.scale + quarter * 2 + j * 8);
         float four[4];
 #pragma unroll
         for (int c = 0; c < 4; ++c) four[c] = float(of[j * 4 + c]);
-        if (S::kZeros && low) {  // integers would overflow where zero points are far from the weights
-          const int2 sum = *reinterpret_cast<const int2*>(x.sum + span * kTokens + quarter * 2 + j * 8);
+        if (S::kZeros) {  // integers would overflow where zero points are far from the weights
+          const float2 sum = *reinterpret_cast<const float2*>(x.sum + span * kTokens + quarter * 2 + j * 8);
 #pragma unroll
-          for (int c = 0; c < 4; ++c) four[c] = fmaf(-scales.zero[c / 2], float(c % 2 ? sum.y : sum.x), four[c]);
+          for (int c = 0; c < 4; ++c) four[c] = fmaf(-scales.zero[c / 2], c % 2 ? sum.y : sum.x, four[c]);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float scale = S::kGrouped ? scales.scale[h] * times : times;
-          sums[j * 4 + h * 2] += scale * by.x * four[h * 2];
-          sums[j * 4 + h * 2 + 1] += scale * by.y * four[h * 2 + 1];
+          sums[j * 4 + h * 2] += scales.scale[h] * by.x * four[h * 2];
+          sums[j * 4 + h * 2 + 1] += scales.scale[h] * by.y * four[h * 2 + 1];
         }
       }
     };
-    auto multiply = [&](uint64_t with) {
+    auto multiply = [&](uint64_t with, int adds) {  // to what there is, or to nothing
 #pragma unroll
       for (int j = 0; j < kMmas; ++j) settle(a[span * kMmas + j]);
+      if (adds) settle(part);
       begin_products();
 #pragma unroll
       for (int j = 0; j < kMmas; ++j) {
-        WgmmaInt8<S::kParts * 2>::run(part, a[span * kMmas + j], with + (span * kMmas + j) * kNextInRow, j > 0);
+        WgmmaInt8<S::kParts * 2>::run(part, a[span * kMmas + j], with + (span * kMmas + j) * kNextInRow, j > 0 || adds);
       }
       commit_products();
       wait_products<0>();
       settle(part);
     };
     if constexpr (S::kStacked) {
-      multiply(x.matrix);
+      multiply(x.matrix, 0);
       int32_t both[kSums];
 #pragma unroll
       for (int j = 0; j < kSums; ++j) both[j] = part[j] * 256 + part[kSums + j];
-      promote(both, 1.f, true);
+      promote(both);
     } else {
+      multiply(x.matrix, 0);
 #pragma unroll
-      for (int plane = 0; plane < 2; ++plane) {
-        multiply(x.matrix + plane * (kTokens * kBoxBytes >> 4));
-        promote(part, plane ? 1.f : 256.f, plane == 1);
-      }
+      for (int j = 0; j < kSums; ++j) part[j] *= 256;
+      multiply(x.matrix + (kTokens * kBoxBytes >> 4), 1);
+      promote(part);
     }
   }
 }

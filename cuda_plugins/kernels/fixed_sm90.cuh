@@ -10,7 +10,10 @@ template <typename Out, bool kInt4, int kGroup, bool kZeros, int kTokens>
 struct FixedShape : SumsOf<Out, float, 4, 1, kTokens, 1>, FixedOf<kInt4, kGroup, kZeros, kTokens> {
   using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
   using Of = FixedOf<kInt4, kGroup, kZeros, kTokens>;
-  static constexpr int kThreads = Sums::kConsumers + 128, kBoxes = Of::kBlocks, kMostStages = 4, kBytesBeside = 0;
+  static constexpr int kThreads = Sums::kConsumers + 128, kBoxes = Of::kBlocks, kMostStages = 4;
+  // of many tokens stages take longer, and there is less room
+  using Scales = GroupStream<2, Sums::kConsumers, std::min(5, fours_of(Of::kGroups, kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : 1)), kZeros>;
+  static constexpr int kBytesBeside = Scales::kBytes;
   static constexpr int kSideRow = kTokens * 4, kSumsAt = 512;  // copies go to multiples of 128
   static constexpr int kSideBytes = (kSumsAt + Of::kBlocks * Of::kSpans * kSideRow + 1023) / 1024 * 1024;
 };
@@ -37,7 +40,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
   Turn<S> turn;
   own.each_tile(p, [&](const Tile<S>& tile) {
     prefetch_finish(p.finish, p, tile);
-    FixedScales<S> scales(p, tile.n0 + line, own.share.first * S::kGroups);
+    const int first = own.share.first * S::kGroups;
+    FixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first, first + own.share.count * S::kGroups);
     float sums[S::kSums] = {};
     int32_t part[S::kParts];
     for (int i = 0; i < own.share.count; ++i, turn.next()) {
@@ -47,7 +51,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
         const char* side = own.ring.side(turn.slot);
         const FixedBlock x{matrix_at(own.ring.tokens(turn.slot)) + block * S::kPlanes * (Ring<S>::kBox >> 4),
             reinterpret_cast<const float*>(side + block * S::kSideRow),
-            reinterpret_cast<const int*>(side + S::kSumsAt + block * S::kSpans * S::kSideRow)};
+            reinterpret_cast<const float*>(side + S::kSumsAt + block * S::kSpans * S::kSideRow)};
         const char* rows = own.ring.weights(turn.slot) + line * S::kRowBytes;
         add_block<S>(sums, part, rows, block, x, scales, ((own.share.first + i) * S::kBlocks + block) * S::kSpans);
       }
@@ -69,6 +73,7 @@ cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActiv
     if (cudaError_t e = map_matrix(&p.act_sum, x->sum, blocks * S::kSpans, row, row, int(spans), S::kSideRow, false)) return e;
     return launch_streaming<S>(fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x->high, x->padded, device, allowed, stream);
   };
+  if (g.m <= 8) return with(std::integral_constant<int, 8>());
   if (g.m <= 16) return with(std::integral_constant<int, 16>());
   if (g.m <= 32) return with(std::integral_constant<int, 32>());
   return with(std::integral_constant<int, 64>());

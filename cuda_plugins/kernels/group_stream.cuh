@@ -1,54 +1,77 @@
 // Scales and zero points of a lane's channels as K goes on, for products whose lanes hold channels in fours: four neighbouring groups of
 // a channel come at once, one to each of the four lanes that share it, well before they are needed.
+//
+// They wait in shared memory, each thread's words by themselves. Loads into registers would not do: their count of those under way is
+// shared with loads that are waited for, and behind all the weights that were asked for before they take microseconds.
 #pragma once
 
 #include <cstring>
 
-#include "types.cuh"
+#include "mma.cuh"
 
 namespace qpass {
 
-// kRows channels: the lane's first, the one 8 on, and the same in each next 64.
-template <int kRows>
+// Of kRows channels: the lane's first, the one 8 on, and the same in each next 64. kFours fours of groups are there or on their way; 0
+// where there are no groups.
+template <int kRows, int kThreads, int kFours, bool kZeros>
 class GroupStream {
  public:
-  // scale, and zero where there are zero points: [n, groups]. From group `first` on.
-  __device__ __forceinline__ GroupStream(const float* scale, const int8_t* zero, int n, int groups, int channel, int first)
-      : scale_(scale), zero_(zero), n_(n), groups_(groups), channel_(channel), next_(first & ~3) {
-    fetch(0), fetch(1);
+  static constexpr int kBytes = kFours * kRows * (kZeros ? 2 : 1) * kThreads * 4;  // of shared memory
+
+  // scale, and zero where there are zero points: [n, groups]. From group `first` to `end`, if that is any, of which the first fours
+  // are asked for; zeros behind the last of the weight's.
+  __device__ __forceinline__ GroupStream(
+      char* room, const float* scale, const int8_t* zero, int n, int groups, int channel, int first, int end)
+      : room_(room + threadIdx.x * 4), scale_(scale), zero_(zero), n_(n), groups_(groups), channel_(channel), end_(end),
+        next_(first < end ? first & ~3 : end) {
+#pragma unroll
+    for (int i = 0; i < kFours - 1; ++i) ask(i);
   }
 
   __device__ __forceinline__ int channel_of(int i) const { return channel_ + i / 2 * 64 + i % 2 * 8; }
 
   // The next four groups', this lane's of them.
   __device__ __forceinline__ void take(float (&scale)[kRows], int (&zero)[kRows]) {
+    ask(slot_ ? slot_ - 1 : kFours - 1);  // where those taken last were
+    wait_copies<kFours ? kFours - 1 : 0>();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      scale[i] = ahead_scale_[0][i], zero[i] = ahead_zero_[0][i];
-      ahead_scale_[0][i] = ahead_scale_[1][i], ahead_zero_[0][i] = ahead_zero_[1][i];
+      scale[i] = *reinterpret_cast<const float*>(word(slot_, i));
+      zero[i] = kZeros && zero_ ? int8_t(word(slot_, kRows + i)[at(i, threadIdx.x % 4) % 4]) : 0;
     }
-    fetch(1);
+    if (++slot_ == kFours) slot_ = 0;
   }
 
  private:
-  __device__ __forceinline__ void fetch(int to) {
-    const int group = next_ + threadIdx.x % 4;
+  __device__ __forceinline__ int64_t at(int i, int group) const { return int64_t(channel_of(i)) * groups_ + group; }
+  __device__ __forceinline__ char* word(int slot, int i) const {
+    return room_ + (slot * kRows * (kZeros ? 2 : 1) + i) * kThreads * 4;
+  }
+
+  __device__ __forceinline__ void ask(int slot) {
+    if (next_ < end_) {
+      const int group = next_ + threadIdx.x % 4;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const bool there = group < groups_ && channel_of(i) < n_;
-      const int64_t at = int64_t(channel_of(i)) * groups_ + group;
-      ahead_scale_[to][i] = there ? scale_[at] : 0.f;
-      ahead_zero_[to][i] = there && zero_ ? zero_[at] : 0;
+      for (int i = 0; i < kRows; ++i) {
+        const bool there = group < groups_ && channel_of(i) < n_;
+        copy_word_async(word(slot, i), scale_ + at(i, group), there ? 4 : 0);
+        if (kZeros && zero_) {  // copies are of words, of which the last may end behind the tensor
+          const int64_t of = at(i, group) & ~int64_t(3);
+          char* const to = word(slot, kRows + i);
+          if (there && of + 4 > int64_t(n_) * groups_) to[at(i, group) % 4] = char(zero_[at(i, group)]);
+          else copy_word_async(to, zero_ + of, there ? 4 : 0);
+        }
+      }
     }
+    commit_copies();
     next_ += 4;
   }
 
+  char* const room_;
   const float* const scale_;
   const int8_t* const zero_;
-  const int n_, groups_, channel_;
-  int next_;  // the first group that was not asked for
-  float ahead_scale_[2][kRows];
-  int ahead_zero_[2][kRows];
+  const int n_, groups_, channel_, end_;
+  int next_, slot_ = 0;  // the first group that was not asked for; where those to be taken next are
 };
 
 // What the lane that has group `group` of the four holds.
@@ -62,5 +85,8 @@ __device__ __forceinline__ V of_group(const V& mine, int group) {
   memcpy(&found, &bits, 4);
   return found;
 }
+
+// Fours of groups for so many stages of `groups` each to be on their way beside the one in use.
+constexpr int fours_of(int groups, int stages) { return groups ? (groups * stages + 3) / 4 + 1 : 0; }
 
 }  // namespace qpass

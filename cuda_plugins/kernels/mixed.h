@@ -32,7 +32,8 @@ cudaError_t mixed_gemm(const MixedGemm& g, cudaStream_t stream);
 size_t mixed_workspace(int64_t m, int64_t n);  // an upper bound for every m up to this one
 
 // 16-bit activations as Fixed (fixed.cuh). Beside int4 weights the eight values that four bytes of a weight meet come in the order 0, 2,
-// 4, 6, 1, 3, 5, 7, and scales are a sixteenth. With `by_lanes`, the two halves of eight lie where a lane's are in a product of 32.
+// 4, 6, 1, 3, 5, 7, and scales are a sixteenth. With `by_lanes`, the two halves of eight lie where a lane's are in a product of 32,
+// and sums are floats.
 struct FixedActivations {
   int8_t* high;  // [m, padded]; the low plane follows
   int64_t padded;

@@ -37,7 +37,9 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kT
   static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = kTeams == 1;
-  static constexpr int kMostStages = 4 * kTeams, kBytesBeside = 0;
+  static constexpr int kMostStages = 4 * kTeams, kGroups = kGrouped ? kStageK / kGroup : 0;  // of a stage
+  using Scales = GroupStream<kTiles * 2, Sums::kConsumers, fours_of(kGroups, kTokens <= 64 ? 2 : 1), true>;
+  static constexpr int kBytesBeside = Scales::kBytes;
 };
 
 // What a lane's channels are multiplied by, ready for where in K it is.
@@ -47,8 +49,8 @@ class MixedScales {
   using T = typename S::T;
   static constexpr int kRows = S::kTiles * 2;
 
-  __device__ __forceinline__ MixedScales(const Mixed& p, int channel, int first, int end)
-      : stream_(p.scale, p.zero, p.n, S::kGrouped ? p.scales : 0, channel, first), first_(first), has_zeros_(p.zero) {
+  __device__ __forceinline__ MixedScales(char* room, const Mixed& p, int channel, int first, int end)
+      : stream_(room, p.scale, p.zero, p.n, p.scales, channel, first, end), first_(first), has_zeros_(p.zero) {
     if constexpr (!S::kGrouped) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -110,7 +112,7 @@ class MixedScales {
     }
   }
 
-  GroupStream<kRows> stream_;
+  typename S::Scales stream_;
   const int first_;  // group
   const bool has_zeros_;
   ChannelScale<T> held_[kRows];  // this lane's of four groups
@@ -170,6 +172,7 @@ __device__ __forceinline__ void make_operands(
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ Mixed p) {
   using T = typename S::T;
+  static_assert(Ring<S>::kStages >= 2 * S::kTeams);  // a team waits for its next stage before it leaves one
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
   constexpr int kWarps = S::kTeam / 32;
@@ -181,11 +184,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
     raise_registers<S::kManyRegisters>();
     const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
     const int first = own.share.first_of(team), count = own.share.count_of(team);
-    constexpr int kGroups = S::kGrouped ? S::kStageK / S::kGroup : 0;  // of a stage
     Turn<S> turn{team, 0};
     own.each_tile(p, [&](const Tile<S>& tile) {
       prefetch_finish(p.finish, p, tile);
-      MixedScales<S> scales(p, tile.n0 + line, first * kGroups, (first + count) * kGroups);
+      MixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first * S::kGroups, (first + count) * S::kGroups);
       float sums[S::kTiles][S::kTokens / 2] = {};
       constexpr int kParts = S::kStageK / kRun * S::kTiles;  // runs of a stage, and of each the tiles
       RawRun<S> raw;

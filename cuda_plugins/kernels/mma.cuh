@@ -12,6 +12,12 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same with a word of 4 bytes.
+__device__ __forceinline__ void copy_word_async(void* to, const void* from, int bytes) {
+  unsigned shared = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+}
+
 // Ends a group of copies. Groups complete in order.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -106,7 +106,9 @@ __global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const f
     *reinterpret_cast<uint2*>(low + i) = codes.low;
   }
   if (threadIdx.x % kFixedLanes == 0) to.scale[i / kBlockK * to.side + row] = codes.scale;
-  if (threadIdx.x % lanes == 0) to.sum[i / to.span * to.side + row] = sum;
+  if (threadIdx.x % lanes) return;
+  int32_t& to_sum = to.sum[i / to.span * to.side + row];
+  to_sum = to.by_lanes ? __float_as_int(float(sum)) : sum;
 }
 
 // One block a row.

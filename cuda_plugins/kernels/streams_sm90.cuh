@@ -32,9 +32,10 @@ struct Ring {
   static constexpr int kTokens = S::kPlanes * S::kBoxes * kBox, kStage = kWeights + kTokens + S::kSideBytes;
   // More than are needed for memory to be busy would delay what else is read: scales, or the tokens of the first stage.
   static constexpr int kMost = (227 << 10) - 1024 - 512 - S::kBytesBeside, kFitting = kMost / kStage;
-  static constexpr int kStages = kFitting < S::kMostStages ? kFitting : S::kMostStages;
+  // A slot is always the same team's: one that waits for what it is filled with next would take a phase of another's for its own.
+  static constexpr int kStages = (kFitting < S::kMostStages ? kFitting : S::kMostStages) / S::kTeams * S::kTeams;
   static constexpr int kBytes = kStages * kStage + S::kBytesBeside + 1024 + kStages * 2 * int(sizeof(Barrier));
-  static_assert(kStages >= 2 && S::kChannels <= 256 && S::kTokens / S::kCluster % 8 == 0);
+  static_assert(kStages >= 2 && kStages >= S::kTeams && S::kChannels <= 256 && S::kTokens / S::kCluster % 8 == 0);
   static_assert(kStage % 1024 == 0 && S::kSideBytes % 1024 == 0);
 
   __device__ __forceinline__ explicit Ring(char* start)

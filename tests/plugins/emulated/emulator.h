@@ -60,7 +60,7 @@ struct Block {
 struct Copy {
   char* to;
   const char* from;
-  int bytes;
+  int bytes, size;  // read, and written
 };
 
 struct Fiber {

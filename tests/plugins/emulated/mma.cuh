@@ -6,7 +6,10 @@
 namespace qpass {
 
 inline void copy_async(void* to, const void* from, int bytes) {
-  emulator::current->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes});
+  emulator::current->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, 16});
+}
+inline void copy_word_async(void* to, const void* from, int bytes) {
+  emulator::current->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, 4});
 }
 
 inline void commit_copies() {
@@ -20,7 +23,7 @@ void wait_copies() {
   auto& groups = emulator::current->groups;
   for (; int(groups.size()) > kPending; groups.pop_front()) {
     for (const emulator::Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, copy.size);
       if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
     }
   }
