@@ -32,7 +32,7 @@ class Resident {
 
   __device__ __forceinline__ FixedBlock block(int i) const {
     const float* scale = reinterpret_cast<const float*>(sides_ + i * S::kSideRow);
-    return {matrix_at(matrices_ + i * S::kBlockBytes), scale, scale + S::kTokens};
+    return {matrix_at(matrices_) + i * (S::kBlockBytes >> 4), scale, scale + S::kTokens};
   }
 
   // Asks for tokens, the first ones before all else: they would come behind it.
@@ -130,18 +130,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
   prefetch_finish(p.finish, p, tile);
   tokens.make();
   float sums[S::kSums] = {};
-  int32_t part[S::kParts];
-  Turn<S> turn{team, 0};
-  for (int i = 0; i < count; ++i, turn.template next<S::kTeams>()) {
-    wait(&own.ring.full[turn.slot], turn.parity);
-#pragma unroll
-    for (int block = 0; block < S::kBlocks; ++block) {
-      const char* rows = own.ring.weights(turn.slot) + line * S::kRowBytes;
-      const int at = (first + i) * S::kBlocks + block;  // of K
-      add_block<S>(sums, part, rows, block, tokens.block(at - own.share.first * S::kBlocks), scales, at * S::kSpans);
-    }
-    own.ring.free(turn.slot);
-  }
+  const int begin = (first - own.share.first) * S::kBlocks;  // among the share's
+  add_stages<S>(sums, own.ring, Turn<S>{team, 0}, line, count, first * S::kGroups, scales,
+      [&](int, int i, int block) { return tokens.block(begin + i * S::kBlocks + block); });
   leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
 }
 

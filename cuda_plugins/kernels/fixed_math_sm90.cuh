@@ -37,6 +37,7 @@ struct FixedOf {
   static constexpr int kPlanes = 2;
   static constexpr bool kStacked = kTokens <= 32;
   static constexpr int kSums = kTokens / 2, kParts = kStacked ? 2 * kSums : kSums;  // that a thread has, and of a product
+  static constexpr bool kAhead = kTokens <= 16;  // there are registers for two groups' products, and operands of two blocks
 };
 
 // What a lane's two channels are multiplied by, and their zero points, ready for where in K it is.
@@ -59,10 +60,14 @@ class FixedScales {
   // To a group; they follow one another.
   __device__ __forceinline__ void go_to(int group) {
     if constexpr (S::kGrouped) {
-      if (group % 4 == 0 || group == first_) take();
+      if (group % 4 == 0 || group == first_) {
+        stream_.next();
+#pragma unroll
+        for (int h = 0; h < 2; ++h) held_zero_[h] = float(stream_.own_zero(h) * kTimes);
+      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        scale[h] = of_group(held_scale_[h], group);
+        scale[h] = stream_.scale(h, group);
         if (S::kZeros) zero[h] = of_group(held_zero_[h], group);
       }
     }
@@ -73,30 +78,24 @@ class FixedScales {
  private:
   static constexpr int kTimes = S::kInt4 ? 16 : 1;  // what nibbles are multiplied as
 
-  __device__ __forceinline__ void take() {
-    int taken[2];
-    stream_.take(held_scale_, taken);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) held_zero_[h] = float(taken[h] * kTimes);
-  }
-
   typename S::Scales stream_;
   const int first_;
-  float held_scale_[2], held_zero_[2];
+  float held_zero_[2];  // this lane's of four groups
 };
 
 // A block's weights as operands of its four products. Nibbles stay in the upper half of their byte, sixteen times what they are.
 template <typename S>
 __device__ __forceinline__ void fixed_operands(uint32_t (&a)[4][4], const char* rows, int block) {
   const int quarter = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
+  const auto first = address_in_shared(rows) + row * 16 + quarter * 4;  // rows are at multiples of 128: chunks are found by their bits
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int j = i / 2, h = i % 2;
-    const char* line = rows + h * 8 * S::kRowBytes;
     if constexpr (S::kInt4) {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(line + ((block * 4 + j) ^ row) * 16 + quarter * 4);
+      const uint32_t word = word_in_shared((first ^ (block * 4 + j) * 16) + h * 8 * S::kRowBytes);
       a[j][h] = word << 4 & 0xf0f0f0f0u, a[j][h + 2] = word & 0xf0f0f0f0u;
     } else {
+      const char* line = rows + h * 8 * S::kRowBytes;
       const uint2 words = *reinterpret_cast<const uint2*>(line + ((j * 2 + quarter / 2) ^ row) * 16 + quarter % 2 * 8);
       a[j][h] = words.x, a[j][h + 2] = words.y;
     }
@@ -110,63 +109,96 @@ struct FixedBlock {
   const float* sum;  // of integers of 16 bits, which are exact
 };
 
-// Adds what a block of K gives to the sums: `rows` is where the lane's first channel begins, `group` the block's first. By a warpgroup,
-// which keeps `part` for the products.
+// Asks for the products of a group of a block: of both planes at once, or where they are multiplied one by one, of the high one and
+// then, beside what that gave, of the low one.
 template <typename S>
-__device__ __forceinline__ void add_block(float (&sums)[S::kSums], int32_t (&part)[S::kParts], const char* rows, int block,
-    const FixedBlock& x, FixedScales<S>& scales, int group) {
-  constexpr int kSums = S::kSums, kTokens = kSums * 2, kMmas = 4 / S::kSpans;  // of a group
+__device__ __forceinline__ void multiply(int32_t (&part)[S::kParts], uint32_t (&a)[4][4], uint64_t matrix, int span, int plane = 0) {
+  constexpr int kMmas = 4 / S::kSpans;
+  const uint64_t with = matrix + plane * (S::kSums * 2 * kBoxBytes >> 4);
+#pragma unroll
+  for (int j = 0; j < kMmas; ++j) settle(a[span * kMmas + j]);
+  if (plane) settle(part);
+  begin_products();
+#pragma unroll
+  for (int j = 0; j < kMmas; ++j) {
+    WgmmaInt8<S::kParts * 2>::run(part, a[span * kMmas + j], with + (span * kMmas + j) * kNextInRow, j > 0 || plane);
+  }
+  commit_products();
+}
+
+// Adds products of a group, of both planes, to the sums.
+template <typename S>
+__device__ __forceinline__ void add_products_of(
+    float (&sums)[S::kSums], const int32_t (&of)[S::kSums], const FixedBlock& x, int span, const FixedScales<S>& scales) {
+  constexpr int kTokens = S::kSums * 2;
   const int quarter = threadIdx.x % 4;
-  uint32_t a[4][4];
-  fixed_operands<S>(a, rows, block);
 #pragma unroll
-  for (int span = 0; span < S::kSpans; ++span) {
-    scales.go_to(group + span);
-    auto promote = [&](const auto& of) {  // adds them to the sums
+  for (int j = 0; j < S::kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
+    const float2 by = *reinterpret_cast<const float2*>(x.scale + quarter * 2 + j * 8);
+    float four[4];
 #pragma unroll
-      for (int j = 0; j < kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
-        const float2 by = *reinterpret_cast<const float2*>(x.scale + quarter * 2 + j * 8);
-        float four[4];
+    for (int c = 0; c < 4; ++c) four[c] = float(of[j * 4 + c]);
+    if (S::kZeros) {  // integers would overflow where zero points are far from the weights
+      const float2 sum = *reinterpret_cast<const float2*>(x.sum + span * kTokens + quarter * 2 + j * 8);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) four[c] = float(of[j * 4 + c]);
-        if (S::kZeros) {  // integers would overflow where zero points are far from the weights
-          const float2 sum = *reinterpret_cast<const float2*>(x.sum + span * kTokens + quarter * 2 + j * 8);
-#pragma unroll
-          for (int c = 0; c < 4; ++c) four[c] = fmaf(-scales.zero[c / 2], c % 2 ? sum.y : sum.x, four[c]);
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          sums[j * 4 + h * 2] += scales.scale[h] * by.x * four[h * 2];
-          sums[j * 4 + h * 2 + 1] += scales.scale[h] * by.y * four[h * 2 + 1];
-        }
-      }
-    };
-    auto multiply = [&](uint64_t with, int adds) {  // to what there is, or to nothing
-#pragma unroll
-      for (int j = 0; j < kMmas; ++j) settle(a[span * kMmas + j]);
-      if (adds) settle(part);
-      begin_products();
-#pragma unroll
-      for (int j = 0; j < kMmas; ++j) {
-        WgmmaInt8<S::kParts * 2>::run(part, a[span * kMmas + j], with + (span * kMmas + j) * kNextInRow, j > 0 || adds);
-      }
-      commit_products();
-      wait_products<0>();
-      settle(part);
-    };
-    if constexpr (S::kStacked) {
-      multiply(x.matrix, 0);
-      int32_t both[kSums];
-#pragma unroll
-      for (int j = 0; j < kSums; ++j) both[j] = part[j] * 256 + part[kSums + j];
-      promote(both);
-    } else {
-      multiply(x.matrix, 0);
-#pragma unroll
-      for (int j = 0; j < kSums; ++j) part[j] *= 256;
-      multiply(x.matrix + (kTokens * kBoxBytes >> 4), 1);
-      promote(part);
+      for (int c = 0; c < 4; ++c) four[c] = fmaf(-scales.zero[c / 2], c % 2 ? sum.y : sum.x, four[c]);
     }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sums[j * 4 + h * 2] += scales.scale[h] * by.x * four[h * 2];
+      sums[j * 4 + h * 2 + 1] += scales.scale[h] * by.y * four[h * 2 + 1];
+    }
+  }
+}
+
+// Adds up a team's `count` stages, whose groups begin with `group`. `block_at(slot, i, block)` is a block of the tokens of stage i.
+// Of few tokens, a group's products are under way while operands of the next are made and sums of the one before brought to float.
+template <typename S, typename BlockAt>
+__device__ __forceinline__ void add_stages(float (&sums)[S::kSums], const Ring<S>& ring, Turn<S> turn, int line, int count, int group,
+    FixedScales<S>& scales, BlockAt block_at) {
+  constexpr int kSteps = S::kBlocks * S::kSpans, kAtOnce = S::kAhead ? 2 : 1;
+  uint32_t a[kAtOnce][4][4];
+  int32_t part[kAtOnce][S::kParts];
+  for (int i = 0; i < count; ++i, turn.template next<S::kTeams>()) {
+    wait(&ring.full[turn.slot], turn.parity);
+    FixedBlock blocks[S::kBlocks];
+    auto ask = [&](int step) {
+      const int block = step / S::kSpans, span = step % S::kSpans;
+      if (span == 0) {
+        fixed_operands<S>(a[block % kAtOnce], ring.weights(turn.slot) + line * S::kRowBytes, block);
+        blocks[block] = block_at(turn.slot, i, block);
+      }
+      multiply<S>(part[step % kAtOnce], a[block % kAtOnce], blocks[block].matrix, span);
+    };
+    auto finish = [&](int step) {
+      const FixedBlock& x = blocks[step / S::kSpans];
+      int32_t(&of)[S::kParts] = part[step % kAtOnce];
+      settle(of);
+      scales.go_to(group++);
+      int32_t both[S::kSums];
+      if constexpr (S::kStacked) {
+#pragma unroll
+        for (int j = 0; j < S::kSums; ++j) both[j] = of[j] * 256 + of[S::kSums + j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < S::kSums; ++j) of[j] *= 256;
+        multiply<S>(of, a[step / S::kSpans % kAtOnce], x.matrix, step % S::kSpans, 1);
+        wait_products<0>();
+        settle(of);
+#pragma unroll
+        for (int j = 0; j < S::kSums; ++j) both[j] = of[j];
+      }
+      add_products_of<S>(sums, both, x, step % S::kSpans, scales);
+    };
+#pragma unroll
+    for (int step = 0; step < kSteps + kAtOnce - 1; ++step) {
+      if (step < kSteps) ask(step);
+      if (step < kAtOnce - 1) continue;
+      if (step < kSteps) wait_products<kAtOnce - 1>();
+      else wait_products<0>();
+      finish(step - kAtOnce + 1);
+    }
+    ring.free(turn.slot);
   }
 }
 

@@ -37,26 +37,18 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
   }
   raise_registers<112>();
   const int line = line_of<S>(own.warp, 0);
-  Turn<S> turn;
+  const uint64_t matrix = matrix_at(own.ring.tokens(0));
   own.each_tile(p, [&](const Tile<S>& tile) {
     prefetch_finish(p.finish, p, tile);
     const int first = own.share.first * S::kGroups;
     FixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first, first + own.share.count * S::kGroups);
     float sums[S::kSums] = {};
-    int32_t part[S::kParts];
-    for (int i = 0; i < own.share.count; ++i, turn.next()) {
-      wait(&own.ring.full[turn.slot], turn.parity);
-#pragma unroll
-      for (int block = 0; block < S::kBlocks; ++block) {
-        const char* side = own.ring.side(turn.slot);
-        const FixedBlock x{matrix_at(own.ring.tokens(turn.slot)) + block * S::kPlanes * (Ring<S>::kBox >> 4),
-            reinterpret_cast<const float*>(side + block * S::kSideRow),
-            reinterpret_cast<const float*>(side + S::kSumsAt + block * S::kSpans * S::kSideRow)};
-        const char* rows = own.ring.weights(turn.slot) + line * S::kRowBytes;
-        add_block<S>(sums, part, rows, block, x, scales, ((own.share.first + i) * S::kBlocks + block) * S::kSpans);
-      }
-      own.ring.free(turn.slot);
-    }
+    add_stages<S>(sums, own.ring, Turn<S>(), line, own.share.count, first, scales, [&](int slot, int, int block) {
+      const char* side = own.ring.side(slot);
+      return FixedBlock{matrix + slot * (Ring<S>::kStage >> 4) + block * S::kPlanes * (Ring<S>::kBox >> 4),
+          reinterpret_cast<const float*>(side + block * S::kSideRow),
+          reinterpret_cast<const float*>(side + S::kSumsAt + block * S::kSpans * S::kSideRow)};
+    });
     wait_for_kernel_before();
     leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
   });

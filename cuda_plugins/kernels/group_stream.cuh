@@ -30,16 +30,23 @@ class GroupStream {
 
   __device__ __forceinline__ int channel_of(int i) const { return channel_ + i / 2 * 64 + i % 2 * 8; }
 
-  // The next four groups', this lane's of them.
-  __device__ __forceinline__ void take(float (&scale)[kRows], int (&zero)[kRows]) {
-    ask(slot_ ? slot_ - 1 : kFours - 1);  // where those taken last were
-    wait_copies<kFours ? kFours - 1 : 0>();
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      scale[i] = *reinterpret_cast<const float*>(word(slot_, i));
-      zero[i] = kZeros && zero_ ? int8_t(word(slot_, kRows + i)[at(i, threadIdx.x % 4) % 4]) : 0;
-    }
+  // To the next four groups. By all lanes of a warp.
+  __device__ __forceinline__ void next() {
+    __syncwarp();  // those so far are read no more
+    ask(slot_);
     if (++slot_ == kFours) slot_ = 0;
+    wait_copies<kFours ? kFours - 1 : 0>();
+    __syncwarp();
+  }
+
+  // Of channel i and the one of the four that is `group` modulo 4.
+  __device__ __forceinline__ float scale(int i, int group) const {
+    return *reinterpret_cast<const float*>(word(slot_, i) + (group % 4 - int(threadIdx.x % 4)) * 4);
+  }
+  // Of channel i and the one of the four that this lane asked for.
+  __device__ __forceinline__ float own_scale(int i) const { return *reinterpret_cast<const float*>(word(slot_, i)); }
+  __device__ __forceinline__ int own_zero(int i) const {
+    return kZeros && zero_ ? int8_t(word(slot_, kRows + i)[at(i, threadIdx.x % 4) % 4]) : 0;
   }
 
  private:
@@ -71,7 +78,7 @@ class GroupStream {
   const float* const scale_;
   const int8_t* const zero_;
   const int n_, groups_, channel_, end_;
-  int next_, slot_ = 0;  // the first group that was not asked for; where those to be taken next are
+  int next_, slot_ = kFours - 1;  // the first group that was not asked for; where those in use are
 };
 
 // What the lane that has group `group` of the four holds.

@@ -41,6 +41,12 @@ inline cudaError_t map_matrix(TensorMap* map, const void* from, int64_t rows, in
 
 __device__ __forceinline__ unsigned address_in_shared(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
+__device__ __forceinline__ uint32_t word_in_shared(unsigned address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
 // A barrier's phase ends when so many have arrived and all bytes that were announced are there. The first has parity 0.
 using Barrier = uint64_t;
 

@@ -102,13 +102,12 @@ class MixedScales {
   }
 
   __device__ __forceinline__ void take() {
-    float scale[kRows];
-    int zero[kRows];
-    stream_.take(scale, zero);
+    stream_.next();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      set_scale<T, S::kInt4>(held_[i], std::is_same_v<T, half> ? scale[i] * inverse_[i] : scale[i]);
-      set_zero<T, S::kInt4>(held_[i], zero[i]);
+      const float scale = stream_.own_scale(i);
+      set_scale<T, S::kInt4>(held_[i], std::is_same_v<T, half> ? scale * inverse_[i] : scale);
+      set_zero<T, S::kInt4>(held_[i], stream_.own_zero(i));
     }
   }
 

@@ -28,6 +28,7 @@ inline cudaError_t map_matrix(
 }
 
 inline uintptr_t address_in_shared(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+inline uint32_t word_in_shared(uintptr_t address) { return *reinterpret_cast<const uint32_t*>(address); }
 
 struct Counts {
   int32_t bytes;  // announced, and not there yet
