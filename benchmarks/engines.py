@@ -25,8 +25,10 @@ from typing import Any
 
 MODELS = {
     "minilm_1x128_h200": "MiniLM, 1×128",
+    "minilm_1x128_h100": "MiniLM, 1×128",
     "minilm_32x128_h200": "MiniLM, 32×128",
     "layer_1_h200": "a 7B-size layer, 1 token",
+    "layer_1_h100": "a 7B-size layer, 1 token",
     "layer_2048_h200": "a 7B-size layer, 2048 tokens",
 }
 """What is measured, and on which GPU → how it is called."""
