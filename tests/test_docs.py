@@ -126,8 +126,8 @@ def test_readme_commands(
 
 def test_readme_tables_are_the_measured_ones() -> None:
     results = ROOT / "benchmarks" / "results"
-    for gpu in ("h200", "h100"):
-        assert table(json.loads((results / f"plugins_{gpu}.json").read_text())) in README
+    for name in ("plugins_h200", "plugins_h100"):
+        assert table(json.loads((results / f"{name}.json").read_text())) in README
     assert matrix.table(results) in README
     assert engines.latencies(results) in README
     assert engines.errors(results) in README
