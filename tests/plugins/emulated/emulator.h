@@ -4,7 +4,7 @@
 // Clusters of blocks run one after another. Shared memory begins as NaNs, and at a multiple of 128 bytes of which no more is a
 // multiple. Asynchronous copies and products happen as late as they may: when they are waited for; copies that a barrier
 // counts, as soon as they may. What a GPU would stop at is kept as a fault. Not seen are races that no order of fibers
-// shows, and what memory beside a tensor is read.
+// shows, and what memory beside a tensor is read. A word of shared memory that a thread copies to is its own: another that does is a fault.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,6 +18,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #undef __shared__
@@ -55,6 +56,7 @@ struct Block {
   char* base = nullptr;  // of addresses in shared memory
   char* shared = nullptr;
   size_t bytes = 0;
+  std::unordered_map<const void*, const void*> owners;  // of words that threads keep copies in: each its own
 };
 
 struct Copy {

@@ -9,6 +9,12 @@ inline void copy_async(void* to, const void* from, int bytes) {
   emulator::current->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, 16});
 }
 inline void copy_word_async(void* to, const void* from, int bytes) {
+  emulator::Block& block = *emulator::current->home;
+  const int64_t first = static_cast<char*>(to) - block.shared;
+  if (first < 0 || first + 4 > int64_t(block.bytes)) return emulator::fault("a word is copied beside shared memory");
+  const void*& owner = block.owners[to];
+  if (owner && owner != emulator::current) emulator::fault("two threads copy to one word");
+  owner = emulator::current;
   emulator::current->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, 4});
 }
 
