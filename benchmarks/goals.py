@@ -144,10 +144,27 @@ def _shown(value: float | None, measure: str) -> str:
     return f"{value:.1%}" if measure == SHARE else f"{value:.0f}" if measure == TFLOP else f"{value:.4g}"
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What `qpass plugins bench -o FILE` wrote.
+
+    Raises:
+        SystemExit: there is no such file, or it is something else.
+    """
+    try:
+        told = json.loads(path.read_text())
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}; `qpass plugins bench -o FILE` writes one on a GPU") from None
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or "rows" not in told:
+        raise SystemExit(f"{path} is no result of `qpass plugins bench`")
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    print(table(json.loads(parser.parse_args().results.read_text())))
+    print(table(read(parser.parse_args().results)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m benchmarks.plugins benchmarks/results/plugins_h200.json
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    results = json.loads(parser.parse_args().results.read_text())
+    results = goals.read(parser.parse_args().results)
     print(table(results), goals.table(results), sep="\n\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +70,13 @@ class TestGoals:
         assert len(lines) == 2 + len(goals.GOALS)
         assert "| W4A16 g128 | ≤ 16 | 8192×8192 | µs | 14 | 11 | 12 | 16, 8192×8192 | must |" in lines
         assert {line.count("|") for line in lines} == {10}
+
+
+def test_what_is_no_result(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(SystemExit, match="No such file"):
+        goals.read(path)
+    for text in ("{", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="is no result of `qpass plugins bench`"):
+            goals.read(path)
