@@ -16,10 +16,10 @@ __device__ __forceinline__ int64_t operand_row(const qpass_rows& rows, int64_t r
   return found;
 }
 
-template <typename Element, bool kResidual>
+template <typename Element, bool kResidual, bool kRms_>
 struct Normed {
   using T = Element;
-  static constexpr bool kNorm = true, kHasY = true, kExact = false, kHasSum = kResidual;
+  static constexpr bool kNorm = true, kHasY = true, kExact = false, kHasSum = kResidual, kRms = kRms_;
   static constexpr int kOperands = kResidual ? 2 : 1, kRegisters = 48;
 
   __device__ Normed at(int64_t row) const {
@@ -49,7 +49,6 @@ struct Normed {
   int64_t k;
   qpass_rows x_rows, residual_rows;
   float epsilon, share;  // share: 1 / k
-  bool rms;
 };
 
 }  // namespace
@@ -60,12 +59,12 @@ int qpass_norm(const qpass_norm_args* args, cudaStream_t stream) {
   return qpass::with_float_type(args->type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     auto typed = [](const void* p) { return static_cast<const T*>(p); };
-    auto launch = [&](auto residual) {
-      qpass::Normed<T, residual()> source{typed(args->x), typed(args->residual), typed(args->gamma), typed(args->beta),
-          static_cast<T*>(args->sum), args->k, args->x_rows, args->residual_rows, args->epsilon, 1.f / float(args->k),
-          args->rms != 0};
+    auto launch = [&](auto residual, auto rms) {
+      qpass::Normed<T, residual(), rms()> source{typed(args->x), typed(args->residual), typed(args->gamma), typed(args->beta),
+          static_cast<T*>(args->sum), args->k, args->x_rows, args->residual_rows, args->epsilon, 1.f / float(args->k)};
       return qpass::quantize_rows_of(source, args->rows, args->k, args->result, stream);
     };
-    return args->residual ? launch(std::true_type()) : launch(std::false_type());
+    auto of = [&](auto residual) { return args->rms ? launch(residual, std::true_type()) : launch(residual, std::false_type()); };
+    return args->residual ? of(std::true_type()) : of(std::false_type());
   });
 }

@@ -2,7 +2,8 @@
 // or a norm's as y alone.
 //
 // A `Source` says what rows are made of. at() is the source of one row; operand() is where its kOperands tensors lie, and values()
-// makes floats of a pack of V neighbours of each. For a norm (kNorm) statistics over the row follow, and gamma and beta.
+// makes floats of a pack of V neighbours of each. For a norm (kNorm) statistics over the row follow, without a mean where it
+// is of root mean squares (kRms), and gamma and beta.
 // kRegisters are what it takes beside packs, as compiled.
 //
 // A row is spread over a warp or a block of just so many warps as it fills, N packs a thread. Where there are more rows than
@@ -86,10 +87,6 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   Reduction<Layout::kWarp> reduce(partial);
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  let_next_kernel_start();
-  wait_for_kernel_before();
-  if (row >= rows) return;  // all threads of a row together
-
   // A warp's packs are neighbours: a thread's lie a constant apart. Beyond the row zeros are computed with, and left out of
   // what is reduced or stored: a branch around every pack would keep the compiler from mixing them.
   const int chunk = int(blockDim.x) * N * V;
@@ -99,6 +96,24 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
 #pragma unroll
     for (int i = 0; i < N; ++i) f(i, begin + first + i * 32 * V, kWhole || begin + first + i * 32 * V < k);
   };
+
+  let_next_kernel_start();
+  if (row >= rows) return;  // all threads of a row together
+  // The first row is on its way to L2 while the kernel ahead ends; what that still writes, it writes to L2. What all rows need is
+  // asked for once: thousands of times, it would be a queue at the same lines.
+  packs([&](int, int column, bool within) {
+    if (!within) return;
+#pragma unroll
+    for (int o = 0; o < Source::kOperands; ++o) prefetch(all.at(row).operand(o) + column);
+    if (row) return;
+    if constexpr (Source::kNorm) {
+      prefetch(all.gamma + column);
+      if (all.beta) prefetch(all.beta + column);
+    }
+    if (kSmooth) prefetch(result.smoother + column);
+  });
+  wait_for_kernel_before();
+
   Raw raw[N];
   float v[N][V];
   auto fetch = [&](const Source& source, int begin = 0) {
@@ -121,7 +136,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   };
 
   if (kStaged) stage(all.at(row));
-  if constexpr (Source::kNorm) if (!all.rms)
+  if constexpr (Source::kNorm) if constexpr (!Source::kRms)
     reduce.count(k / chunk * 32 * N * V + min(max(k % chunk - first_of_warp, 0), 32 * N * V));
   float scale = result.scale ? *result.scale : 0;
   for (; row < rows; row += step) {
@@ -167,7 +182,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
       if (Source::kHasSum && source.sum) each([&](int begin) {
         packs([&](int i, int column, bool within) { if (within) store<V>(source.sum + column, v[i]); }, begin);
       });
-      if (!source.rms) {
+      if constexpr (!Source::kRms) {
         float sums[kParts] = {};
         each([&](int begin) {
           packs([&](int i, int, bool) {
@@ -179,7 +194,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
       }
       float squares[kParts] = {};
       each([&](int begin) {
-        if (!source.rms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
+        if constexpr (!Source::kRms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
         packs([&](int i, int, bool within) {
           float& part = squares[i % kParts];
           const float before = part;
@@ -189,7 +204,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
         }, begin);
       });
       float total = over(squares, Sum()), mean = mean_of_warp;
-      if (source.rms) total = reduce(total, Sum());
+      if constexpr (Source::kRms) total = reduce(total, Sum());
       else reduce.moments(mean, total, source.share);
       // a product instead of the body's division: one more rounding, and half the time of the whole kernel
       inverse_deviation = inverse_root(total * source.share + source.epsilon);
@@ -198,7 +213,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
 
     auto finish = [&](int begin) {
       if constexpr (Source::kNorm) {
-        if (kLong && !source.rms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
+        if (kLong && !Source::kRms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
         packs([&](int i, int column, bool within) {
           if constexpr (!kGamma) gamma[i] = within ? read<V>(source.gamma + column) : Bits<T, V>();
           float factor[V];
@@ -267,8 +282,7 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
   constexpr int kRows = Layout::kRows;
   const int threads = kLong || Layout::kWarp ? Layout::kThreads : int(ceil_div(k, 32 * Layout::N * Layout::V)) * 32;
   auto kernel = quantize_rows<Source, Layout, kLong, kSmooth, false>;
-  // Norms are held up by registers: without tests, the compiler takes more of them for loads ahead than there are.
-  if constexpr (!kLong && !kSmooth && Layout::V > 1 && (!Source::kNorm || Layout::kFew)) {
+  if constexpr (!kLong && !kSmooth && Layout::V > 1) {
     if (k == int64_t(threads) * Layout::N * Layout::V) kernel = quantize_rows<Source, Layout, kLong, kSmooth, true>;
   }
   const int shared = staged_bytes<Source, Layout, kLong>(threads * kRows);
