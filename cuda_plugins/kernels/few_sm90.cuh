@@ -143,8 +143,7 @@ cudaError_t few_if(int64_t least, const FixedProduct& p, const MixedGemm& g, con
   static OncePerDevice allowed;
   const int64_t row = S::kInt4 ? g.k / 2 : g.k;
   return launch_streaming<S>(few_product<S>, p, g.weight, row, nullptr, 0, device, allowed, stream, [&](const FixedProduct& p) {
-    const int64_t blocks = int64_t(p.tiles) * p.splits;
-    return p.stages_a_split * S::kBlocks <= S::kMostBlocks && least <= blocks && blocks <= device.multiprocessors;
+    return p.stages_a_split * S::kBlocks <= S::kMostBlocks && one_wave(p, least, device);
   });
 }
 

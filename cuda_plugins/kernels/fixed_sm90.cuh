@@ -6,13 +6,19 @@
 
 namespace qpass {
 
-template <typename Out, bool kInt4, int kGroup, bool kZeros, int kTokens>
-struct FixedShape : SumsOf<Out, float, 4, 1, kTokens, 1>, FixedOf<kInt4, kGroup, kZeros, kTokens> {
-  using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
+// kWide of the four warpgroups are a team.
+template <typename Out, bool kInt4, int kGroup, bool kZeros, int kTokens, int kWide>
+struct FixedShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, kZeros, kTokens> {
+  using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
   using Of = FixedOf<kInt4, kGroup, kZeros, kTokens>;
-  static constexpr int kThreads = Sums::kConsumers + 128, kBoxes = Of::kBlocks, kMostStages = 4;
+  static constexpr int kThreads = Sums::kConsumers + 128, kBoxes = Of::kBlocks;
+  static constexpr int kMostStages = kWide == 4 ? 4 : 6;
+  // More would be a queue of microseconds in front of what the kernel that adds up splits, and then the one that makes tokens, read.
+  // Of 32 tokens, and of 64 with zero points, a full ring was faster (benchmarks/results/products_profile_h200.json).
+  static constexpr int kStagesAhead = kTokens <= 16 || (kTokens == 64 && !kZeros) ? 2 : kMostStages;
   // of many tokens stages take longer, and there is less room
-  using Scales = GroupStream<2, Sums::kConsumers, std::min(5, fours_of(Of::kGroups, kTokens <= 16 ? 4 : kTokens <= 32 ? 2 : 1)), kZeros>;
+  static constexpr int kScaled = kTokens <= 16 ? kMostStages / Sums::kTeams : kTokens <= 32 ? 2 : 1;
+  using Scales = GroupStream<2, Sums::kConsumers, std::min(5, fours_of(Of::kGroups, kScaled)), kZeros>;
   static constexpr int kBytesBeside = Scales::kBytes;
   static constexpr int kSideRow = kTokens * 4, kSumsAt = 512;  // copies go to multiples of 128
   static constexpr int kSideBytes = (kSumsAt + Of::kBlocks * Of::kSpans * kSideRow + 1023) / 1024 * 1024;
@@ -22,7 +28,8 @@ template <typename S>
 __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_constant__ FixedProduct p) {
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
-  const Block<S> own(p, start, S::kConsumers / 32);
+  constexpr int kWarps = S::kTeam / 32;
+  const Block<S> own(p, start, kWarps);
   if (own.warp >= S::kConsumers / 32) {
     limit_registers<32>();
     if (threadIdx.x == S::kConsumers) {
@@ -36,14 +43,14 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
     return;
   }
   raise_registers<112>();
-  const int line = line_of<S>(own.warp, 0);
+  const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
+  const int first = own.share.first_of(team) * S::kGroups, count = own.share.count_of(team);
   const uint64_t matrix = matrix_at(own.ring.tokens(0));
   own.each_tile(p, [&](const Tile<S>& tile) {
     prefetch_finish(p.finish, p, tile);
-    const int first = own.share.first * S::kGroups;
-    FixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first, first + own.share.count * S::kGroups);
+    FixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first, first + count * S::kGroups);
     float sums[S::kSums] = {};
-    add_stages<S>(sums, own.ring, Turn<S>(), line, own.share.count, first, scales, [&](int slot, int, int block) {
+    add_stages<S>(sums, own.ring, Turn<S>{team, 0}, line, count, first, scales, [&](int slot, int, int block) {
       const char* side = own.ring.side(slot);
       return FixedBlock{matrix + slot * (Ring<S>::kStage >> 4) + block * S::kPlanes * (Ring<S>::kBox >> 4),
           reinterpret_cast<const float*>(side + block * S::kSideRow),
@@ -57,18 +64,26 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActivations* x, const Device& device, cudaStream_t stream) {
   if (!x) return few_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
-  auto with = [&](auto tokens) -> cudaError_t {
-    using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens()>;
+  auto with = [&](auto tokens, auto wide) {
+    using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>;
     static OncePerDevice allowed;
     const int64_t blocks = x->padded / kBlockK, row = x->side * 4, spans = S::kBlocks * S::kSpans;
     if (cudaError_t e = map_matrix(&p.act_scale, x->scale, blocks, row, row, S::kBlocks, S::kSideRow, false)) return e;
     if (cudaError_t e = map_matrix(&p.act_sum, x->sum, blocks * S::kSpans, row, row, int(spans), S::kSideRow, false)) return e;
-    return launch_streaming<S>(fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x->high, x->padded, device, allowed, stream);
+    const auto good = [&](const FixedProduct& p) { return S::kTeams == 1 || one_wave(p, device.multiprocessors * 3 / 5, device); };
+    return launch_streaming<S>(
+        fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x->high, x->padded, device, allowed, stream, good);
   };
-  if (g.m <= 8) return with(std::integral_constant<int, 8>());
-  if (g.m <= 16) return with(std::integral_constant<int, 16>());
-  if (g.m <= 32) return with(std::integral_constant<int, 32>());
-  return with(std::integral_constant<int, 64>());
+  using std::integral_constant;
+  const integral_constant<int, 4> four;
+  if (g.m <= 8) return with(integral_constant<int, 8>(), four);
+  if (g.m <= 16) {
+    // whose splits are a cluster that adds them up, where the GPU has room for all of them
+    const cudaError_t e = with(integral_constant<int, 16>(), integral_constant<int, 2>());
+    return e == cudaErrorNotSupported ? with(integral_constant<int, 16>(), four) : e;
+  }
+  if (g.m <= 32) return with(integral_constant<int, 32>(), four);
+  return with(integral_constant<int, 64>(), four);
 }
 
 template <typename Out, bool kInt4>

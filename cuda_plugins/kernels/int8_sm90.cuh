@@ -17,7 +17,7 @@ struct Int8Shape : SumsOf<Out, int32_t, 2, 2, kTokens, 1> {
   static constexpr int kThreads = Sums::kConsumers + 32;
   static constexpr int kStageK = 128, kRowBytes = 128, kBoxes = 1, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = false;
-  static constexpr int kMostStages = 4, kBytesBeside = 0;
+  static constexpr int kMostStages = 4, kStagesAhead = 4, kBytesBeside = 0;
 };
 
 template <typename S>

@@ -37,7 +37,8 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kT
   static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = kTeams == 1;
-  static constexpr int kMostStages = 4 * kTeams, kGroups = kGrouped ? kStageK / kGroup : 0;  // of a stage
+  static constexpr int kMostStages = 4 * kTeams, kStagesAhead = kMostStages;
+  static constexpr int kGroups = kGrouped ? kStageK / kGroup : 0;  // of a stage
   using Scales = GroupStream<kTiles * 2, Sums::kConsumers, fours_of(kGroups, kTokens <= 64 ? 2 : 1), true>;
   static constexpr int kBytesBeside = Scales::kBytes;
 };

@@ -75,10 +75,15 @@ template <typename T, bool kInt4, bool kAligned>
 __global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const float* scale, FixedActivations to, int64_t m,
     int64_t k, unsigned blocks_a_row) {
   constexpr int V = kFixedV;
-  let_next_kernel_start();  // it fetches weights meanwhile
-  wait_for_kernel_before();
   const int64_t row = blockIdx.x / blocks_a_row;
   const int64_t i = (int64_t(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x) * V;
+  // L2 has what is read before the next kernel asks for all of its weights; what the kernel ahead still writes, it writes there
+  if (i < k) {
+    prefetch(x + row * k + i);
+    if (scale && row == 0) prefetch(scale + i);
+  }
+  let_next_kernel_start();  // it fetches weights meanwhile
+  wait_for_kernel_before();
   float value[V] = {}, by[V];
   if (kAligned && i < k) {
     load<V>(x + row * k + i, value);

@@ -3,7 +3,8 @@
 //
 // A shape S says: kChannels × kTokens of a tile; kCluster blocks that share what they copy of the tokens; of a stage, kRowBytes of a
 // weight's row, which is its box; kBoxes boxes of kBoxBytes of a token's, neighbours in its row, of kPlanes matrices, whose boxes
-// follow each other; kSideBytes for what else a stage needs; kMostStages of them, and kBytesBeside for what lies beside all.
+// follow each other; kSideBytes for what else a stage needs; kMostStages of them, and where K is split kStagesAhead, whose weights do
+// not wait for the kernel that makes tokens; and kBytesBeside for what lies beside all.
 #pragma once
 
 #include <algorithm>
@@ -158,8 +159,7 @@ __device__ __forceinline__ void copy_stages(const Streams& p, const Block<S>& ow
     }
     beside(tile, share.stage(i), slot);
   };
-  // the first stages' weights do not wait for the kernel that makes tokens
-  int ahead = p.follows ? min(share.count, Ring<S>::kStages) : 0;
+  int ahead = p.follows ? min(share.count, p.splits > 1 ? min(S::kStagesAhead, Ring<S>::kStages) : Ring<S>::kStages) : 0;
   for (int i = 0; i < ahead; ++i) weights(Tile<S>(p.m, p.n, blockIdx.x), i, i);
   wait_for_kernel_before();
   Turn<S> turn{0, 1};  // at first, slots are free

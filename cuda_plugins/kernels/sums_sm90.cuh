@@ -259,6 +259,12 @@ Grid divide(void (*kernel)(Parameters), Parameters& p, const Device& device) {
   return grid;
 }
 
+// Whether at least `least` multiprocessors have a block to do, and none more than one.
+inline bool one_wave(const Streams& p, int64_t least, const Device& device) {
+  const int64_t blocks = int64_t(p.tiles) * p.splits;
+  return least <= blocks && blocks <= device.multiprocessors;
+}
+
 // Launches a product whose kernel takes `p`, which has everything but maps and splits, and adds up what it left. Without `tokens` it
 // finds them itself. Where `good` says no to how it would be divided: cudaErrorNotSupported.
 template <typename S, typename Parameters, typename Good>
