@@ -3,7 +3,8 @@
 // Every thread of a block is a fiber of one CPU thread; barriers and what a warp does together switch between them.
 // Clusters of blocks run one after another. Shared memory begins as NaNs, and at a multiple of 128 bytes of which no more is a
 // multiple. Asynchronous copies and products happen as late as they may: when they are waited for; copies that a barrier
-// counts, as soon as they may. What a GPU would stop at is kept as a fault. Not seen are races that no order of fibers
+// counts, as soon as they may. One warp of a cluster, another in every cluster, is slow: it goes on when no other can, and stops
+// wherever it might have to wait. What a GPU would stop at is kept as a fault. Not seen are races that no such order of fibers
 // shows, and what memory beside a tensor is read. A word of shared memory that a thread copies to is its own: another that does is a fault.
 #pragma once
 
@@ -72,7 +73,7 @@ struct Fiber {
   Block* home = nullptr;
   int lane = 0, warp = 0;
   unsigned collectives = 0;
-  bool done = false;
+  bool done = false, slow = false;
   std::vector<Copy> copies;  // of the group that is open
   std::deque<std::vector<Copy>> groups;
   std::vector<std::function<void()>> products;  // likewise
@@ -86,6 +87,7 @@ inline Barrier cluster_barrier;
 inline std::function<void()> body;
 inline dim3 grid, block_size;
 inline int64_t progress;  // arrivals, and waits that came to an end
+inline unsigned clusters_run;
 
 inline void fault(const char* what) {
   if (!emulated_fault) emulated_fault = what;
@@ -93,6 +95,11 @@ inline void fault(const char* what) {
 
 inline void release(Barrier& b) {
   if (b.size && b.arrived == b.size) b.arrived = 0, ++b.generation;
+}
+
+// Before what may have to be waited for.
+inline void others_first() {
+  if (current->slow) ++progress, swapcontext(&current->context, &scheduler);
 }
 
 inline void wait(Barrier& b) {
@@ -139,6 +146,7 @@ inline void run_cluster(uint3 first, unsigned size, size_t shared_bytes) {
   cluster_barrier.size = threads * int(size);
   for (Block& block : cluster) begin(block, threads, shared_bytes);
   std::vector<Fiber> fibers(threads * size);
+  const unsigned warps = unsigned(cluster[0].warps.size()), slow = clusters_run++ % (warps * size + 1);
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber& f = fibers[i];
     const unsigned t = i % threads, block = i / threads;
@@ -146,6 +154,7 @@ inline void run_cluster(uint3 first, unsigned size, size_t shared_bytes) {
     f.block = {first.x, first.y + block, first.z};
     f.home = &cluster[block];
     f.lane = t % 32, f.warp = t / 32;
+    f.slow = block * warps + f.warp == slow;
     ++f.home->warps[f.warp].barrier.size;
     f.stack.reset(new char[kStack]);
     getcontext(&f.context);
@@ -157,12 +166,17 @@ inline void run_cluster(uint3 first, unsigned size, size_t shared_bytes) {
   for (bool busy = true; busy;) {
     const int64_t before = progress;
     busy = false;
-    for (Fiber& f : fibers) {
-      if (f.done) continue;
-      busy = true;
-      current = &f;
-      swapcontext(&scheduler, &f.context);
-    }
+    auto run = [&](bool slow) {
+      for (Fiber& f : fibers) {
+        if (f.done) continue;
+        busy = true;
+        if (f.slow != slow) continue;
+        current = &f;
+        swapcontext(&scheduler, &f.context);
+      }
+    };
+    run(false);
+    if (progress == before) run(true);
     if (busy && progress == before) return fault("a block waits for ever");
   }
 }

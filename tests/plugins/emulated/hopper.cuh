@@ -60,6 +60,7 @@ void arrive(Barrier* barrier, unsigned) {
 }
 
 inline void wait(Barrier* barrier, int parity) {
+  emulator::others_first();
   while (counts(barrier).parity == parity) swapcontext(&emulator::current->context, &emulator::scheduler);
   ++emulator::progress;
 }
