@@ -14,7 +14,7 @@ struct FixedShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf
   static constexpr int kThreads = Sums::kConsumers + 128, kBoxes = Of::kBlocks;
   static constexpr int kMostStages = kWide == 4 ? 4 : 6;
   // More would be a queue of microseconds in front of what the kernel that adds up splits, and then the one that makes tokens, read.
-  // Of 32 tokens, and of 64 with zero points, a full ring was faster (benchmarks/results/products_profile_h200.json).
+  // Of 32 tokens, and of 64 with zero points, a full ring was faster (benchmarks/results/products_profile_h100.json).
   static constexpr int kStagesAhead = kTokens <= 16 || (kTokens == 64 && !kZeros) ? 2 : kMostStages;
   // of many tokens stages take longer, and there is less room
   static constexpr int kScaled = kTokens <= 16 ? kMostStages / Sums::kTeams : kTokens <= 32 ? 2 : 1;

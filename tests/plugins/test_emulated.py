@@ -236,12 +236,13 @@ def small_gpu(request: pytest.FixtureRequest, on_host: Library) -> Iterator[Libr
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MATMULS)
 def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> None:
-    """Tile after tile by a block that stays. Tiles of 64 and 128 channels whose tokens become integers in every block or
-    in a kernel ahead, with K split among warpgroups and among the blocks of a cluster, and whole.
+    """Tile after tile by a block that stays. Tiles of 64 and 128 channels whose tokens become integers in every block
+    or in a kernel ahead, with K split among warpgroups and among the blocks of a cluster, and whole.
     """
     op = REGISTRY[name]
     asked = [(a, d) for a, d in itertools.product(signatures(op), DTYPES) if output_of(a, d) == d]
-    few = [(1, 300, 1024), (5, 530, 1024), (8, 200, 2048), (8, 1000, 1024), (16, 130, 2048), (12, 520, 4096), (13, 260, 4352), (9, 200, 128)]
+    few = [(1, 300, 1024), (5, 530, 1024), (8, 200, 2048), (8, 1000, 1024)]
+    few += [(9, 200, 128), (12, 520, 4096), (13, 260, 4352), (16, 130, 2048)]
     seen: set[str] = set()
     for i, (m, n, k) in enumerate([*few, (300, 300, 512), (100, 600, 512)]):
         attrs, dtype = asked[(i * 7 + 3) % len(asked)]
