@@ -157,7 +157,7 @@ cudaError_t few_by_tokens(FixedProduct p, const MixedGemm& g, const Device& devi
     if (e == cudaErrorNotSupported) e = few_if<FewShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>>(least, p, g, device, stream);
   };
   using std::integral_constant;
-  const int64_t most = device.multiprocessors * 3 / 5;
+  const int64_t most = most_of(device);
   if (g.m <= 8) {
     with(integral_constant<int, 8>(), integral_constant<int, 2>(), most);
     with(integral_constant<int, 8>(), integral_constant<int, 1>(), most);

@@ -16,9 +16,9 @@ struct FixedShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf
   // More would be a queue of microseconds in front of what the kernel that adds up splits, and then the one that makes tokens, read.
   // Of 32 tokens, and of 64 with zero points, a full ring was faster (benchmarks/results/products_profile_h100.json).
   static constexpr int kStagesAhead = kTokens <= 16 || (kTokens == 64 && !kZeros) ? 2 : kMostStages;
-  // of many tokens stages take longer, and there is less room
-  static constexpr int kScaled = kTokens <= 16 ? kMostStages / Sums::kTeams : kTokens <= 32 ? 2 : 1;
-  using Scales = GroupStream<2, Sums::kConsumers, std::min(5, fours_of(Of::kGroups, kScaled)), kZeros>;
+  // Whose scales of groups are there or on their way, of a team. Of many tokens stages take longer, and there is less room.
+  static constexpr int kStagesOfScales = kTokens <= 16 ? kMostStages / Sums::kTeams : kTokens <= 32 ? 2 : 1;
+  using Scales = GroupStream<2, Sums::kConsumers, std::min(5, fours_of(Of::kGroups, kStagesOfScales)), kZeros>;
   static constexpr int kBytesBeside = Scales::kBytes;
   static constexpr int kSideRow = kTokens * 4, kSumsAt = 512;  // copies go to multiples of 128
   static constexpr int kSideBytes = (kSumsAt + Of::kBlocks * Of::kSpans * kSideRow + 1023) / 1024 * 1024;
@@ -70,7 +70,7 @@ cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActiv
     const int64_t blocks = x->padded / kBlockK, row = x->side * 4, spans = S::kBlocks * S::kSpans;
     if (cudaError_t e = map_matrix(&p.act_scale, x->scale, blocks, row, row, S::kBlocks, S::kSideRow, false)) return e;
     if (cudaError_t e = map_matrix(&p.act_sum, x->sum, blocks * S::kSpans, row, row, int(spans), S::kSideRow, false)) return e;
-    const auto good = [&](const FixedProduct& p) { return S::kTeams == 1 || one_wave(p, device.multiprocessors * 3 / 5, device); };
+    const auto good = [&](const FixedProduct& p) { return S::kTeams == 1 || one_wave(p, most_of(device), device); };
     return launch_streaming<S>(
         fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x->high, x->padded, device, allowed, stream, good);
   };

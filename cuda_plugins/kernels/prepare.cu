@@ -77,8 +77,7 @@ __global__ void __launch_bounds__(kThreads) prepare_as_fixed(const T* x, const f
   constexpr int V = kFixedV;
   const int64_t row = blockIdx.x / blocks_a_row;
   const int64_t i = (int64_t(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x) * V;
-  // L2 has what is read before the next kernel asks for all of its weights; what the kernel ahead still writes, it writes there
-  if (i < k) {
+  if (i < k) {  // before the next kernel asks for its weights
     prefetch(x + row * k + i);
     if (scale && row == 0) prefetch(scale + i);
   }

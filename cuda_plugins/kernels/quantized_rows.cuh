@@ -2,9 +2,8 @@
 // or a norm's as y alone.
 //
 // A `Source` says what rows are made of. at() is the source of one row; operand() is where its kOperands tensors lie, and values()
-// makes floats of a pack of V neighbours of each. For a norm (kNorm) statistics over the row follow, without a mean where it
-// is of root mean squares (kRms), and gamma and beta.
-// kRegisters are what it takes beside packs, as compiled.
+// makes floats of a pack of V neighbours of each. For a norm (kNorm) statistics over the row follow, without a mean where it is of
+// root mean squares (kRms), and gamma and beta. kRegisters are what it takes beside packs, as compiled.
 //
 // A row is spread over a warp or a block of just so many warps as it fills, N packs a thread. Where there are more rows than
 // the GPU holds at once, blocks stay and take one row after another; while one is worked on the next is on its way to shared
@@ -87,6 +86,7 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   Reduction<Layout::kWarp> reduce(partial);
   const int64_t step = int64_t(gridDim.x) * blockDim.y;
   int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+
   // A warp's packs are neighbours: a thread's lie a constant apart. Beyond the row zeros are computed with, and left out of
   // what is reduced or stored: a branch around every pack would keep the compiler from mixing them.
   const int chunk = int(blockDim.x) * N * V;
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
 
   let_next_kernel_start();
   if (row >= rows) return;  // all threads of a row together
-  // The first row is on its way to L2 while the kernel ahead ends; what that still writes, it writes to L2. What all rows need is
-  // asked for once: thousands of times, it would be a queue at the same lines.
+  // The first row is on its way while the kernel ahead ends. What all rows need is asked for once: thousands of times, it would be
+  // a queue at the same lines.
   packs([&](int, int column, bool within) {
     if (!within) return;
 #pragma unroll

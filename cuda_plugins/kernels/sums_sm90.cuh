@@ -259,6 +259,9 @@ Grid divide(void (*kernel)(Parameters), Parameters& p, const Device& device) {
   return grid;
 }
 
+// How many multiprocessors are to have a block, so that tiles of fewer channels pay: where they leave more idle, larger ones do as well.
+inline int64_t most_of(const Device& device) { return device.multiprocessors * 3 / 5; }
+
 // Whether at least `least` multiprocessors have a block to do, and none more than one.
 inline bool one_wave(const Streams& p, int64_t least, const Device& device) {
   const int64_t blocks = int64_t(p.tiles) * p.splits;

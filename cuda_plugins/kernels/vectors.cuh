@@ -40,6 +40,7 @@ __device__ __forceinline__ Bits<T, V> read_once(const T* from) {
   }
 }
 
+// To L2. Also of what the kernel ahead may still write, before it is waited for: L2 is where that is written.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 template <typename T, int V>
