@@ -8,7 +8,7 @@ namespace {
 template <typename Element, bool kGated>
 struct Activated {
   using T = Element;
-  static constexpr bool kNorm = false, kHasY = true, kExact = false;
+  static constexpr bool kNorm = false, kHasY = true, kExact = false, kFewWarps = false;
   static constexpr int kOperands = kGated ? 2 : 1, kRegisters = 56;
 
   __device__ Activated at(int64_t row) const {

@@ -67,8 +67,6 @@ class Resident {
   }
 
   __device__ __forceinline__ void put(const Bits<T, kV>& raw, bool there, int token, int block, int k) const {
-    constexpr int kLanes = S::kGroup && S::kGroup < kBlockK ? S::kGroup / kV : kFixedLanes;  // that share a sum
-    const int lane = threadIdx.x % kFixedLanes;
     float value[kV];
     to_floats(raw, value);
     if (p_.x_scale && there && k < p_.k) {
@@ -77,17 +75,9 @@ class Resident {
 #pragma unroll
       for (int j = 0; j < kV; ++j) value[j] *= by[j];
     }
-    const FixedCodes codes = to_fixed<S::kInt4>(value);
-    const int sum = S::kZeros ? sum_of_lanes(codes.sum, kLanes) : 0;
-    if (!there) return;
-    auto store = [&](int plane, int half, uint32_t four) {  // where products of 32 meet this lane's values
-      char* const row = matrices_ + block * S::kBlockBytes + (plane * S::kTokens + token) * kBoxBytes;
-      *reinterpret_cast<uint32_t*>(row + ((lane / 4 * 2 + half) ^ token % 8) * 16 + lane % 4 * 4) = four;
-    };
-    store(0, 0, codes.high.x), store(0, 1, codes.high.y), store(1, 0, codes.low.x), store(1, 1, codes.low.y);
-    char* const side = sides_ + block * S::kSideRow + token * 4;
-    if (lane == 0) *reinterpret_cast<float*>(side) = codes.scale;
-    if (S::kZeros && lane % kLanes == 0) reinterpret_cast<float*>(side)[(1 + lane / kLanes) * S::kTokens] = float(sum);
+    char* const side = sides_ + block * S::kSideRow;
+    put_fixed<S>(to_fixed<S::kInt4>(value), there, token, matrices_ + block * S::kBlockBytes, reinterpret_cast<float*>(side),
+        reinterpret_cast<float*>(side) + S::kTokens);
   }
 
   const FixedProduct& p_;
@@ -132,7 +122,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
   float sums[S::kSums] = {};
   const int begin = (first - own.share.first) * S::kBlocks;  // among the share's
   add_stages<S>(sums, own.ring, Turn<S>{team, 0}, line, count, first * S::kGroups, scales,
-      [&](int, int i, int block) { return tokens.block(begin + i * S::kBlocks + block); });
+      [&](const Turn<S>&, int i, int block) { return tokens.block(begin + i * S::kBlocks + block); });
   leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
 }
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "reduction.cuh"
-#include "vectors.cuh"
+#include "rounding.cuh"
 
 namespace qpass {
 
@@ -18,28 +18,35 @@ struct Fixed {
 
 struct FixedCodes {
   uint2 high, low;  // of eight values: beside int4 weights in the order 0, 2, 4, 6, 1, 3, 5, 7, that of a word's low and high nibbles
-  float scale;      // of the block; no number where a value is none, or infinite
+  float scale;      // of the block
   int sum;          // of the eight integers
 };
 
-// By all lanes of a warp together, each of which has eight neighbours.
+struct FixedScale {
+  float inverse;  // what values are multiplied by to be integers
+  float scale;    // and integers, in the end; no number where a value is none, or infinite
+};
+
+// Of a block whose largest value is this.
 template <bool kInt4>
-__device__ __forceinline__ FixedCodes to_fixed(const float (&value)[kFixedV]) {
+__device__ __forceinline__ FixedScale fixed_scale(float largest) {
   constexpr float kLargest = 127 * 256 + 127, kLeast = 1e-33f;  // below kLeast, the reciprocal would be infinite
+  const bool counts = largest > kLeast && isfinite(largest);
+  const float scale = largest * (1 / kLargest);
+  const float inverse = inverse_approximately(scale);  // an ulp off, or two: what is kLargest at most is int8 still
+  // int4 weights are multiplied as sixteen times what they are
+  return {counts ? inverse : 0.f, isfinite(largest) ? counts ? scale * (kInt4 ? 1 / 16.f : 1.f) : 0.f : NAN};
+}
+
+template <bool kInt4>
+__device__ __forceinline__ FixedCodes fixed_codes(const float (&value)[kFixedV], const FixedScale& by) {
   // in the last bits of this, integers count: 128 more, so that their upper byte is rounded, and the lower 128 off
   constexpr float kPower = 3 << 22;
-  float largest = 0;
-#pragma unroll
-  for (int i = 0; i < kFixedV; ++i) largest = Max()(largest, fabsf(value[i]));
-#pragma unroll
-  for (int step = kFixedLanes / 2; step; step /= 2) largest = Max()(largest, __shfl_xor_sync(~0u, largest, step));
-  const bool counts = largest > kLeast && isfinite(largest);
-  const float inverse = counts ? kLargest * __frcp_rn(largest) : 0.f;  // a rounding off what is kLargest at most: int8 still
   uint32_t code[kFixedV];
   FixedCodes codes{};
 #pragma unroll
   for (int i = 0; i < kFixedV; ++i) {
-    code[i] = __float_as_uint(fmaf(value[i], inverse, kPower + 128));
+    code[i] = __float_as_uint(fmaf(value[i], by.inverse, kPower + 128));
     codes.sum += int(code[i] - (__float_as_uint(kPower) + 128));
   }
   uint32_t high[2], low[2];
@@ -50,9 +57,19 @@ __device__ __forceinline__ FixedCodes to_fixed(const float (&value)[kFixedV]) {
     low[i] = __byte_perm(first, second, 0x6420) ^ 0x80808080u, high[i] = __byte_perm(first, second, 0x7531);
   }
   codes.high = {high[0], high[1]}, codes.low = {low[0], low[1]};
-  // int4 weights are multiplied as sixteen times what they are
-  codes.scale = isfinite(largest) ? counts ? largest * (1 / kLargest / (kInt4 ? 16 : 1)) : 0.f : NAN;
+  codes.scale = by.scale;
   return codes;
+}
+
+// By all lanes of a warp together, kFixedLanes of which share a block.
+template <bool kInt4>
+__device__ __forceinline__ FixedCodes to_fixed(const float (&value)[kFixedV]) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kFixedV; ++i) largest = Max()(largest, fabsf(value[i]));
+#pragma unroll
+  for (int step = kFixedLanes / 2; step; step /= 2) largest = Max()(largest, __shfl_xor_sync(~0u, largest, step));
+  return fixed_codes<kInt4>(value, fixed_scale<kInt4>(largest));
 }
 
 // What `lanes` neighbouring lanes have, a power of two, in each of them.

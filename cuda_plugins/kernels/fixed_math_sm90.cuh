@@ -109,6 +109,23 @@ struct FixedBlock {
   const float* sum;  // of integers of 16 bits, which are exact
 };
 
+// Where products meet them: eight values of a token, which lane i of kFixedLanes has, if the token is `there`. By all lanes of a warp;
+// `matrix`, `scale` and `sum` are the block's.
+template <typename S>
+__device__ __forceinline__ void put_fixed(const FixedCodes& codes, bool there, int token, char* matrix, float* scale, float* sum) {
+  constexpr int kLanes = S::kGroup && S::kGroup < kBlockK ? S::kGroup / kFixedV : kFixedLanes;  // that share a sum
+  const int lane = threadIdx.x % kFixedLanes;
+  const int sum_of_span = S::kZeros ? sum_of_lanes(codes.sum, kLanes) : 0;
+  if (!there) return;
+  auto store = [&](int plane, int half, uint32_t four) {
+    char* const row = matrix + (plane * S::kTokens + token) * kBoxBytes;
+    *reinterpret_cast<uint32_t*>(row + ((lane / 4 * 2 + half) ^ token % 8) * 16 + lane % 4 * 4) = four;
+  };
+  store(0, 0, codes.high.x), store(0, 1, codes.high.y), store(1, 0, codes.low.x), store(1, 1, codes.low.y);
+  if (lane == 0) scale[token] = codes.scale;
+  if (S::kZeros && lane % kLanes == 0) sum[lane / kLanes * S::kTokens + token] = float(sum_of_span);
+}
+
 // Asks for the products of a group of a block: of both planes at once, or where they are multiplied one by one, of the high one and
 // then, beside what that gave, of the low one.
 template <typename S>
@@ -151,7 +168,7 @@ __device__ __forceinline__ void add_products_of(
   }
 }
 
-// Adds up a team's `count` stages, whose groups begin with `group`. `block_at(slot, i, block)` is a block of the tokens of stage i.
+// Adds up a team's `count` stages, whose groups begin with `group`. `block_at(turn, i, block)` is a block of the tokens of stage i.
 // Of few tokens, a group's products are under way while operands of the next are made and sums of the one before brought to float.
 template <typename S, typename BlockAt>
 __device__ __forceinline__ void add_stages(float (&sums)[S::kSums], const Ring<S>& ring, Turn<S> turn, int line, int count, int group,
@@ -166,7 +183,7 @@ __device__ __forceinline__ void add_stages(float (&sums)[S::kSums], const Ring<S
       const int block = step / S::kSpans, span = step % S::kSpans;
       if (span == 0) {
         fixed_operands<S>(a[block % kAtOnce], ring.weights(turn.slot) + line * S::kRowBytes, block);
-        blocks[block] = block_at(turn.slot, i, block);
+        blocks[block] = block_at(turn, i, block);
       }
       multiply<S>(part[step % kAtOnce], a[block % kAtOnce], blocks[block].matrix, span);
     };

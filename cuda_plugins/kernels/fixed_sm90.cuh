@@ -2,7 +2,7 @@
 // (prepare.cu).
 #pragma once
 
-#include "few_sm90.cuh"
+#include "made_sm90.cuh"
 
 namespace qpass {
 
@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
     prefetch_finish(p.finish, p, tile);
     FixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first, first + count * S::kGroups);
     float sums[S::kSums] = {};
-    add_stages<S>(sums, own.ring, Turn<S>{team, 0}, line, count, first, scales, [&](int slot, int, int block) {
-      const char* side = own.ring.side(slot);
-      return FixedBlock{matrix + slot * (Ring<S>::kStage >> 4) + block * S::kPlanes * (Ring<S>::kBox >> 4),
+    add_stages<S>(sums, own.ring, Turn<S>{team, 0}, line, count, first, scales, [&](const Turn<S>& turn, int, int block) {
+      const char* side = own.ring.side(turn.slot);
+      return FixedBlock{matrix + turn.slot * (Ring<S>::kStage >> 4) + block * S::kPlanes * (Ring<S>::kBox >> 4),
           reinterpret_cast<const float*>(side + block * S::kSideRow),
           reinterpret_cast<const float*>(side + S::kSumsAt + block * S::kSpans * S::kSideRow)};
     });
@@ -63,7 +63,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
 
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActivations* x, const Device& device, cudaStream_t stream) {
-  if (!x) return few_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
+  if (!x) {
+    const cudaError_t e = few_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
+    return e == cudaErrorNotSupported ? made_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream) : e;
+  }
   auto with = [&](auto tokens, auto wide) {
     using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>;
     static OncePerDevice allowed;

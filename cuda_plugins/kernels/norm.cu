@@ -20,6 +20,8 @@ template <typename Element, bool kResidual, bool kRms_>
 struct Normed {
   using T = Element;
   static constexpr bool kNorm = true, kHasY = true, kExact = false, kHasSum = kResidual, kRms = kRms_;
+  // Where there is much to do for a row, the fewer warps do it, the less they wait for each other.
+  static constexpr bool kFewWarps = kResidual || !kRms;
   static constexpr int kOperands = kResidual ? 2 : 1, kRegisters = 48;
 
   __device__ Normed at(int64_t row) const {

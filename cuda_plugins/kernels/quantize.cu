@@ -7,7 +7,7 @@ namespace {
 template <typename Element>
 struct Plain {
   using T = Element;
-  static constexpr bool kNorm = false, kHasY = false, kExact = true;
+  static constexpr bool kNorm = false, kHasY = false, kExact = true, kFewWarps = false;
   static constexpr int kOperands = 1, kRegisters = 36;
 
   __device__ Plain at(int64_t row) const { return {x + row * k, k}; }

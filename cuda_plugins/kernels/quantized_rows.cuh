@@ -7,8 +7,8 @@
 //
 // A row is spread over a warp or a block of just so many warps as it fills, N packs a thread. Where there are more rows than
 // the GPU holds at once, blocks stay and take one row after another; while one is worked on the next is on its way to shared
-// memory (kStaged), where each thread finds what it asked for itself. Rows too long for registers (kLong) are read again in
-// every pass, from L2.
+// memory (kStaged), where each thread finds what it asked for itself; and gamma and beta, once. Rows too long for registers
+// (kLong) are read again in every pass, from L2.
 #pragma once
 
 #include "launch.cuh"
@@ -47,11 +47,13 @@ __device__ __forceinline__ float inverse_root(float x) {
 }
 
 // How a kernel is laid out: N packs of V neighbours a thread; the threads of a row, at most; how many blocks of those a
-// multiprocessor is to hold, which bounds their registers; whether there are so few rows that none is taken after another.
-template <int width, int packs, int threads, int blocks, bool few = false>
+// multiprocessor is to hold, which bounds their registers; whether there are so few rows that none is taken after another, and
+// whether there are registers for divisors by a smoother, made once for all rows.
+enum Kind { kMany, kFewRows, kDividing };
+template <int width, int packs, int threads, int blocks, Kind kind = kMany>
 struct Layout {
   static constexpr int V = width, N = packs, kThreads = threads, kBlocks = blocks;
-  static constexpr bool kWarp = threads == 32, kFew = few;
+  static constexpr bool kWarp = threads == 32, kFew = kind == kFewRows, kDivisors = kind == kDividing;
   static constexpr int kRows = kWarp ? 4 : 1;  // of a block
 
   // Whether there are registers for this much of every pack beside its floats and what all else takes.
@@ -60,13 +62,13 @@ struct Layout {
   }
 };
 
-// Bytes of shared memory that hold a row ahead for every thread, or 0 where registers are to or that would be too many.
+// Packs of shared memory for every pack of a thread: a row's ahead, and where it has many, gamma's and beta's; 0 where registers
+// are to hold them, or that would be too many.
 template <typename Source, typename Layout, bool kLong>
-constexpr int staged_bytes(int threads) {
-  constexpr int kPack = sizeof(Operands<Source, Layout::V>), kMost = 64 << 10;
-  constexpr bool kRegisters = Layout::kFew || (Source::kNorm && Layout::N > 4);
-  constexpr bool kFits = !kRegisters && Layout::kThreads * Layout::kRows * Layout::N * kPack <= kMost;
-  return !kLong && kFits && kPack == 16 * Source::kOperands ? threads * Layout::N * kPack : 0;
+constexpr int staged_packs() {
+  constexpr int kPacks = Source::kOperands + (Source::kNorm && Layout::N > 4 ? 2 : 0), kMost = 64 << 10;
+  constexpr bool kFits = !Layout::kFew && Layout::kThreads * Layout::kRows * Layout::N * kPacks * 16 <= kMost;
+  return !kLong && kFits && sizeof(Bits<typename Source::T, Layout::V>) == 16 ? kPacks : 0;
 }
 
 // kWhole: a row fills its threads' packs, so that nothing is beyond it.
@@ -78,9 +80,12 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
   constexpr int V = Layout::V, N = Layout::N;
   constexpr int kParts = N < 4 ? N : 4;  // of a thread's sum: one would be a long chain
   constexpr int kOthers = Source::kRegisters + (kSmooth ? 2 * V : 0);
-  constexpr bool kStaged = staged_bytes<Source, Layout, kLong>(1) > 0;
-  constexpr bool kGamma = !kLong && Layout::holds(sizeof(Bits<T, V>), kOthers);  // with x, not when it is needed
-  constexpr bool kBeta = !kLong && Layout::holds(2 * sizeof(Bits<T, V>), kOthers);
+  constexpr int kStaged = staged_packs<Source, Layout, kLong>();
+  constexpr bool kStagedGamma = kStaged > Source::kOperands;
+  constexpr bool kHolds = !kLong && !kStagedGamma;
+  constexpr bool kGamma = kHolds && Layout::holds(sizeof(Bits<T, V>), kOthers);  // with x, not when it is needed
+  constexpr bool kBeta = kHolds && Layout::holds(2 * sizeof(Bits<T, V>), kOthers);
+  constexpr bool kDivisors = kSmooth && Layout::kDivisors && !kLong;
   extern __shared__ __align__(16) char staging[];
   __shared__ __align__(16) typename Reduction<Layout::kWarp>::Partial partial;
   Reduction<Layout::kWarp> reduce(partial);
@@ -124,8 +129,8 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
     }, begin);
   };
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  Bits<T, V>* const own = reinterpret_cast<Bits<T, V>*>(staging) + (thread & ~31) * N * Source::kOperands + thread % 32;
-  auto staged = [&](int i, int operand) { return own + (i * Source::kOperands + operand) * 32; };
+  Bits<T, V>* const own = reinterpret_cast<Bits<T, V>*>(staging) + (thread & ~31) * N * kStaged + thread % 32;
+  auto staged = [&](int i, int of) { return own + (i * kStaged + of) * 32; };
   auto stage = [&](const Source& source) {
 #pragma unroll
     for (int o = 0; o < Source::kOperands; ++o) {
@@ -135,7 +140,19 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
     commit_copies();
   };
 
+  if constexpr (kStagedGamma) packs([&](int i, int column, bool within) {
+    if (!within) return;
+    copy_async(staged(i, Source::kOperands), all.gamma + column, 16);
+    if (all.beta) copy_async(staged(i, Source::kOperands + 1), all.beta + column, 16);
+  });
   if (kStaged) stage(all.at(row));
+  [[maybe_unused]] Divisor<Source::kExact> by[kDivisors ? N : 1][V];
+  if constexpr (kDivisors) packs([&](int i, int column, bool within) {
+    float smoother[V];
+    if (within) load<V>(result.smoother + column, smoother);
+#pragma unroll
+    for (int j = 0; j < V; ++j) by[i][j] = Divisor<Source::kExact>(within ? smoother[j] : 1.f);
+  });
   if constexpr (Source::kNorm) if constexpr (!Source::kRms)
     reduce.count(k / chunk * 32 * N * V + min(max(k % chunk - first_of_warp, 0), 32 * N * V));
   float scale = result.scale ? *result.scale : 0;
@@ -176,12 +193,14 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
       }
     };
 
-    // Statistics are about the mean of each warp's own columns, of which those of the row follow by one exchange between warps.
-    [[maybe_unused]] float mean_of_warp = 0, inverse_deviation = 1, shift = 0;
+    // Statistics are about the mean of each warp's own columns, of which those of the row follow by one exchange between warps. Where
+    // all threads have as many, they are about each thread's at first: squares do not wait for its warp.
+    [[maybe_unused]] float pivot = 0, inverse_deviation = 1, shift = 0;
     if constexpr (Source::kNorm) {
       if (Source::kHasSum && source.sum) each([&](int begin) {
         packs([&](int i, int column, bool within) { if (within) store<V>(source.sum + column, v[i]); }, begin);
       });
+      float mean = 0;
       if constexpr (!Source::kRms) {
         float sums[kParts] = {};
         each([&](int begin) {
@@ -190,11 +209,13 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
             for (int j = 0; j < V; ++j) sums[i % kParts] += v[i][j];
           }, begin);
         });
-        mean_of_warp = reduce.mean_of_warp(over(sums, Sum()), source.share);
+        const float sum = over(sums, Sum());
+        mean = reduce.mean_of_warp(sum, source.share);
+        pivot = kWhole ? sum * (1.f / (N * V)) : mean;
       }
       float squares[kParts] = {};
       each([&](int begin) {
-        if constexpr (!Source::kRms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
+        if constexpr (!Source::kRms) packs([&](int i, int, bool) { centre(v[i], pivot); }, begin);
         packs([&](int i, int, bool within) {
           float& part = squares[i % kParts];
           const float before = part;
@@ -203,26 +224,32 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
           if (!within) part = before;
         }, begin);
       });
-      float total = over(squares, Sum()), mean = mean_of_warp;
-      if constexpr (Source::kRms) total = reduce(total, Sum());
-      else reduce.moments(mean, total, source.share);
+      float total = over(squares, Sum());
+      if constexpr (Source::kRms) {
+        total = reduce(total, Sum());
+      } else {
+        if (kWhole) total = fmaf((pivot - mean) * float(N * V), pivot - mean, total);
+        reduce.moments(mean, total, source.share);
+      }
       // a product instead of the body's division: one more rounding, and half the time of the whole kernel
       inverse_deviation = inverse_root(total * source.share + source.epsilon);
-      shift = (mean_of_warp - mean) * inverse_deviation;
+      shift = (pivot - mean) * inverse_deviation;
     }
 
     auto finish = [&](int begin) {
       if constexpr (Source::kNorm) {
-        if (kLong && !Source::kRms) packs([&](int i, int, bool) { centre(v[i], mean_of_warp); }, begin);
+        if (kLong && !Source::kRms) packs([&](int i, int, bool) { centre(v[i], pivot); }, begin);
         packs([&](int i, int column, bool within) {
-          if constexpr (!kGamma) gamma[i] = within ? read<V>(source.gamma + column) : Bits<T, V>();
+          if constexpr (kStagedGamma) gamma[i] = within ? *staged(i, Source::kOperands) : Bits<T, V>();
+          else if constexpr (!kGamma) gamma[i] = within ? read<V>(source.gamma + column) : Bits<T, V>();
           float factor[V];
           to_floats(gamma[i], factor);
 #pragma unroll
           for (int j = 0; j < V; ++j) v[i][j] = fmaf(v[i][j], inverse_deviation, shift) * factor[j];
         }, begin);
         if (source.beta) packs([&](int i, int column, bool within) {
-          if constexpr (!kBeta) beta[i] = within ? read<V>(source.beta + column) : Bits<T, V>();
+          if constexpr (kStagedGamma) beta[i] = within ? *staged(i, Source::kOperands + 1) : Bits<T, V>();
+          else if constexpr (!kBeta) beta[i] = within ? read<V>(source.beta + column) : Bits<T, V>();
           float plus[V];
           to_floats(beta[i], plus);
 #pragma unroll
@@ -231,7 +258,11 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
       }
     };
     auto smooth = [&](int begin) {
-      if (kSmooth) packs([&](int i, int column, bool within) {
+      if constexpr (kDivisors) packs([&](int i, int, bool) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) v[i][j] = by[i][j].quotient(v[i][j]);
+      });
+      else if (kSmooth) packs([&](int i, int column, bool within) {
         if (!within) return;
         float smoother[V];
         load<V>(result.smoother + column, smoother);
@@ -253,6 +284,28 @@ __global__ void __launch_bounds__(Layout::kThreads * Layout::kRows, Layout::kBlo
         if (!within) part = before;
       }, begin);
     });
+    if constexpr (kDivisors && Source::kExact) {
+      float largest = over(most, Max());
+      if (result.scale) packs([&](int i, int, bool) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) largest = Max()(largest, fabsf(v[i][j]));
+      });
+      if (!Divisor<true>::holds(largest) || (result.scale && !Divisor<true>::holds(fabsf(scale)))) {  // rarely: by divisions, then
+        fetch(source);
+        to_values();
+        most[0] = 0;
+        packs([&](int i, int column, bool within) {
+          if (!within) return;
+          float smoother[V];
+          load<V>(result.smoother + column, smoother);
+          divide<true>(v[i], smoother);
+#pragma unroll
+          for (int j = 0; j < V; ++j) most[0] = Max()(most[0], fabsf(v[i][j]));
+        });
+#pragma unroll
+        for (int i = 1; i < kParts; ++i) most[i] = 0;
+      }
+    }
     if (Source::kNorm && !result.q) continue;
     if (!result.scale) {
       scale = scale_of(reduce(over(most, Max()), Max()));
@@ -282,10 +335,10 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
   constexpr int kRows = Layout::kRows;
   const int threads = kLong || Layout::kWarp ? Layout::kThreads : int(ceil_div(k, 32 * Layout::N * Layout::V)) * 32;
   auto kernel = quantize_rows<Source, Layout, kLong, kSmooth, false>;
-  if constexpr (!kLong && !kSmooth && Layout::V > 1) {
+  if constexpr (!kLong && (!kSmooth || Layout::kDivisors) && Layout::V > 1) {
     if (k == int64_t(threads) * Layout::N * Layout::V) kernel = quantize_rows<Source, Layout, kLong, kSmooth, true>;
   }
-  const int shared = staged_bytes<Source, Layout, kLong>(threads * kRows);
+  const int shared = threads * kRows * Layout::N * staged_packs<Source, Layout, kLong>() * 16;
   int64_t blocks = ceil_div(rows, kRows);
   Device device;
   if (cudaError_t error = current_device(&device)) return error;
@@ -316,7 +369,7 @@ template <bool kSmooth, typename Source>
 cudaError_t launch_fitting(const Source& source, int64_t rows, int64_t k, const qpass_quantized& result, cudaStream_t stream) {
   constexpr int V = kWidest<typename Source::T>;
   constexpr int kMost = Source::kNorm || kSmooth ? 384 : 512;  // threads of which two blocks have registers enough
-  constexpr int64_t kFewRows = 64;                             // fewer than a GPU for servers has multiprocessors
+  constexpr int64_t kFew = 64;                                 // fewer than a GPU for servers has multiprocessors
   auto with = [&](auto layout, auto is_long) {
     return launch_rows<decltype(layout), is_long(), kSmooth>(source, rows, k, result, stream);
   };
@@ -332,8 +385,17 @@ cudaError_t launch_fitting(const Source& source, int64_t rows, int64_t k, const 
   if (packs <= 32 * 2) return with(Layout<V, 2, 32, 5>(), held);
   if (packs <= 32 * 3) return with(Layout<V, 3, 32, 5>(), held);
   if (packs <= 32 * 4) return with(Layout<V, 4, 32, 5>(), held);
-  if (rows <= kFewRows && packs <= 512 * 2) return with(Layout<V, 2, 512, 1, true>(), held);
-  if (packs <= kMost * 4) return with(Layout<V, 4, kMost, 2>(), held);
+  if (rows <= kFew && packs <= 512 * 2) return with(Layout<V, 2, 512, 1, kFewRows>(), held);
+  if constexpr (Source::kFewWarps && !kSmooth) {
+    if (packs <= 128 * 8 && packs % (32 * 8) == 0) return with(Layout<V, 8, 128, 4>(), held);
+  }
+  if constexpr (!Source::kNorm && kSmooth && sizeof(typename Source::T) == 2) {
+    if (packs <= 256 * 2) return with(Layout<V, 2, 256, 3, kDividing>(), held);
+    if (packs <= 256 * 4) return with(Layout<V, 4, 256, 2, kDividing>(), held);
+    if (packs <= 512 * 4) return with(Layout<V, 4, 512, 1, kDividing>(), held);
+  } else {
+    if (packs <= kMost * 4) return with(Layout<V, 4, kMost, 2>(), held);
+  }
   if (packs <= 512 * 8) return with(Layout<V, 8, 512, 1>(), held);
   return with(Layout<V, 4, 512, 1>(), read_again);
 }

@@ -73,6 +73,31 @@ __device__ __forceinline__ void divide(float (&v)[V], const float (&by)[V]) {
   for (int i = 0; i < V; ++i) v[i] = kExact ? __fdiv_rn(v[i], by[i]) : v[i] * inverse_approximately(by[i]);
 }
 
+// Divides by the same number many times: correctly rounded where kExact, else to 2^-22 of the quotient.
+template <bool kExact>
+struct Divisor {
+  float inverse;
+  Divisor() = default;
+  __device__ explicit Divisor(float by) { inverse = inverse_approximately(by); }
+  __device__ __forceinline__ float quotient(float y) const { return y * inverse; }
+};
+
+// What `Rounding` does, of a y with 11 bits at most: quotients of those are farther from the middle of two floats than the sum is
+// off (the same tests). That is so while nothing underflows: quotients beside which `holds` says no of the largest are to be made
+// by a division, and those by a divisor of which it does are no numbers.
+template <>
+struct Divisor<true> {
+  float inverse, off;
+  Divisor() = default;
+  __device__ explicit Divisor(float by) {
+    inverse = holds(fabsf(by)) ? __frcp_rn(by) : NAN;
+    const float rest = __fmaf_rn(-inverse, by, 1.f);
+    off = __fmul_rn(__fmaf_rn(rest, rest, rest), inverse);
+  }
+  __device__ __forceinline__ float quotient(float y) const { return __fmaf_rn(y, inverse, __fmul_rn(y, off)); }
+  static __device__ __forceinline__ bool holds(float size) { return size >= 0x1p-60f && size <= 0x1p60f; }
+};
+
 // amax / 127, correctly rounded: for every mantissa the correction makes it that (the same tests), where the remainder is
 // normal.
 __device__ __forceinline__ float scale_of(float amax) {

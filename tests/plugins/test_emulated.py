@@ -252,6 +252,24 @@ def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> No
     assert seen == {*STREAMING} if name in WEIGHT_ONLY else {"sm90_split_k"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_tokens_that_become_integers_beside_the_products(name: str, dtype: np.dtype[Any], small_gpu: Library) -> None:
+    """Fewer stages than the ring has and many more, a last one that is not whole, and fewer tokens than a tile has."""
+    grouped = name == WEIGHT_ONLY[1]
+    plain = {"quant_algo": 0, "group_size": 128} if grouped else {"has_zero": 0}
+    attrs = next(
+        a
+        for a in signatures(REGISTRY[name])
+        if all(a[key] == value for key, value in plain.items()) and (a["weight_type_id"] == INT8) != grouped
+    )
+    for m, n, k in [(9, 200, 128), (16, 520, 2176), (13, 260, 4224), (12, 130, 1152), (5, 300, 8320), (8, 500, 6144)]:
+        case = example(REGISTRY[name], attrs, dtype, lead=(m,), n=n, k=k, seed=m)
+        check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
+        assert streamed(small_gpu, case, check, ["sm90_split_k"])
+
+
 def output_of(attrs: Mapping[str, Attr], dtype: np.dtype[Any]) -> np.dtype[Any]:
     """What a product with activations of a dtype returns."""
     return np.dtype(helper.tensor_dtype_to_np_dtype(int(attrs["output_type"]))) if "output_type" in attrs else dtype

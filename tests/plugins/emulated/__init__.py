@@ -19,8 +19,11 @@ from qpass.plugins.library import LIBRARY
 from tests.plugins.shells import cuda_include
 
 HERE = Path(__file__).parent
+LARGER_PAIR = "most = std::max(a & 0x7fff, b & 0x7fff) | std::max(a >> 16 & 0x7fff, b >> 16 & 0x7fff) << 16;"
 ASSEMBLY = {
     "max.NaN.f32 %0, %1, %2;": "most = a != a || b != b ? NAN : std::max(a, b);",
+    "max.NaN.xorsign.abs.f16x2 %0, %1, %2;": LARGER_PAIR,
+    "max.NaN.xorsign.abs.bf16x2 %0, %1, %2;": LARGER_PAIR,
     "ex2.approx.ftz.f32 %0, %1;": "y = exp2f(x);",
     "rcp.approx.ftz.f32 %0, %1;": "y = 1.f / x;",
     "ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];": "std::memcpy(bits.x, from, 16);",
