@@ -13,6 +13,7 @@ template <typename Out, bool kInt4, int kGroup, int kTokens, int kWide>
 struct MadeShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, false, kTokens> {
   using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
   using Of = FixedOf<kInt4, kGroup, false, kTokens>;
+  static constexpr int kLanes = kFixedLanes / 2;  // that make a block of a token
   static constexpr int kMakers = 128, kSets = 2, kCopier = Sums::kConsumers + kSets * kMakers, kThreads = kCopier + 128;
   static constexpr int kBoxes = Of::kBlocks, kMostStages = kWide == 4 ? 4 : 6;
   static constexpr int kStagesAhead = 1;  // whose weights do not wait for the tokens: more would delay these
@@ -58,7 +59,7 @@ __device__ __forceinline__ float largest_of(const Bits<T, kFixedV> (&raw)[2]) {
 template <typename S>
 __device__ __forceinline__ void make_stage(const MadeSlot<S>& slot) {
   using T = typename S::Out;
-  constexpr int kLanes = kFixedLanes / 2, kTeams = S::kMakers / kLanes, kAll = S::kBlocks * S::kTokens;
+  constexpr int kLanes = S::kLanes, kTeams = S::kMakers / kLanes, kAll = S::kBlocks * S::kTokens;
   constexpr int kJobs = (kAll + kTeams - 1) / kTeams;  // of a lane, none of which waits for another
   const int lane = threadIdx.x % kLanes, team = threadIdx.x % S::kMakers / kLanes;
   Bits<T, kFixedV> raw[kJobs][2];
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
   Barrier* const raw = reinterpret_cast<Barrier*>(ring.beside() + S::kBarriersAt);  // a stage's tokens are there
   Barrier* const made = raw + Ring<S>::kStages;                                     // and its integers
   if (threadIdx.x == S::kThreads - 32) {
-    for (int i = 0; i < Ring<S>::kStages; ++i) init(&raw[i], 1), init(&made[i], S::kMakers / 32);
+    for (int i = 0; i < Ring<S>::kStages; ++i) init(&raw[i], 1), init(&made[i], S::kMakers / S::kLanes);
   }
   ring.open(kWarps);
   const Tile<S> tile(0, blockIdx.x * S::kChannels);
@@ -145,6 +146,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
   }
   if (own.warp >= S::kConsumers / 32) {
     limit_registers<48>();
+    // all blocks together ask for all tokens, while the kernel ahead ends
+    const int64_t at = (int64_t(blockIdx.y * gridDim.x + blockIdx.x) * (S::kCopier - S::kConsumers) + threadIdx.x - S::kConsumers) * 128;
+    if (at < int64_t(p.m) * p.k * 2) prefetch(static_cast<const char*>(p.x) + at);
     const int set = (own.warp - S::kConsumers / 32) / (S::kMakers / 32);
     Turn<S> turn{set, 0};
     for (int i = set; i < own.share.count; i += S::kSets, turn.template next<S::kSets>()) {
@@ -152,7 +156,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
       make_stage<S>(MadeSlot<S>(ring, turn.slot));
       publish_writes();
       __syncwarp();
-      if (threadIdx.x % 32 == 0) arrive<1>(&made[turn.slot], 0);
+      if (threadIdx.x % S::kLanes == 0) arrive<1>(&made[turn.slot], 0);  // those that wrote scales, for racecheck
     }
     return;
   }
@@ -183,6 +187,7 @@ cudaError_t made_by_tokens(FixedProduct p, const MixedGemm& g, const Device& dev
     auto with = [&](auto tokens, auto wide, int most_stages) {
       using S = MadeShape<Out, kInt4, kGroup, tokens(), wide()>;
       static OncePerDevice allowed;
+      p.x = g.x;
       if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, S::kRawRow, false)) return e;
       const auto good = [&](const FixedProduct& p) { return one_wave(p, most_of(device), device) && p.stages_a_split <= most_stages; };
       return launch_streaming<S>(

@@ -18,15 +18,6 @@
 
 namespace qpass {
 
-// Reduces what a thread has.
-template <int N, typename Op>
-__device__ __forceinline__ float over(const float (&parts)[N], Op op) {
-  float whole = parts[0];
-#pragma unroll
-  for (int i = 1; i < N; ++i) whole = op(whole, parts[i]);
-  return whole;
-}
-
 // A pack of every operand.
 template <typename Source, int V>
 struct Operands {
@@ -37,13 +28,6 @@ template <int V>
 __device__ __forceinline__ void centre(float (&v)[V], float mean) {
 #pragma unroll
   for (int i = 0; i < V; ++i) v[i] -= mean;
-}
-
-// 1 / sqrt(x) to an ulp: the GPU's approximation and a step of Newton's.
-__device__ __forceinline__ float inverse_root(float x) {
-  const float y = rsqrtf(x);
-  const float better = fmaf(fmaf(-x * y, y, 1.f), 0.5f * y, y);
-  return y == 0 || y == INFINITY ? y : better;
 }
 
 // How a kernel is laid out: N packs of V neighbours a thread; the threads of a row, at most; how many blocks of those a

@@ -27,6 +27,15 @@ struct Max {
   }
 };
 
+// Reduces what a thread has.
+template <int N, typename Op>
+__device__ __forceinline__ float over(const float (&parts)[N], Op op) {
+  float whole = parts[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) whole = op(whole, parts[i]);
+  return whole;
+}
+
 constexpr int kMostThreads = 512;  // of a block
 
 // Reduces over a warp, or over the block by one barrier: two sets of partial results take turns, and who writes to one again

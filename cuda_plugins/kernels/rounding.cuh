@@ -65,6 +65,13 @@ __device__ __forceinline__ float inverse_approximately(float x) {
   return y;
 }
 
+// 1 / sqrt(x) to an ulp: the GPU's approximation and a step of Newton's.
+__device__ __forceinline__ float inverse_root(float x) {
+  const float y = rsqrtf(x);
+  const float better = fmaf(fmaf(-x * y, y, 1.f), 0.5f * y, y);
+  return y == 0 || y == INFINITY ? y : better;
+}
+
 // v / by: correctly rounded where kExact; else to 2^-22 of it (the same tests), without the branch that the GPU's division has
 // for every element.
 template <bool kExact, int V>
@@ -82,20 +89,23 @@ struct Divisor {
   __device__ __forceinline__ float quotient(float y) const { return y * inverse; }
 };
 
-// What `Rounding` does, of a y with 11 bits at most: quotients of those are farther from the middle of two floats than the sum is
-// off (the same tests). That is so while nothing underflows: quotients beside which `holds` says no of the largest are to be made
-// by a division, and those by a divisor of which it does are no numbers.
+// Of a y with 11 bits at most: the product with the inverse is off by 1.5 ulp, what its remainder adds leaves 2^-23 ulp before the last
+// rounding, and of the quotients that are so close to the middle of two floats none is rounded wrongly (the same tests). That is so
+// while nothing underflows: quotients beside which `holds` says no of the largest are to be made by a division, and those by a
+// divisor of which it does are no numbers.
 template <>
 struct Divisor<true> {
-  float inverse, off;
+  float by, inverse;
   Divisor() = default;
-  __device__ explicit Divisor(float by) {
+  __device__ explicit Divisor(float divisor) {
+    by = divisor;
     inverse = holds(fabsf(by)) ? __frcp_rn(by) : NAN;
-    const float rest = __fmaf_rn(-inverse, by, 1.f);
-    off = __fmul_rn(__fmaf_rn(rest, rest, rest), inverse);
   }
-  __device__ __forceinline__ float quotient(float y) const { return __fmaf_rn(y, inverse, __fmul_rn(y, off)); }
-  static __device__ __forceinline__ bool holds(float size) { return size >= 0x1p-60f && size <= 0x1p60f; }
+  __device__ __forceinline__ float quotient(float y) const {
+    const float near = __fmul_rn(y, inverse);
+    return __fmaf_rn(__fmaf_rn(-near, by, y), inverse, near);
+  }
+  static __device__ __forceinline__ bool holds(float size) { return size >= 0x1p-30f && size <= 0x1p30f; }
 };
 
 // amax / 127, correctly rounded: for every mantissa the correction makes it that (the same tests), where the remainder is

@@ -46,6 +46,8 @@ LARGE = {
     (11008, 1024): (3, 8, 600),
 }
 """Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens."""
+BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (5, 8192, 17408))
+"""Tokens, N and K of products that make their tokens' integers themselves on a large Hopper: of plain weights alone."""
 LENGTHS = (1, 2, 7, 8, 24, 33, 64, 100, 128, 255, 256, 768, 1000, 1024, 1026, 2048, 4095, 4096, 5120, 8192, 8200, 12288)
 LONG = (16384, 20000, 32768, 65544, 131072)
 
@@ -98,6 +100,11 @@ def _matmul_sizes(op: Op) -> Iterator[Make]:
         for m in few:
             attrs, dtype = next(turn)
             yield _matmul(op, attrs, dtype, (m,), n, k)
+    if "weight_type_id" in {a.name for a in op.attributes}:
+        plain = [a for a in signatures(op) if not a.get("has_zero") and not a.get("quant_algo")]
+        for (m, n, k), attrs, dtype in itertools.product(BESIDE, plain, FLOATS[1:]):
+            if attrs.get("group_size", 128) == 128:
+                yield _matmul(op, attrs, dtype, (m,), n, k)
 
 
 def _matmul(op: Op, attrs: dict[str, Attr], dtype: np.dtype[Any], lead: tuple[int, ...], n: int, k: int) -> Make:
@@ -135,6 +142,9 @@ def _special(op: Op) -> Iterator[Make]:
         yield partial(_scaled, partial(make, lead=(4,), n=24, k=256), 30.0)
         if i % 4 == 0:
             yield partial(make, lead=(70_000,), n=8, k=32 if op.name not in MATMULS else 128)
+    if op.name.startswith("Quantize") and any(i.name == "smoother" for i in op.inputs):
+        for (attrs, dtype), k in itertools.product(itertools.product(some, _dtypes(op)), (1536, 4096, 6152)):
+            yield partial(_wide, partial(example, op, attrs, dtype, lead=(70,), n=1, k=k))
     for attrs, dtype in itertools.product((a for a in some if "group_size" in a and op.name in MATMULS), _dtypes(op)):
         for m in (5, 70):
             yield partial(_uneven, partial(example, op, attrs, dtype, lead=(m,), n=40, k=512))
@@ -163,6 +173,23 @@ def _uneven(make: Make) -> Case:
     change("scale", 1e-7)[:, 0] *= 1e5
     if inputs[given["pre_quant_scale"]] is not None:
         change("pre_quant_scale", 50)
+    return Case(case.op, case.attrs, inputs)
+
+
+def _wide(make: Make) -> Case:
+    """Rows of all sizes that floats have, one of zeros, and smoothers far from 1 in a tenth of the columns."""
+    case = make()
+    given = {t.name: i for i, t in enumerate(case.op.inputs)}
+    inputs = list(case.inputs)
+    x = inputs[given["x"]]
+    assert x is not None
+    most = 6e4 if x.dtype == np.float16 else 1e38
+    sizes = np.concatenate([[0], np.logspace(-36, 20, x.shape[0] - 1)])  # the largest by the least smoother is finite
+    inputs[given["x"]] = np.clip(x.astype(np.float64) * sizes[:, None], -most, most).astype(x.dtype)
+    smoother = inputs[given["smoother"]]
+    if smoother is not None:
+        inputs[given["smoother"]] = smoother = smoother.copy()
+        smoother[::10] *= np.logspace(-14, 14, smoother[::10].size, dtype=np.float32)
     return Case(case.op, case.attrs, inputs)
 
 

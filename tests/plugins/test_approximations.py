@@ -142,13 +142,15 @@ def _hard_quotients() -> Iterator[tuple[Fraction, Fraction]]:
 
 def _float32(x: Fraction) -> Fraction:
     """Rounded to 24 bits, ties to even."""
-    if not x:
-        return x
+    return round(x / _ulp(x)) * _ulp(x) if x else x
+
+
+def _ulp(x: Fraction) -> Fraction:
+    """What the last of 24 bits counts."""
     exponent = abs(x.numerator).bit_length() - x.denominator.bit_length()
     if abs(x) < Fraction(2) ** exponent:
         exponent -= 1
-    ulp = Fraction(2) ** (exponent - 23)
-    return round(x / ulp) * ulp
+    return Fraction(2) ** (exponent - 23)
 
 
 # Activations
@@ -263,3 +265,43 @@ def test_a_smoothed_value_is_off_by_its_last_bits(ulps: int) -> None:
     inverse = (exact + ulps * np.spacing(exact.astype(F32))).astype(F32)
     quotient = y / smoother.astype(np.float64)
     assert np.max(np.abs(y * inverse - quotient) / np.abs(quotient)) < 2.0**-22
+
+
+def test_no_smoothed_activation_rounds_to_another_float() -> None:
+    """Of all pairs of a 16-bit mantissa and a smoother's whose quotient is so close to the middle of two floats that
+    the error before the last rounding could matter (`Divisor` in rounding.cuh), none does; by the product alone many
+    would."""
+    pairs = list(_hard_smoothed())
+    assert len(pairs) > 5000
+    products = 0
+    for x, smoother in pairs:
+        wanted = _float32(x / smoother)
+        inverse = _float32(1 / smoother)
+        near = _float32(x * inverse)
+        rest = x - near * smoother
+        assert _float32(rest) == rest
+        assert abs(near + rest * inverse - x / smoother) < _ulp(wanted) / 2**22
+        assert _float32(near + rest * inverse) == wanted
+        products += near != wanted
+    assert products > 1000
+
+
+def _hard_smoothed() -> Iterator[tuple[Fraction, Fraction]]:
+    """x and smoother with mantissas of 11 and 24 bits, x / smoother within 2^-22 ulp of the middle of two floats:
+    X 2^j = S B + d with B of 25 bits and odd, and |d| <= 8, so that B is -d / S modulo 2^j. None is the middle itself,
+    d = 0: B would be a factor of X. Where S is even, d is a multiple of the same power of two."""
+    for twos in range(4):
+        s = np.arange(2 ** (23 - twos) + 1, 2 ** (24 - twos), 2, dtype=np.uint64)  # what is odd of S
+        inverse = s.copy()
+        for _ in range(5):  # modulo 2^64: from three bits on, each step doubles how many are right
+            inverse *= 2 - s * inverse
+        for d in (sign * size for size in range(1, (8 >> twos) + 1) for sign in (1, -1)):
+            quotient = np.uint64(-d % 2**64) * inverse
+            for j in (36, 37, 38):
+                b = quotient & np.uint64(2 ** (j - twos) - 1)
+                for i in np.flatnonzero((b >= 2**24) & (b < 2**25) & (b % 2 == 1)):
+                    product = int(s[i]) * int(b[i]) + d
+                    x = product >> (j - twos)
+                    if 2**10 <= x < 2**11:
+                        assert product == x << (j - twos)
+                        yield Fraction(x), Fraction(int(s[i]) << twos)
