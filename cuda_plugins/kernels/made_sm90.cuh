@@ -189,7 +189,10 @@ cudaError_t made_by_tokens(FixedProduct p, const MixedGemm& g, const Device& dev
       static OncePerDevice allowed;
       p.x = g.x;
       if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, S::kRawRow, false)) return e;
-      const auto good = [&](const FixedProduct& p) { return one_wave(p, most_of(device), device) && p.stages_a_split <= most_stages; };
+      // whose splits are a cluster that adds them up
+      const auto good = [&](const FixedProduct& p) {
+        return p.together && one_wave(p, most_of(device), device) && p.stages_a_split <= most_stages;
+      };
       return launch_streaming<S>(
           made_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, nullptr, 0, device, allowed, stream, good);
     };

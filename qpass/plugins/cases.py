@@ -46,7 +46,7 @@ LARGE = {
     (11008, 1024): (3, 8, 600),
 }
 """Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens."""
-BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (5, 8192, 17408))
+BESIDE = ((12, 8192, 2304), (16, 8192, 2048))
 """Tokens, N and K of products that make their tokens' integers themselves on a large Hopper: of plain weights alone."""
 LENGTHS = (1, 2, 7, 8, 24, 33, 64, 100, 128, 255, 256, 768, 1000, 1024, 1026, 2048, 4095, 4096, 5120, 8192, 8200, 12288)
 LONG = (16384, 20000, 32768, 65544, 131072)
