@@ -8,12 +8,10 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -31,9 +29,6 @@ from qpass.plugins import DeviceTensor, Library
 from qpass.plugins.cases import MATMULS, Make, every_case
 from qpass.plugins.selftest import LIMITS, OnGpu, Tally, compare, references, relative_error, run, selftest
 from qpass.plugins.tune.products import job as product
-from tests.plugins import emulated as emulation
-from tests.plugins.emulated import as_cpp, compile_emulated
-from tests.plugins.shells import cuda_include
 
 Array = np.ndarray[Any, Any]
 
@@ -58,16 +53,6 @@ class HostBuffer:
 
     def fill(self, value: int, offset: int = 0, size: int | None = None) -> None:
         self._bytes[offset : None if size is None else offset + size] = value
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    if shutil.which("g++") is None or cuda_include() is None:
-        pytest.skip("no g++, or no CUDA headers: pip install nvidia-cuda-runtime")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "emulated"
-    folder.mkdir(exist_ok=True)
-    return compile_emulated(folder)
 
 
 @pytest.fixture
@@ -385,70 +370,6 @@ def test_scales_far_apart(on_host: Library) -> None:
         assert streamed(on_host, case, partial(parts_agree, case, parts=[np.s_[:1], np.s_[1:]])) == list(STREAMING)
 
 
-FAULTS = r"""
-#include "emulator.h"
-#include "hopper.cuh"
-#include <cstdio>
-int emulated_questions = 0;
-const char* emulated_fault = nullptr;
-using namespace qpass;
-TensorMap map;
-void copied_to(int at) {
-  Barrier barrier;
-  init(&barrier, 1), expect(&barrier, map.box_rows * map.box_bytes);
-  copy_box(emulator::current->home->shared + at, &map, 0, 0, &barrier);
-}
-void waits(int) {
-  Barrier barrier;
-  init(&barrier, 1), wait(&barrier, 0);
-}
-void multiplies(int at) {
-  float sums[8] = {};
-  uint32_t a[4] = {};
-  Wgmma<half, 16>::run(sums, a, matrix_at(emulator::current->home->shared + at));
-  commit_products();
-}
-void tell(void (*kernel)(int), int at) {
-  emulated_fault = nullptr;
-  emulator::launch({1, 32, 4096}, kernel, at);
-  std::printf("%s\n", emulated_fault ? emulated_fault : "");
-}
-int main() {
-  alignas(16) static char matrix[64 * 128];
-  const int mapped[] = {
-      map_matrix(&map, matrix + 8, 64, 128, 128, 8, 128), map_matrix(&map, matrix, 64, 120, 120, 8, 128),
-      map_matrix(&map, matrix, 64, 128, 128, 257, 128), map_matrix(&map, matrix, 64, 128, 128, 8, 264, false)};
-  for (int e : mapped) std::printf("%d\n", e);
-  map_matrix(&map, matrix, 64, 128, 128, 8, 64, false);
-  tell(copied_to, 128), tell(copied_to, 64), tell(copied_to, 4096 - 256);
-  map_matrix(&map, matrix, 64, 128, 128, 8, 128);
-  tell(copied_to, 1024 - 128), tell(copied_to, 1024);
-  tell(waits, 0), tell(multiplies, 1024 - 128), tell(multiplies, 1024);
-}
-"""
-
-
-@pytest.mark.slow
-def test_what_a_gpu_would_stop_at(emulated: Library, tmp_path: Path) -> None:
-    source, program = tmp_path / "faults.cpp", tmp_path / "faults"
-    source.write_text(FAULTS)
-    include = cuda_include()
-    places = ["-isystem", str(include), f"-I{emulation.HERE}", f"-I{emulated.path.parent / 'cuda_plugins' / 'kernels'}"]
-    emulation.run(["g++", "-std=c++17", "-O1", "-w", *places, str(source), "-o", str(program)])
-    told = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert told == [
-        *["1"] * 4,  # cudaErrorInvalidValue
-        "",
-        "a box is copied to what is no multiple of 128 bytes",
-        "a box is copied beside shared memory",
-        "",
-        "a swizzled box is copied to what is no multiple of 1024 bytes",
-        "a block waits for ever",
-        "products were not waited for",
-        "a matrix does not begin with its first row",
-    ]
-
-
 @pytest.mark.slow
 def test_what_enqueueing_takes(emulated: Library) -> None:
     """Here a call does its work, too; what is asked is that it is made as often as said, and timed."""
@@ -510,8 +431,3 @@ def test_workspaces_are_the_same_on_every_gpu(emulated: Library) -> None:
     ]
     assert told[0] == told[1]
     assert all(int(size) > 0 for size in told[0].split())
-
-
-def test_launches_become_calls() -> None:
-    called = "{ emulator::launch({n(1), 2, 0, s}, f<T, 2>, a, g(b)); }"
-    assert as_cpp("{ f<T, 2><<<n(1), 2, 0, s>>>(a, g(b)); }") == called
