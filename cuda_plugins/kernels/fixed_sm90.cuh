@@ -2,6 +2,7 @@
 // (prepare.cu).
 #pragma once
 
+#include "grouped_sm90.cuh"
 #include "made_sm90.cuh"
 
 namespace qpass {
@@ -64,8 +65,12 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActivations* x, const Device& device, cudaStream_t stream) {
   if (!x) {
-    const cudaError_t e = few_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
-    return e == cudaErrorNotSupported ? made_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream) : e;
+    cudaError_t e = few_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
+    if (e == cudaErrorNotSupported) e = made_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
+    if constexpr (kInt4) {
+      if (e == cudaErrorNotSupported) e = grouped_by_tokens<Out, kGroup, kZeros>(g, device, stream);
+    }
+    return e;
   }
   auto with = [&](auto tokens, auto wide) {
     using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>;

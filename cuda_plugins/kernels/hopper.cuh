@@ -47,6 +47,18 @@ __device__ __forceinline__ uint32_t word_in_shared(unsigned address) {
   return word;
 }
 
+// (x & mask) ^ kFlipped in one instruction, of which only one operand can be a constant: the mask is `unknown` to the compiler.
+__device__ __forceinline__ uint32_t unknown(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+template <uint32_t kFlipped>
+__device__ __forceinline__ uint32_t masked_and_flipped(uint32_t x, uint32_t mask) {
+  uint32_t found;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(found) : "r"(x), "r"(mask), "n"(kFlipped));
+  return found;
+}
+
 // A barrier's phase ends when so many have arrived and all bytes that were announced are there. The first has parity 0.
 using Barrier = uint64_t;
 
@@ -209,13 +221,13 @@ struct Wgmma;
 #define QPASS_WGMMA(T, type, columns, count, a0, a1, a2, a3, b, one)                                                            \
   template <>                                                                                                                  \
   struct Wgmma<T, columns> {                                                                                                   \
-    static __device__ __forceinline__ void run(float (&d)[count], const uint32_t (&a)[4], uint64_t with) {                     \
+    static __device__ __forceinline__ void run(float (&d)[count], const uint32_t (&a)[4], uint64_t with, int adds = 1) {       \
       asm volatile(                                                                                                            \
           "{\n.reg .pred adds;\nsetp.ne.b32 adds, " one ", 0;\n"                                                              \
           "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" QPASS_REGS_##count "}, "                   \
           "{" a0 ", " a1 ", " a2 ", " a3 "}, " b ", adds, 1, 1, 0;\n}"                                                         \
           : QPASS_D##count(0)                                                                                                  \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(with), "r"(1));                                                    \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(with), "r"(adds));                                                 \
     }                                                                                                                          \
   };
 QPASS_WGMMA(half, "f16", 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")

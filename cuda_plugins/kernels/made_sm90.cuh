@@ -8,29 +8,22 @@
 
 namespace qpass {
 
-// kWide of the four warpgroups that multiply are a team. Two more make integers, of stages in turn, and one copies.
+// kWide of the four warpgroups that multiply are a team. Two more make integers, and one copies.
 template <typename Out, bool kInt4, int kGroup, int kTokens, int kWide>
 struct MadeShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, false, kTokens> {
   using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
   using Of = FixedOf<kInt4, kGroup, false, kTokens>;
   static constexpr int kLanes = kFixedLanes / 2;  // that make a block of a token
-  static constexpr int kMakers = 128, kSets = 2, kCopier = Sums::kConsumers + kSets * kMakers, kThreads = kCopier + 128;
-  static constexpr int kBoxes = Of::kBlocks, kMostStages = kWide == 4 ? 4 : 6;
+  static constexpr int kSets = 2, kMakers = 128;  // a set makes every other stage
+  static constexpr int kCopier = Sums::kConsumers + kSets * kMakers, kThreads = kCopier + 128;
+  // A block's values take as many bytes as their integers: the latter take their place.
+  static constexpr int kBoxes = Of::kBlocks, kSideBytes = 0, kMostStages = kWide == 4 ? 4 : 6;
   static constexpr int kStagesAhead = 1;  // whose weights do not wait for the tokens: more would delay these
   using Scales = GroupStream<2, Sums::kConsumers, std::min(5, fours_of(Of::kGroups, kMostStages / Sums::kTeams)), false>;
-  static constexpr int kBarriersAt = Scales::kBytes, kBytesBeside = kBarriersAt + 2 * kMostStages * int(sizeof(Barrier));
-  // Beside a stage: its tokens as they are, kBlockK values of each after those of another, and their integers' scales.
-  static constexpr int kRawRow = kBlockK * 2, kRawBytes = Of::kBlocks * kTokens * kRawRow;
-  static constexpr int kSideBytes = (kRawBytes + Of::kBlocks * kTokens * 4 + 1023) / 1024 * 1024;
-};
-
-// What lies beside the weights, in the slot of a stage.
-template <typename S>
-struct MadeSlot {
-  __device__ __forceinline__ MadeSlot(const Ring<S>& ring, int slot)
-      : raw(ring.side(slot)), tokens(ring.tokens(slot)), scale(reinterpret_cast<float*>(raw + S::kRawBytes)) {}
-  char *const raw, *const tokens;
-  float* const scale;  // [blocks, tokens]
+  // The integers' scales are never written twice, so that nobody needs to tell that they were read.
+  static constexpr int kStageScales = Of::kBlocks * kTokens * 4, kScalesBytes = 8192, kStagesMade = kScalesBytes / kStageScales;
+  static constexpr int kGroupsAt = kScalesBytes, kBarriersAt = kGroupsAt + Scales::kBytes;
+  static constexpr int kBytesBeside = kBarriersAt + 2 * kMostStages * int(sizeof(Barrier));
 };
 
 // The larger magnitudes of two pairs, which may have any sign.
@@ -53,55 +46,59 @@ __device__ __forceinline__ float largest_of(const Bits<T, kFixedV> (&raw)[2]) {
   return Max()(fabsf(two[0]), fabsf(two[1]));
 }
 
-// Makes the integers of a stage. By kMakers threads: eight lanes a block of a token, each of sixteen neighbours.
+// Makes the integers of a stage, in the place of its tokens. By kMakers threads: eight lanes a block of a token, each of sixteen
+// neighbours, four of these lanes its first half. Those eight that read at once have two tokens' halves, which fall on different banks.
 //
 // These are as few instructions as could be: what is left to the multiplying warps is what this does not take.
 template <typename S>
-__device__ __forceinline__ void make_stage(const MadeSlot<S>& slot) {
+__device__ __forceinline__ void make_stage(char* tokens, float* scales) {
   using T = typename S::Out;
-  constexpr int kLanes = S::kLanes, kTeams = S::kMakers / kLanes, kAll = S::kBlocks * S::kTokens;
+  constexpr int kTeams = S::kMakers / S::kLanes, kAll = S::kBlocks * S::kTokens, kPlane = S::kTokens * kBoxBytes;
   constexpr int kJobs = (kAll + kTeams - 1) / kTeams;  // of a lane, none of which waits for another
-  const int lane = threadIdx.x % kLanes, team = threadIdx.x % S::kMakers / kLanes;
+  const int lane = threadIdx.x % 32, half_of_block = lane / 8 % 2, quarter = lane % 4;
+  const int team = threadIdx.x % S::kMakers / 32 * 4 + lane / 16 * 2 + lane / 4 % 2;
   Bits<T, kFixedV> raw[kJobs][2];
   float largest[kJobs];
-  auto each = [&](auto f) {  // f(which, block of the stage and token, as one number)
+  auto each = [&](auto f) {  // f(which, block of the stage and token as one number, the token, its row of the block's first plane)
 #pragma unroll
     for (int r = 0; r < kJobs; ++r) {
-      if (kAll % kTeams == 0 || r * kTeams + team < kAll) f(r, r * kTeams + team);
+      const int job = r * kTeams + team, token = job % S::kTokens;
+      if (kAll % kTeams == 0 || job < kAll) f(r, job, token, tokens + job / S::kTokens * S::kPlanes * kPlane + token * kBoxBytes);
     }
   };
 #pragma unroll
   for (int r = 0; r < kJobs; ++r) raw[r][0] = raw[r][1] = {};
-  each([&](int r, int job) {
-    const T* const from = reinterpret_cast<const T*>(slot.raw + job * S::kRawRow) + lane * 2 * kFixedV;
-    raw[r][0] = read<kFixedV>(from), raw[r][1] = read<kFixedV>(from + kFixedV);
+  each([&](int r, int, int token, const char* row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      raw[r][i] = read<kFixedV>(reinterpret_cast<const T*>(row + half_of_block * kPlane + ((quarter * 2 + i) ^ token % 8) * 16));
+    }
   });
 #pragma unroll
   for (int r = 0; r < kJobs; ++r) largest[r] = largest_of(raw[r]);
 #pragma unroll
-  for (int step = kLanes / 2; step; step /= 2) {
+  for (int step : {1, 2, 8}) {
 #pragma unroll
     for (int r = 0; r < kJobs; ++r) largest[r] = Max()(largest[r], __shfl_xor_sync(~0u, largest[r], step));
   }
-  each([&](int r, int job) {
-    const int block = job / S::kTokens, token = job % S::kTokens;
+  __syncwarp();  // all have read
+  each([&](int r, int job, int token, char* row) {
     const FixedScale scale = fixed_scale<S::kInt4>(largest[r]);
     FixedCodes codes[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int i = 0; i < 2; ++i) {
       float value[kFixedV];
-      to_floats(raw[r][h], value);
-      codes[h] = fixed_codes<S::kInt4>(value, scale);
+      to_floats(raw[r][i], value);
+      codes[i] = fixed_codes<S::kInt4>(value, scale);
     }
-    char* const row = slot.tokens + (block * S::kPlanes * S::kTokens + token) * kBoxBytes + lane % 2 * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // where products of 32 meet them, as in put_fixed
-      char* const at = row + ((lane / 2 * 2 + half) ^ token % 8) * 16;
+      char* const at = row + ((half_of_block * 4 + quarter / 2 * 2 + half) ^ token % 8) * 16 + quarter % 2 * 8;
       auto of = [&](const uint2& two) { return half ? two.y : two.x; };
       *reinterpret_cast<uint2*>(at) = {of(codes[0].high), of(codes[1].high)};
-      *reinterpret_cast<uint2*>(at + S::kTokens * kBoxBytes) = {of(codes[0].low), of(codes[1].low)};
+      *reinterpret_cast<uint2*>(at + kPlane) = {of(codes[0].low), of(codes[1].low)};
     }
-    if (lane == 0) slot.scale[job] = scale.scale;
+    if (half_of_block == 0 && quarter == 0) scales[job] = scale.scale;
   });
 }
 
@@ -113,6 +110,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
   constexpr int kWarps = S::kTeam / 32;
   const Block<S> own(p, start);
   const Ring<S>& ring = own.ring;
+  float* const integers_scales = reinterpret_cast<float*>(ring.beside());  // [stages, blocks, tokens]
   Barrier* const raw = reinterpret_cast<Barrier*>(ring.beside() + S::kBarriersAt);  // a stage's tokens are there
   Barrier* const made = raw + Ring<S>::kStages;                                     // and its integers
   if (threadIdx.x == S::kThreads - 32) {
@@ -134,11 +132,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
     Turn<S> turn{0, 1};  // at first, slots are free
     for (int i = 0; i < own.share.count; ++i, turn.next()) {
       wait(&ring.empty[turn.slot], turn.parity);
-      expect(&raw[turn.slot], S::kRawBytes);
+      expect(&raw[turn.slot], Ring<S>::kTokens);
 #pragma unroll
-      for (int block = 0; block < S::kBlocks; ++block) {
-        char* const to = ring.side(turn.slot) + block * S::kTokens * S::kRawRow;
-        copy_box(to, &p.tokens, (own.share.stage(i) * S::kBlocks + block) * S::kRawRow, 0, &raw[turn.slot]);
+      for (int box = 0; box < S::kPlanes * S::kBlocks; ++box) {  // halves of blocks, where their planes will be
+        const int x = (own.share.stage(i) * S::kBlocks * S::kPlanes + box) * kBoxBytes;
+        copy_box(ring.tokens(turn.slot) + box * Ring<S>::kBox, &p.tokens, x, 0, &raw[turn.slot]);
       }
       if (--ahead < 0) weights(i, turn.slot);
     }
@@ -153,10 +151,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
     Turn<S> turn{set, 0};
     for (int i = set; i < own.share.count; i += S::kSets, turn.template next<S::kSets>()) {
       wait(&raw[turn.slot], turn.parity);
-      make_stage<S>(MadeSlot<S>(ring, turn.slot));
+      make_stage<S>(ring.tokens(turn.slot), integers_scales + i * (S::kStageScales / 4));
       publish_writes();
       __syncwarp();
-      if (threadIdx.x % S::kLanes == 0) arrive<1>(&made[turn.slot], 0);  // those that wrote scales, for racecheck
+      if (threadIdx.x / 4 % 4 < 2 && threadIdx.x % 4 == 0) arrive<1>(&made[turn.slot], 0);  // those that wrote scales, for racecheck
     }
     return;
   }
@@ -165,12 +163,12 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
   const int first = own.share.first_of(team) * S::kGroups, count = own.share.count_of(team);
   const uint64_t matrix = matrix_at(ring.tokens(0));
   prefetch_finish(p.finish, p, tile);
-  FixedScales<S> scales(ring.beside(), p, tile.n0 + line, first, first + count * S::kGroups);
+  FixedScales<S> scales(ring.beside() + S::kGroupsAt, p, tile.n0 + line, first, first + count * S::kGroups);
   float sums[S::kSums] = {};
-  add_stages<S>(sums, ring, Turn<S>{team, 0}, line, count, first, scales, [&](const Turn<S>& turn, int, int block) {
+  add_stages<S>(sums, ring, Turn<S>{team, 0}, line, count, first, scales, [&](const Turn<S>& turn, int i, int block) {
     if (block == 0) wait(&made[turn.slot], turn.parity);
     return FixedBlock{matrix + turn.slot * (Ring<S>::kStage >> 4) + block * S::kPlanes * (Ring<S>::kBox >> 4),
-        MadeSlot<S>(ring, turn.slot).scale + block * S::kTokens, nullptr};
+        integers_scales + ((i * S::kTeams + team) * S::kBlocks + block) * S::kTokens, nullptr};
   });
   wait_for_kernel_before();
   leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
@@ -188,10 +186,9 @@ cudaError_t made_by_tokens(FixedProduct p, const MixedGemm& g, const Device& dev
       using S = MadeShape<Out, kInt4, kGroup, tokens(), wide()>;
       static OncePerDevice allowed;
       p.x = g.x;
-      if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, S::kRawRow, false)) return e;
-      // whose splits are a cluster that adds them up
+      if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, kBoxBytes)) return e;
       const auto good = [&](const FixedProduct& p) {
-        return p.together && one_wave(p, most_of(device), device) && p.stages_a_split <= most_stages;
+        return one_wave(p, most_of(device), device) && p.stages_a_split <= std::min(most_stages, S::kStagesMade);
       };
       return launch_streaming<S>(
           made_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, nullptr, 0, device, allowed, stream, good);

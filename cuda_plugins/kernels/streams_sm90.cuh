@@ -47,10 +47,11 @@ struct Ring {
   __device__ __forceinline__ char* beside() const { return stages + kStages * kStage; }  // kBytesBeside of a shape's own
   __device__ __forceinline__ char* side(int slot) const { return tokens(slot) + kTokens; }
 
-  // By all threads of a block. `readers` arrive at a slot of each block that fills it once they are done with it.
-  __device__ __forceinline__ void open(int readers) const {
+  // By all threads of a block. `readers` arrive at a slot of each block that fills it once they are done with it, and `writers` at one
+  // that they filled.
+  __device__ __forceinline__ void open(int readers, int writers = 1) const {
     if (threadIdx.x == blockDim.x - 32) {  // of the warp that copies, or that nobody waits for
-      for (int i = 0; i < kStages; ++i) init(&full[i], 1), init(&empty[i], S::kCluster * readers);
+      for (int i = 0; i < kStages; ++i) init(&full[i], writers), init(&empty[i], S::kCluster * readers);
       publish_barriers();
     }
     if constexpr (S::kCluster > 1) cluster_barrier();

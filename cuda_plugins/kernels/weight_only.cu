@@ -57,8 +57,9 @@ Path path_by_rule(const qpass_weight_only_matmul_args& args) {
     const bool small = is_small(mixed_of(args), device->multiprocessors);
     if (small && (args.m > 16 || (!args.int4 && args.k <= 1024))) return kMixed;
     if (args.m <= 32) return kSplitK;
+    const bool as_floats = args.int4 && !args.pre_quant_scale;            // grouped_sm90.cuh
     const bool one_sum = !args.group_size || args.group_size == kBlockK;  // of a block: more are brought to float one by one
-    if (args.m <= kSplitKTokens && one_sum && weights > 1 << 25) return kSplitK;
+    if (args.m <= kSplitKTokens && (as_floats ? weights >= 1 << 24 : one_sum && weights > 1 << 25)) return kSplitK;
     // where K is short a tile's results take longer than its products, and CUTLASS's next tile does not wait for them
     return args.k <= 1024 && ceil_div(args.m, 256) * ceil_div(args.n, 128) > device->multiprocessors ? kMany : kMixed;
   }

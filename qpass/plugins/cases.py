@@ -46,8 +46,10 @@ LARGE = {
     (11008, 1024): (3, 8, 600),
 }
 """Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens."""
-BESIDE = ((12, 8192, 2304), (16, 8192, 2048))
+BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (5, 8192, 17408))
 """Tokens, N and K of products that make their tokens' integers themselves on a large Hopper: of plain weights alone."""
+PARTS = ((20, 264, 768), (64, 520, 1280))
+"""The same of int4 weights whose groups' scales and zero points do not begin at multiples of 16 bytes, row by row."""
 LENGTHS = (1, 2, 7, 8, 24, 33, 64, 100, 128, 255, 256, 768, 1000, 1024, 1026, 2048, 4095, 4096, 5120, 8192, 8200, 12288)
 LONG = (16384, 20000, 32768, 65544, 131072)
 
@@ -105,6 +107,9 @@ def _matmul_sizes(op: Op) -> Iterator[Make]:
         for (m, n, k), attrs, dtype in itertools.product(BESIDE, plain, FLOATS[1:]):
             if attrs.get("group_size", 128) == 128:
                 yield _matmul(op, attrs, dtype, (m,), n, k)
+        grouped = [a for a in signatures(op) if a["weight_type_id"] == INT4 and int(a.get("quant_algo", 4)) < 4]
+        for (m, n, k), attrs, dtype in itertools.product(PARTS, grouped, FLOATS[1:]):
+            yield _matmul(op, attrs, dtype, (m,), n, k)
 
 
 def _matmul(op: Op, attrs: dict[str, Attr], dtype: np.dtype[Any], lead: tuple[int, ...], n: int, k: int) -> Make:

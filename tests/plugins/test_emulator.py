@@ -20,11 +20,13 @@ int emulated_questions = 0;
 const char* emulated_fault = nullptr;
 using namespace qpass;
 TensorMap map;
-void copied_to(int at) {
+void copied(int at, int x) {
   Barrier barrier;
   init(&barrier, 1), expect(&barrier, map.box_rows * map.box_bytes);
-  copy_box(emulator::current->home->shared + at, &map, 0, 0, &barrier);
+  copy_box(emulator::current->home->shared + at, &map, x, 0, &barrier);
 }
+void copied_to(int at) { copied(at, 0); }
+void copied_from(int x) { copied(1024 - 128, x); }
 void waits(int) {
   Barrier barrier;
   init(&barrier, 1), wait(&barrier, 0);
@@ -49,7 +51,7 @@ int main() {
   map_matrix(&map, matrix, 64, 128, 128, 8, 64, false);
   tell(copied_to, 128), tell(copied_to, 64), tell(copied_to, 4096 - 256);
   map_matrix(&map, matrix, 64, 128, 128, 8, 128);
-  tell(copied_to, 1024 - 128), tell(copied_to, 1024);
+  tell(copied_to, 1024 - 128), tell(copied_to, 1024), tell(copied_from, 8);
   tell(waits, 0), tell(multiplies, 1024 - 128), tell(multiplies, 1024);
 }
 """
@@ -70,6 +72,7 @@ def test_what_a_gpu_would_stop_at(emulated: Library, tmp_path: Path) -> None:
         "a box is copied beside shared memory",
         "",
         "a swizzled box is copied to what is no multiple of 1024 bytes",
+        "a box begins at no multiple of 16 bytes of its row",
         "a block waits for ever",
         "products were not waited for",
         "a matrix does not begin with its first row",

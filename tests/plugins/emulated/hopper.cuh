@@ -59,6 +59,12 @@ void arrive(Barrier* barrier, unsigned) {
   end_of_phase(counts(barrier));
 }
 
+inline uint32_t unknown(uint32_t x) { return x; }
+template <uint32_t kFlipped>
+uint32_t masked_and_flipped(uint32_t x, uint32_t mask) {
+  return (x & mask) ^ kFlipped;
+}
+
 inline void wait(Barrier* barrier, int parity) {
   emulator::others_first();
   while (counts(barrier).parity == parity) swapcontext(&emulator::current->context, &emulator::scheduler);
@@ -71,6 +77,7 @@ inline void copy_box(void* to, const TensorMap* map, int x, int y, Barrier* barr
   const bool inside = first >= 0 && first + bytes <= int64_t(emulator::current->home->bytes);
   if (!inside) return emulator::fault("a box is copied beside shared memory");
   if (address % 128) emulator::fault("a box is copied to what is no multiple of 128 bytes");
+  if (x % 16) emulator::fault("a box begins at no multiple of 16 bytes of its row");
   if (map->swizzled && address % 1024) emulator::fault("a swizzled box is copied to what is no multiple of 1024 bytes");
   for (int row = 0; row < map->box_rows; ++row) {
     const int swizzle = !map->swizzled ? 0 : map->box_bytes == 64 ? row / 2 % 4 : row % 8;
@@ -194,8 +201,9 @@ double as_double(T value) {
 // Each warp's sixteen rows by themselves.
 template <typename T, int kN>
 struct Wgmma {
-  static void run(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t with) {
-    later([&d, &a, with] {
+  static void run(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t with, int adds = 1) {
+    later([&d, &a, with, adds] {
+      for (float& x : d) x = adds ? x : 0;
       const Operand* all = emulator::gather(Operand{{a[0], a[1], a[2], a[3]}});
       add_products<kN, double>(
           d, 16, [=](int row, int k) { return as_double(of_operands<T>(all, row, k)); },
