@@ -35,11 +35,12 @@ struct RowsOf {
     return first_ + ((byte_ + stage * kUnit) & 15) + (eight_on ? rows.eight * kBytes : 0);
   }
 
-  // cudaErrorNotSupported where units would lie across boxes, or neighbours are no whole number of rows.
+  // cudaErrorNotSupported where units would lie across boxes, neighbours are no whole number of rows, or the first is not aligned.
   static cudaError_t map(RowsMap* to, const void* from, int64_t n, int64_t stride) {
     to->parts = 1, to->stride = int(stride);
     while (to->parts * stride % 16) to->parts *= 2;
-    if (n % to->parts || (to->parts > 1 && stride % kUnit) || to->parts > 8) return cudaErrorNotSupported;
+    const bool whole = n % to->parts == 0 && to->parts <= 8 && (to->parts == 1 || stride % kUnit == 0);
+    if (!whole || reinterpret_cast<uintptr_t>(from) % 16) return cudaErrorNotSupported;
     to->eight = 8 / to->parts;
     return map_matrix(&to->map, from, n / to->parts, to->parts * stride, to->parts * stride, kChannels / to->parts, kBytes, false);
   }

@@ -11,8 +11,6 @@ constexpr const char kMeasured[] =
     "w4a16-g128 4096 11008 16384 rule\n"
     "w4a16-g128 8192 8192 16384 rule\n"
     "w4a16-g128 8192 28672 16384 rule\n"
-    "w4a16-g128 11008 4096 32 rule\n"
-    "w4a16-g128 11008 4096 64 sm90_split_k\n"
     "w4a16-g128 11008 4096 16384 rule\n"
     "w4a16-g128 57344 8192 16384 rule\n"
     "w8a16 4096 4096 8191 rule\n"

@@ -258,10 +258,10 @@ def test_tokens_that_become_integers_beside_the_products(name: str, dtype: np.dt
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_that_change_places(dtype: np.dtype[Any], small_gpu: Library) -> None:
-    """Fewer stages than the ring has and many more, a last one that is not whole; rows of groups that begin at multiples
-    of 16 bytes and that do not, and channels that are no whole number of those that are copied together."""
+    """Fewer stages than the ring has and many more, a last one that is not whole; rows of groups that begin at
+    multiples of 16 bytes and that do not, and channels that are no whole number of those that are copied together."""
     op = REGISTRY[WEIGHT_ONLY[1]]
-    signed = [a for a in signatures(op) if a["weight_type_id"] != INT8 and int(a["quant_algo"]) < 4]  # type: ignore[arg-type]
+    signed = [a for a in signatures(op) if a["weight_type_id"] != INT8 and int(a["quant_algo"]) < 4]
     sizes = [(17, 300, 1536), (40, 264, 768), (64, 130, 1280), (33, 520, 2176), (24, 24, 8448)]
     for i, attrs in enumerate(signed):
         m, n, k = sizes[i % len(sizes)]
