@@ -149,7 +149,7 @@ QPASS_EXPORT int qpass_node_host_us(const void* node, const qpass::Tensor* in, i
 
 // Of a launch of a kernel that does nothing, what it takes of the CPU, µs: the mean of `count` in a row. 0, or a cudaError_t.
 QPASS_EXPORT int qpass_launch_us(cudaStream_t stream, int count, double* us) {
-  int error = 0;
+  int error = qpass_launch_nothing(stream);  // the first one loads what is launched
   *us = qpass::us_of(count, [&] {
     if (!error) error = qpass_launch_nothing(stream);
   });
