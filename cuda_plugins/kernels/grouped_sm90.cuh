@@ -187,29 +187,14 @@ __global__ void __launch_bounds__(S::kThreads, 1) grouped_product(const __grid_c
   if (own.warp >= kWarps + kMakers) {
     limit_registers<24>();
     if (threadIdx.x != S::kCopier) return;
-    prefetch_map(&p.weights), prefetch_map(&p.tokens);
-    auto weights = [&](int i, int slot) {
+    copy_raw_stages(p, own, raw, [&](int i, int slot) {
       const int stage = own.share.stage(i);
       expect(&ring.full[slot], Ring<S>::kWeights + S::kSideBytes);
       copy_box(ring.weights(slot), &p.weights, stage * S::kRowBytes, tile.n0, &ring.full[slot]);
       if constexpr (!S::kGrouped) return;
       S::Scales::copy(ring.side(slot), p.scale_rows, stage, tile.n0, &ring.full[slot]);
       if (S::kZeros) S::Zeros::copy(ring.side(slot) + S::Scales::kAll, p.zero_rows, stage, tile.n0, &ring.full[slot]);
-    };
-    int ahead = min(own.share.count, S::kStagesAhead);
-    for (int i = 0; i < ahead; ++i) weights(i, i);
-    wait_for_kernel_before();
-    Turn<S> turn{0, 1};  // at first, slots are free
-    for (int i = 0; i < own.share.count; ++i, turn.next()) {
-      wait(&ring.empty[turn.slot], turn.parity);
-      expect(&raw[turn.slot], Ring<S>::kTokens);
-#pragma unroll
-      for (int box = 0; box < S::kBoxes; ++box) {
-        const int x = (own.share.stage(i) * S::kBoxes + box) * kBoxBytes;
-        copy_box(ring.tokens(turn.slot) + box * Ring<S>::kBox, &p.tokens, x, 0, &raw[turn.slot]);
-      }
-      if (--ahead < 0) weights(i, turn.slot);
-    }
+    });
     return;
   }
   if (own.warp >= kWarps) {

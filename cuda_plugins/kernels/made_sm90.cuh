@@ -121,25 +121,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
   if (own.warp >= S::kCopier / 32) {
     limit_registers<24>();
     if (threadIdx.x != S::kCopier) return;
-    prefetch_map(&p.weights), prefetch_map(&p.tokens);
-    auto weights = [&](int i, int slot) {
+    copy_raw_stages(p, own, raw, [&](int i, int slot) {
       expect(&ring.full[slot], Ring<S>::kWeights);
       copy_box(ring.weights(slot), &p.weights, own.share.stage(i) * S::kRowBytes, tile.n0, &ring.full[slot]);
-    };
-    int ahead = min(own.share.count, S::kStagesAhead);
-    for (int i = 0; i < ahead; ++i) weights(i, i);
-    wait_for_kernel_before();
-    Turn<S> turn{0, 1};  // at first, slots are free
-    for (int i = 0; i < own.share.count; ++i, turn.next()) {
-      wait(&ring.empty[turn.slot], turn.parity);
-      expect(&raw[turn.slot], Ring<S>::kTokens);
-#pragma unroll
-      for (int box = 0; box < S::kPlanes * S::kBlocks; ++box) {  // halves of blocks, where their planes will be
-        const int x = (own.share.stage(i) * S::kBlocks * S::kPlanes + box) * kBoxBytes;
-        copy_box(ring.tokens(turn.slot) + box * Ring<S>::kBox, &p.tokens, x, 0, &raw[turn.slot]);
-      }
-      if (--ahead < 0) weights(i, turn.slot);
-    }
+    });
     return;
   }
   if (own.warp >= S::kConsumers / 32) {

@@ -173,6 +173,28 @@ __device__ __forceinline__ void copy_stages(const Streams& p, const Block<S>& ow
   });
 }
 
+// The same where warps of the block change a stage's tokens before they are multiplied: `raw` counts these, and `full` what
+// `weights(i, slot)` copies of the i-th.
+template <typename S, typename Weights>
+__device__ __forceinline__ void copy_raw_stages(const Streams& p, const Block<S>& own, Barrier* raw, Weights weights) {
+  const Ring<S>& ring = own.ring;
+  prefetch_map(&p.weights), prefetch_map(&p.tokens);
+  int ahead = min(own.share.count, S::kStagesAhead);
+  for (int i = 0; i < ahead; ++i) weights(i, i);
+  wait_for_kernel_before();
+  Turn<S> turn{0, 1};  // at first, slots are free
+  for (int i = 0; i < own.share.count; ++i, turn.next()) {
+    wait(&ring.empty[turn.slot], turn.parity);
+    expect(&raw[turn.slot], Ring<S>::kTokens);
+#pragma unroll
+    for (int box = 0; box < S::kPlanes * S::kBoxes; ++box) {
+      const int x = (own.share.stage(i) * S::kBoxes * S::kPlanes + box) * kBoxBytes;
+      copy_box(ring.tokens(turn.slot) + box * Ring<S>::kBox, &p.tokens, x, 0, &raw[turn.slot]);
+    }
+    if (--ahead < 0) weights(i, turn.slot);
+  }
+}
+
 // A stage's tokens and nothing else.
 struct Nothing {
   template <typename Tile>
