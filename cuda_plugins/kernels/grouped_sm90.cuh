@@ -58,7 +58,7 @@ struct Less {
 
 // The bits of two nibbles at the foot of the halves of a word, and of those above.
 struct Masks {
-  const uint32_t first = unknown(0x000f000fu), above = unknown(0x00f000f0u);
+  const uint32_t first = opaque(0x000f000fu), above = opaque(0x00f000f0u);
 };
 
 // Of a word's nibbles 0 and 4, 1 and 5, or of the `second` eight 2 and 6, 3 and 7, as pairs of floats.

@@ -47,8 +47,8 @@ __device__ __forceinline__ uint32_t word_in_shared(unsigned address) {
   return word;
 }
 
-// (x & mask) ^ kFlipped in one instruction, of which only one operand can be a constant: the mask is `unknown` to the compiler.
-__device__ __forceinline__ uint32_t unknown(uint32_t x) {
+// (x & mask) ^ kFlipped in one instruction, of which only one operand can be a constant: the mask is `opaque` to the compiler.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }

@@ -59,7 +59,7 @@ void arrive(Barrier* barrier, unsigned) {
   end_of_phase(counts(barrier));
 }
 
-inline uint32_t unknown(uint32_t x) { return x; }
+inline uint32_t opaque(uint32_t x) { return x; }
 template <uint32_t kFlipped>
 uint32_t masked_and_flipped(uint32_t x, uint32_t mask) {
   return (x & mask) ^ kFlipped;
