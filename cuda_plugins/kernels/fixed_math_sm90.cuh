@@ -63,7 +63,7 @@ class FixedScales {
       if (group % 4 == 0 || group == first_) {
         stream_.next();
 #pragma unroll
-        for (int h = 0; h < 2; ++h) held_zero_[h] = float(stream_.own_zero(h) * kTimes);
+        for (int h = 0; h < 2; ++h) held_zero_[h] = float(stream_.zero(h, threadIdx.x % 4) * kTimes);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -143,15 +143,15 @@ __device__ __forceinline__ void multiply(int32_t (&part)[S::kParts], uint32_t (&
   commit_products();
 }
 
-// Adds products of a group, of both planes, to the sums.
+// Adds products of a group, of both planes, to the sums: where there are registers, by way of `within`, the sums of a block, whose groups
+// share the tokens' scales.
 template <typename S>
-__device__ __forceinline__ void add_products_of(
-    float (&sums)[S::kSums], const int32_t (&of)[S::kSums], const FixedBlock& x, int span, const FixedScales<S>& scales) {
+__device__ __forceinline__ void add_products_of(float (&sums)[S::kSums], float (&within)[S::kSums], const int32_t (&of)[S::kSums],
+    const FixedBlock& x, int span, const FixedScales<S>& scales) {
   constexpr int kTokens = S::kSums * 2;
   const int quarter = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < S::kSums / 4; ++j) {  // columns of eight tokens, of which the lane has two
-    const float2 by = *reinterpret_cast<const float2*>(x.scale + quarter * 2 + j * 8);
     float four[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) four[c] = float(of[j * 4 + c]);
@@ -160,10 +160,17 @@ __device__ __forceinline__ void add_products_of(
 #pragma unroll
       for (int c = 0; c < 4; ++c) four[c] = fmaf(-scales.zero[c / 2], c % 2 ? sum.y : sum.x, four[c]);
     }
+    const float2 by = *reinterpret_cast<const float2*>(x.scale + quarter * 2 + j * 8);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sums[j * 4 + h * 2] += scales.scale[h] * by.x * four[h * 2];
-      sums[j * 4 + h * 2 + 1] += scales.scale[h] * by.y * four[h * 2 + 1];
+    for (int c = 0; c < 4; ++c) {
+      const int i = j * 4 + c;
+      const float scale = scales.scale[c / 2], of_token = c % 2 ? by.y : by.x;
+      if constexpr (S::kSpans == 1 || !S::kStacked) {
+        sums[i] += scale * of_token * four[c];
+      } else {
+        within[i] = span ? fmaf(scale, four[c], within[i]) : scale * four[c];
+        if (span + 1 == S::kSpans) sums[i] = fmaf(of_token, within[i], sums[i]);
+      }
     }
   }
 }
@@ -176,6 +183,7 @@ __device__ __forceinline__ void add_stages(float (&sums)[S::kSums], const Ring<S
   constexpr int kSteps = S::kBlocks * S::kSpans, kAtOnce = S::kAhead ? 2 : 1;
   uint32_t a[kAtOnce][4][4];
   int32_t part[kAtOnce][S::kParts];
+  float within[S::kSums];
   for (int i = 0; i < count; ++i, turn.template next<S::kTeams>()) {
     wait(&ring.full[turn.slot], turn.parity);
     FixedBlock blocks[S::kBlocks];
@@ -205,7 +213,7 @@ __device__ __forceinline__ void add_stages(float (&sums)[S::kSums], const Ring<S
 #pragma unroll
         for (int j = 0; j < S::kSums; ++j) both[j] = of[j];
       }
-      add_products_of<S>(sums, both, x, step % S::kSpans, scales);
+      add_products_of<S>(sums, within, both, x, step % S::kSpans, scales);
     };
 #pragma unroll
     for (int step = 0; step < kSteps + kAtOnce - 1; ++step) {

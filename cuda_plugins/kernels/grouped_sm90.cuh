@@ -27,7 +27,7 @@ struct GroupedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
   using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
   static constexpr bool kGrouped = kGroup_ > 0, kZeros = kZeros_, kStays = false;
   static constexpr int kGroup = kGroup_, kMakers = 128, kCopier = Sums::kConsumers + kMakers, kThreads = kCopier + 128;
-  static constexpr int kRowBytes = 128, kStageK = 2 * kRowBytes, kUnits = kStageK / 32;  // of 32 values, of which a lane has eight
+  static constexpr int kStageK = kGroupedStageK, kRowBytes = kStageK / 2, kUnits = kStageK / 32;  // of 32 values, of which a lane has eight
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kMostStages = 4;
   static constexpr int kStagesAhead = 1;  // whose weights do not wait for the tokens: more would delay these
   static constexpr int kGroups = kGrouped ? kStageK / kGroup : 0, kUnitsOfGroup = kGrouped ? kGroup / 32 : kUnits;
@@ -287,16 +287,15 @@ cudaError_t launch_grouped(GroupedProduct p, const MixedGemm& g, const Device& d
       [](const GroupedProduct& p) { return p.stages_a_split <= kMostStages; });
 }
 
-// cudaErrorNotSupported where integers should be made of the tokens: of values that are multiplied by something first, which 16 bits may
-// have no room for, of groups that RowsOf cannot copy, and where it is faster.
+// cudaErrorNotSupported where it cannot be done, and where integers should be made of the tokens, which is faster.
 template <typename Out, int kGroup, bool kZeros>
 cudaError_t grouped_by_tokens(const MixedGemm& g, const Device& device, cudaStream_t stream) {
-  if (g.m <= 16 || g.m > 64 || g.x_scale || reinterpret_cast<uintptr_t>(g.x) % 16) return cudaErrorNotSupported;
+  if (!fits_grouped(g)) return cudaErrorNotSupported;
   GroupedProduct p{};
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k), p.x = g.x, p.zero = g.zero;
   p.groups = kGroup ? int(g.k / kGroup) : 0;
   p.follows = true;
-  p.finish = {nullptr, kGroup ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
+  p.finish = {g.row_scale, kGroup ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
   if (g.m <= 32) return launch_grouped<GroupedShape<Out, kGroup, kZeros, 32>>(p, g, device, stream);
   return launch_grouped<GroupedShape<Out, kGroup, kZeros, 64>>(p, g, device, stream);
 }

@@ -159,13 +159,14 @@ __global__ void __launch_bounds__(S::kThreads, 1) made_product(const __grid_cons
   leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
 }
 
-// cudaErrorNotSupported where a kernel ahead should make the integers: of values that are multiplied by something first, of which more
-// than one sum is wanted, or beside weights that take as many instructions themselves.
+// cudaErrorNotSupported where a kernel ahead should make the integers: of values that are multiplied by something first, or of which more
+// than one sum is wanted.
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t made_by_tokens(FixedProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
   constexpr int kMostStages = kInt4 ? 32 : 1 << 20;  // of a block with 16 tokens
-  if constexpr (kZeros || kGroup != (kInt4 ? kBlockK : 0)) return cudaErrorNotSupported;
-  else {
+  if constexpr (kZeros) {
+    return cudaErrorNotSupported;
+  } else {
     if (g.m > 16 || g.x_scale || g.k % kFixedV || reinterpret_cast<uintptr_t>(g.x) % 16) return cudaErrorNotSupported;
     auto with = [&](auto tokens, auto wide, int most_stages) {
       using S = MadeShape<Out, kInt4, kGroup, tokens(), wide()>;
@@ -180,7 +181,8 @@ cudaError_t made_by_tokens(FixedProduct p, const MixedGemm& g, const Device& dev
     };
     using std::integral_constant;
     if (g.m <= 8) return with(integral_constant<int, 8>(), integral_constant<int, 4>(), 1 << 20);
-    return with(integral_constant<int, 16>(), integral_constant<int, 2>(), kMostStages);
+    const cudaError_t e = with(integral_constant<int, 16>(), integral_constant<int, 2>(), kMostStages);
+    return e == cudaErrorNotSupported ? with(integral_constant<int, 16>(), integral_constant<int, 4>(), kMostStages) : e;
   }
 }
 

@@ -17,6 +17,23 @@ bool is_small(const MixedGemm& g, int multiprocessors) {
 
 size_t mixed_workspace(int64_t m, int64_t n) { return split_bytes(m, n, 128); }
 
+int rows_together(int64_t n, int64_t stride, int unit) {
+  int64_t rows = 1;
+  while (rows * stride % 16) rows *= 2;
+  const bool within_rows = n % rows == 0 && rows <= 8 && (rows == 1 || stride % unit == 0);  // no unit lies in two of them
+  return within_rows ? int(rows) : 0;
+}
+
+bool fits_grouped(const MixedGemm& g) {
+  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  if (!g.int4 || g.m <= 16 || g.m > kSplitKTokens || g.x_scale || !aligned(g.x)) return false;
+  if (!g.group_size) return true;
+  auto copied = [&](const void* p, int bytes) {
+    return aligned(p) && rows_together(g.n, g.k / g.group_size * bytes, kGroupedStageK / g.group_size * bytes);
+  };
+  return copied(g.scale, 4) && (!g.zero || copied(g.zero, 1));
+}
+
 namespace {
 
 // Calls f by the product's types, on the current device, if it can be done there.

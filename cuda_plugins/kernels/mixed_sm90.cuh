@@ -106,9 +106,9 @@ class MixedScales {
     stream_.next();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const float scale = stream_.own_scale(i);
+      const float scale = stream_.scale(i, threadIdx.x % 4);
       set_scale<T, S::kInt4>(held_[i], std::is_same_v<T, half> ? scale * inverse_[i] : scale);
-      set_zero<T, S::kInt4>(held_[i], stream_.own_zero(i));
+      set_zero<T, S::kInt4>(held_[i], stream_.zero(i, threadIdx.x % 4));
     }
   }
 

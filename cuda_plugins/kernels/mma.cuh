@@ -12,6 +12,12 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same by way of the L1 cache, where the next bytes of a sector are asked for soon.
+__device__ __forceinline__ void copy_cached_async(void* to, const void* from, int bytes) {
+  unsigned shared = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+}
+
 // The same with a word of 4 bytes.
 __device__ __forceinline__ void copy_word_async(void* to, const void* from, int bytes) {
   unsigned shared = unsigned(__cvta_generic_to_shared(to));

@@ -5,24 +5,30 @@
 namespace qpass {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kThreadsOfRow = 1024;
 
 // The largest value of all threads of a block.
 __device__ __forceinline__ float largest_of_block(float value) {
-  __shared__ float partial[kThreads / 32];
+  __shared__ float partial[kThreadsOfRow / 32];
   for (int step = 16; step; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
-  for (int i = 0; i < kThreads / 32; ++i) value = fmaxf(value, partial[i]);
+  for (int i = 0; i < int(blockDim.x) / 32; ++i) value = fmaxf(value, partial[i]);
   return value;
 }
 
-// One block a row, V neighbours a thread.
+// One block a row, V neighbours a thread: rows are few, and who makes more of one is waited for.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) prepare(const T* x, const float* scale, void* to, int64_t k, int64_t padded,
+__global__ void __launch_bounds__(kThreadsOfRow) prepare(const T* x, const float* scale, void* to, int64_t k, int64_t padded,
     int64_t plane, float* row_scale) {
-  let_next_kernel_start();  // it fetches weights meanwhile
   const T* row = x + blockIdx.x * k;
+  const int64_t step = int64_t(blockDim.x) * V;
+  for (int64_t i = threadIdx.x * V; i < k; i += step) {  // before the next kernel asks for its weights
+    prefetch(row + i);
+    if (scale && blockIdx.x == 0) prefetch(scale + i);
+  }
+  let_next_kernel_start();  // it fetches weights meanwhile
+  wait_for_kernel_before();
   const int64_t start = blockIdx.x * padded;
   auto scaled = [&](int64_t i, float (&value)[V]) {
     load<V>(row + i, value);
@@ -35,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) prepare(const T* x, const float* sca
   float factor = 1;
   if (row_scale) {
     float largest = 0;
-#pragma unroll 4
-    for (int64_t i = threadIdx.x * V; i < k; i += kThreads * V) {
+#pragma unroll 2
+    for (int64_t i = threadIdx.x * V; i < k; i += step) {
       float value[V];
       scaled(i, value);
 #pragma unroll
@@ -48,8 +54,8 @@ __global__ void __launch_bounds__(kThreads) prepare(const T* x, const float* sca
     factor = exp2f(float(-exponent));
     if (threadIdx.x == 0) row_scale[blockIdx.x] = exp2f(float(exponent));
   }
-#pragma unroll 4
-  for (int64_t i = threadIdx.x * V; i < padded; i += kThreads * V) {
+#pragma unroll 2
+  for (int64_t i = threadIdx.x * V; i < padded; i += step) {
     float value[V] = {};
     if (i < k) scaled(i, value);
     if constexpr (std::is_same_v<T, float>) {
@@ -161,13 +167,15 @@ __global__ void __launch_bounds__(kThreads) expand(qpass_weight_only_matmul_args
 
 cudaError_t prepare_activations(const qpass_weight_only_matmul_args& args, void* to, int64_t padded, float* row_scale,
     cudaStream_t stream) {
+  Device device;
+  if (cudaError_t e = current_device(&device)) return e;
   return with_float_type(args.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int V = kWidest<T>;
-    auto kernel = args.k % V ? prepare<T, 1> : prepare<T, V>;
-    kernel<<<unsigned(args.m), kThreads, 0, stream>>>(
-        static_cast<const T*>(args.x), args.pre_quant_scale, to, args.k, padded, args.m * padded, row_scale);
-    return cudaGetLastError();
+    const int64_t threads = std::min<int64_t>(ceil_div(padded, V * 32) * 32, kThreadsOfRow);
+    const Grid grid{dim3(unsigned(args.m)), dim3(unsigned(threads))};
+    return launch(grid, device, stream, args.k % V ? prepare<T, 1> : prepare<T, V>, static_cast<const T*>(args.x),
+        args.pre_quant_scale, to, args.k, padded, args.m * padded, row_scale);
   });
 }
 

@@ -319,17 +319,20 @@ cudaError_t launch_rows(const Source& source, int64_t rows, int64_t k, const qpa
   constexpr int kRows = Layout::kRows;
   const int threads = kLong || Layout::kWarp ? Layout::kThreads : int(ceil_div(k, 32 * Layout::N * Layout::V)) * 32;
   auto kernel = quantize_rows<Source, Layout, kLong, kSmooth, false>;
+  const bool whole = k == int64_t(threads) * Layout::N * Layout::V;
   if constexpr (!kLong && (!kSmooth || Layout::kDivisors) && Layout::V > 1) {
-    if (k == int64_t(threads) * Layout::N * Layout::V) kernel = quantize_rows<Source, Layout, kLong, kSmooth, true>;
+    if (whole) kernel = quantize_rows<Source, Layout, kLong, kSmooth, true>;
   }
-  const int shared = threads * kRows * Layout::N * staged_packs<Source, Layout, kLong>() * 16;
+  constexpr int kBytes = Layout::N * staged_packs<Source, Layout, kLong>() * 16;  // of a thread
+  const int shared = threads * kRows * kBytes;
   int64_t blocks = ceil_div(rows, kRows);
   Device device;
   if (cudaError_t error = current_device(&device)) return error;
-  constexpr int kWithoutAsking = 47 << 10;  // beside what is declared in the kernel
-  if (shared > kWithoutAsking) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error) return error;
+  constexpr int kMost = Layout::kThreads * kRows * kBytes, kWithoutAsking = 47 << 10;  // beside what is declared in the kernel
+  if constexpr (kMost > kWithoutAsking) {
+    static OncePerDevice allowed[2];  // either kernel
+    auto allow = [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost); };
+    if (cudaError_t error = allowed[whole](device, allow)) return error;
   }
   if (blocks > device.multiprocessors) {
     static thread_local struct {

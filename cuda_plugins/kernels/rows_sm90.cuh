@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hopper.cuh"
+#include "mixed.h"
 
 namespace qpass {
 
@@ -35,12 +36,10 @@ struct RowsOf {
     return first_ + ((byte_ + stage * kUnit) & 15) + (eight_on ? rows.eight * kBytes : 0);
   }
 
-  // cudaErrorNotSupported where units would lie across boxes, neighbours are no whole number of rows, or the first is not aligned.
+  // Where rows_together says how.
   static cudaError_t map(RowsMap* to, const void* from, int64_t n, int64_t stride) {
-    to->parts = 1, to->stride = int(stride);
-    while (to->parts * stride % 16) to->parts *= 2;
-    const bool whole = n % to->parts == 0 && to->parts <= 8 && (to->parts == 1 || stride % kUnit == 0);
-    if (!whole || reinterpret_cast<uintptr_t>(from) % 16) return cudaErrorNotSupported;
+    to->parts = rows_together(n, stride, kUnit), to->stride = int(stride);
+    if (!to->parts) return cudaErrorInvalidValue;
     to->eight = 8 / to->parts;
     return map_matrix(&to->map, from, n / to->parts, to->parts * stride, to->parts * stride, kChannels / to->parts, kBytes, false);
   }

@@ -15,6 +15,7 @@ constexpr int64_t kChunkBytes = 512 << 20;  // of expanded weight
 
 constexpr double kHeadStart = 7e8;  // of the integers, over expanding them: see skinny_tokens
 constexpr int64_t kFewTokens = 128;
+constexpr int64_t kScaledAsIntegers = 32;  // of tokens beside int4, at most, that pre_quant_scale leaves as integers for split-K products
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -57,9 +58,8 @@ Path path_by_rule(const qpass_weight_only_matmul_args& args) {
     const bool small = is_small(mixed_of(args), device->multiprocessors);
     if (small && (args.m > 16 || (!args.int4 && args.k <= 1024))) return kMixed;
     if (args.m <= 32) return kSplitK;
-    const bool as_floats = args.int4 && !args.pre_quant_scale;            // grouped_sm90.cuh
     const bool one_sum = !args.group_size || args.group_size == kBlockK;  // of a block: more are brought to float one by one
-    if (args.m <= kSplitKTokens && (as_floats ? weights >= 1 << 24 : one_sum && weights > 1 << 25)) return kSplitK;
+    if (args.m <= kSplitKTokens && (args.int4 ? weights >= 1 << 24 : one_sum && weights > 1 << 25)) return kSplitK;  // int4: as floats
     // where K is short a tile's results take longer than its products, and CUTLASS's next tile does not wait for them
     return args.k <= 1024 && ceil_div(args.m, 256) * ceil_div(args.n, 128) > device->multiprocessors ? kMany : kMixed;
   }
@@ -94,6 +94,7 @@ struct Plan {
     padded = few ? row_bytes * (args.int4 ? 2 : 1) : path == kSplitK ? ceil_div(args.k, kBlockK) * kBlockK : ceil_div(args.k, 8) * 8;
     fixed = (few && args.type != QPASS_FLOAT) || path == kSplitK;
     makes = few && fixed && args.m <= kMadeTokens && args.k % kFixedV == 0;
+    scales_ahead = path == kSplitK && args.int4 && args.pre_quant_scale && args.m > kScaledAsIntegers;
     prepares = !makes && (fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k);
     size_t at = 0;
     auto take = [&](size_t size) {
@@ -106,7 +107,7 @@ struct Plan {
     side = ceil_div(args.m, 4) * 4;
     act_scale = take(fixed && !makes ? ceil_div(padded, kBlockK) * side * sizeof(float) : 0);
     act_sum = take(fixed && !makes ? ceil_div(padded, span_of(args)) * side * sizeof(int32_t) : 0);
-    divides = !fixed && args.pre_quant_scale && args.type == QPASS_HALF;
+    divides = (!fixed || scales_ahead) && args.pre_quant_scale && args.type == QPASS_HALF;
     row_scale = take(divides ? args.m * sizeof(float) : 0);
     weight = take(pads_weight ? args.n * row_bytes : 0);
     partial = take(few ? partial_bytes(args.m, args.n)
@@ -122,6 +123,7 @@ struct Plan {
 
   Path path;
   bool fixed, makes;  // activations are multiplied as Fixed; made by the product itself
+  bool scales_ahead;  // or where there is a product for these, as 16-bit floats times pre_quant_scale
   bool pads_weight, prepares, divides;
   int64_t side;
   int64_t padded;  // values of a row as the kernel sees it
@@ -209,6 +211,17 @@ cudaError_t split_k(const qpass_weight_only_matmul_args& args, const Plan& plan,
   g.x_scale = args.pre_quant_scale;
   cudaError_t e = fixed_gemm(g, nullptr, stream);
   if (e != cudaErrorNotSupported) return e;
+  if (plan.scales_ahead) {
+    char* workspace = static_cast<char*>(args.workspace);
+    MixedGemm scaled = g;
+    scaled.x = workspace + plan.x, scaled.x_scale = nullptr;
+    if (fits_grouped(scaled)) {
+      float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
+      if ((e = prepare_activations(args, workspace + plan.x, args.k, row_scale, stream))) return e;
+      scaled.row_scale = row_scale;
+      return fixed_gemm(scaled, nullptr, stream);
+    }
+  }
   const FixedActivations x = fixed_of(args, plan);
   e = prepare_fixed(args, x, stream);
   return e ? e : fixed_gemm(g, &x, stream);

@@ -1,4 +1,5 @@
 // The library as seen without TensorRT: what is in it, and any op to be run, for `qpass plugins`, tests and benchmarks.
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 
@@ -70,12 +71,20 @@ int told(const std::string& error, char* text, size_t size) {
   return 1;
 }
 
-// The mean of `count` calls in a row.
+// What a call takes, of `count` in a row: the median of batches of ten, as whatever else the CPU does falls into some of them.
 template <typename F>
 double us_of(int count, F call) {
-  const auto begin = std::chrono::steady_clock::now();
-  for (int i = 0; i < count; ++i) call();
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count() / count;
+  using Clock = std::chrono::steady_clock;
+  constexpr int kBatch = 10;
+  std::vector<double> batches;
+  for (int done = 0; done < count; done += kBatch) {
+    const int size = std::min(kBatch, count - done);
+    const auto begin = Clock::now();
+    for (int i = 0; i < size; ++i) call();
+    batches.push_back(std::chrono::duration<double, std::micro>(Clock::now() - begin).count() / size);
+  }
+  std::nth_element(batches.begin(), batches.begin() + batches.size() / 2, batches.end());
+  return batches[batches.size() / 2];
 }
 
 }  // namespace
@@ -136,7 +145,7 @@ QPASS_EXPORT int qpass_node_run(const void* node, const qpass::Tensor* in, int n
   return qpass::told(wrong.empty() ? n.run(in, out, workspace, stream) : wrong, error, size);
 }
 
-// Checks types and shapes, then enqueues `count` times; `us` is what a call took of the CPU. 0, or 1 with a text in `error`.
+// Checks types and shapes, then enqueues `count` times, 1 or more; `us` is what a call took of the CPU. 0, or 1 with a text in `error`.
 QPASS_EXPORT int qpass_node_host_us(const void* node, const qpass::Tensor* in, int n_in, const qpass::Tensor* out, int n_out,
     void* workspace, cudaStream_t stream, int count, double* us, char* error, size_t size) {
   const qpass::Node& n = *static_cast<const qpass::Node*>(node);
@@ -147,7 +156,7 @@ QPASS_EXPORT int qpass_node_host_us(const void* node, const qpass::Tensor* in, i
   return qpass::told(wrong, error, size);
 }
 
-// Of a launch of a kernel that does nothing, what it takes of the CPU, µs: the mean of `count` in a row. 0, or a cudaError_t.
+// Of a launch of a kernel that does nothing, what it takes of the CPU, µs, as of `count` calls. 0, or a cudaError_t.
 QPASS_EXPORT int qpass_launch_us(cudaStream_t stream, int count, double* us) {
   int error = qpass_launch_nothing(stream);  // the first one loads what is launched
   *us = qpass::us_of(count, [&] {

@@ -46,7 +46,7 @@ LARGE = {
     (11008, 1024): (3, 8, 600),
 }
 """Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens."""
-BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (5, 8192, 17408))
+BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (16, 4096, 6400), (5, 8192, 17408))
 """Tokens, N and K of products that make their tokens' integers themselves on a large Hopper: of plain weights alone."""
 PARTS = ((20, 264, 768), (64, 520, 1280))
 """The same of int4 weights whose groups' scales and zero points do not begin at multiples of 16 bytes, row by row."""
@@ -105,9 +105,9 @@ def _matmul_sizes(op: Op) -> Iterator[Make]:
     if "weight_type_id" in {a.name for a in op.attributes}:
         plain = [a for a in signatures(op) if not a.get("has_zero") and not a.get("quant_algo")]
         for (m, n, k), attrs, dtype in itertools.product(BESIDE, plain, FLOATS[1:]):
-            if attrs.get("group_size", 128) == 128:
+            if k < 8192 or attrs.get("group_size", 128) == 128:  # so large a weight takes a while
                 yield _matmul(op, attrs, dtype, (m,), n, k)
-        grouped = [a for a in signatures(op) if a["weight_type_id"] == INT4 and int(a.get("quant_algo", 4)) < 4]
+        grouped = [a for a in signatures(op) if a["weight_type_id"] == INT4 and "quant_algo" in a]
         for (m, n, k), attrs, dtype in itertools.product(PARTS, grouped, FLOATS[1:]):
             yield _matmul(op, attrs, dtype, (m,), n, k)
 

@@ -164,7 +164,7 @@ def bench(
         list[str] | None, typer.Option("--op", "--only", help="Only this op; may be given several times.")
     ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option("--m", help="Only so many tokens; may be given several times.")
+        list[str] | None, typer.Option("--m", help="Only so many tokens, such as 1,16,256; may be given several times.")
     ] = None,
     shapes: Annotated[
         list[str] | None,
@@ -199,7 +199,8 @@ def bench(
     for name in skip_peer or ():
         if name not in PEERS:
             raise QpassError(f"--skip-peer {name}: there are {', '.join(PEERS)}")
-    todo = jobs(_known(op), tokens or (), [shape(s) for s in shapes or ()], quick)
+    sizes = [m for text in tokens or () for m in _numbers("m", text)]
+    todo = jobs(_known(op), sizes, [shape(s) for s in shapes or ()], quick)
     target = output or resume
     if target is not None:
         check_place(target, [])

@@ -180,7 +180,7 @@ class Library:
         return self.variants[number]
 
     def launch_us(self, stream: int, count: int = 100) -> float:
-        """What a launch alone takes of the CPU, µs: of a kernel that does nothing, the mean of `count` in a row.
+        """What a launch alone takes of the CPU, µs: of a kernel that does nothing, the median of batches of ten.
 
         Raises:
             QpassError: CUDA refused.
@@ -279,7 +279,7 @@ class Node:
         stream: int = 0,
         count: int = 100,
     ) -> float:
-        """What enqueueing takes of the CPU, µs: the mean of `count` calls in a row, as many as a stream takes at once.
+        """What enqueueing takes of the CPU, µs: the median of batches of ten of `count` calls in a row.
 
         Raises:
             QpassError: as `run`.

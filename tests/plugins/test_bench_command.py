@@ -129,7 +129,7 @@ class TestCommand:
         kept = json.loads(path.read_text())
         kept["rows"][0]["us"] = 7.0
         path.write_text(json.dumps(kept))
-        done = run("plugins", "bench", "--op", "SmoothQuantGemm", "--m", "16", "--m", "64", "--resume", path)
+        done = run("plugins", "bench", "--op", "SmoothQuantGemm", "--m", "16,64", "--resume", path)
         assert done.code == 0, done.err
         told = json.loads(path.read_text())
         assert [r["us"] for r in told["rows"]] == [7.0] + [100.0] * 7
@@ -187,6 +187,7 @@ class TestCommand:
             (["--op", "Gemm"], "SmoothQuantGemm"),
             (["--shape", "big"], "NxK"),
             (["--m", "3"], "leave nothing"),
+            (["--m", "16,many"], "--m 16,many: wants whole numbers"),
             (["-o", "no/such/folder/r.json"], "no folder"),
         ],
     )

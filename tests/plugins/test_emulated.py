@@ -241,15 +241,12 @@ def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_tokens_that_become_integers_beside_the_products(name: str, dtype: np.dtype[Any], small_gpu: Library) -> None:
-    """Fewer stages than the ring has and many more, a last one that is not whole, and fewer tokens than a tile has."""
-    grouped = name == WEIGHT_ONLY[1]
-    plain = {"quant_algo": 0, "group_size": 128} if grouped else {"has_zero": 0}
-    attrs = next(
-        a
-        for a in signatures(REGISTRY[name])
-        if all(a[key] == value for key, value in plain.items()) and (a["weight_type_id"] == INT8) != grouped
-    )
-    for m, n, k in [(9, 200, 128), (16, 520, 2176), (13, 260, 4224), (12, 130, 1152), (5, 300, 8320), (8, 500, 6144)]:
+    """Fewer stages than the ring has and many more, a last one that is not whole, and fewer tokens than a tile has.
+    Of all plain weights; in tiles of 128 channels, and of 256 where there are more of those than multiprocessors."""
+    plain = [a for a in signatures(REGISTRY[name]) if not a.get("has_zero") and not a.get("quant_algo")]
+    sizes = [(9, 200, 128), (16, 520, 2176), (13, 260, 4224), (12, 130, 1152), (5, 300, 8320), (8, 500, 6144)]
+    sizes += [(16, 2000, 512), (11, 1100, 1152), (9, 520, 3200)]
+    for (m, n, k), attrs in zip(sizes, itertools.cycle(plain[:: 1 if dtype == DTYPES[0] else -1]), strict=False):
         case = example(REGISTRY[name], attrs, dtype, lead=(m,), n=n, k=k, seed=m)
         check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
         assert streamed(small_gpu, case, check, ["sm90_split_k"])
@@ -259,9 +256,10 @@ def test_tokens_that_become_integers_beside_the_products(name: str, dtype: np.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_that_change_places(dtype: np.dtype[Any], small_gpu: Library) -> None:
     """Fewer stages than the ring has and many more, a last one that is not whole; rows of groups that begin at
-    multiples of 16 bytes and that do not, and channels that are no whole number of those that are copied together."""
+    multiples of 16 bytes and that do not, and channels that are no whole number of those that are copied together.
+    With pre_quant_scale a kernel ahead makes the tokens where these are many."""
     op = REGISTRY[WEIGHT_ONLY[1]]
-    signed = [a for a in signatures(op) if a["weight_type_id"] != INT8 and int(a["quant_algo"]) < 4]
+    signed = [a for a in signatures(op) if a["weight_type_id"] != INT8]
     sizes = [(17, 300, 1536), (40, 264, 768), (64, 130, 1280), (33, 520, 2176), (24, 24, 8448)]
     for i, attrs in enumerate(signed):
         m, n, k = sizes[i % len(sizes)]

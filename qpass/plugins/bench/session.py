@@ -54,6 +54,8 @@ class Session:
         self._run |= {"copy_tb_per_s": bench.bandwidth / 1e12, "cublas_tflop_per_s": bench.tensor_rate / 1e12}
         self._run["launch_us"] = bench.launch_us
         self._run["clocks"] = {"before": machine.clocks()}  # the product has just put the GPU under load
+        if progress is not None:
+            progress(0, len(todo))  # what is prepared may take minutes to compile
         bench.prepare(todo)
         for done, job in enumerate(todo, 1):
             self.results.add(bench.time(job))

@@ -8,6 +8,7 @@ namespace qpass {
 inline void copy_async(void* to, const void* from, int bytes) {
   emulator::current->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, 16});
 }
+inline void copy_cached_async(void* to, const void* from, int bytes) { copy_async(to, from, bytes); }
 inline void copy_word_async(void* to, const void* from, int bytes) {
   emulator::Block& block = *emulator::current->home;
   const int64_t first = static_cast<char*>(to) - block.shared;
