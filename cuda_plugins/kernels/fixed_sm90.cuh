@@ -67,9 +67,7 @@ cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActiv
   if (!x) {
     cudaError_t e = few_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
     if (e == cudaErrorNotSupported) e = made_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
-    if constexpr (kInt4) {
-      if (e == cudaErrorNotSupported) e = grouped_by_tokens<Out, kGroup, kZeros>(g, device, stream);
-    }
+    if (e == cudaErrorNotSupported) e = grouped_by_tokens<Out, kInt4, kGroup, kZeros>(g, device, stream);
     return e;
   }
   auto with = [&](auto tokens, auto wide) {

@@ -1,13 +1,12 @@
-// 17 to 64 tokens of 16 bits beside int4 weights on Hopper, in one kernel: integers become floats of the tokens' type, which holds them
+// 17 to 64 tokens of 16 bits beside integer weights on Hopper, in one kernel: integers become floats of the tokens' type, which holds them
 // exactly, and a group's sums are multiplied by its scale in float32. Zero points cost nothing, and small groups little.
 //
-// What makes a lane's operands of eight neighbouring nibbles in eleven instructions leaves them in pairs of one and the fourth on. So
-// the tokens of a stage change places, once for all channels, by warps that multiply nothing. Scales are copied as weights are: loads
+// What makes a lane's operands of eight neighbours in few instructions (of nibbles eleven) leaves them in pairs of one and the fourth on.
+// So the tokens of a stage change places, once for all channels, by warps that multiply nothing. Scales are copied as weights are: loads
 // would wait behind all that was asked for of those, and so would whatever reads shared memory after them.
 #pragma once
 
-#include "mixed.h"
-#include "mixed_operands.cuh"
+#include "grouped_math_sm90.cuh"
 #include "rows_sm90.cuh"
 #include "sums_sm90.cuh"
 
@@ -22,12 +21,14 @@ struct GroupedProduct : Streams {
 };
 
 // kGroup: values of K that share a scale, or 0: all of a channel's do, and finish has it.
-template <typename Out, int kGroup_, bool kZeros_, int kTokens>
+template <typename Out, bool kInt4_, int kGroup_, bool kZeros_, int kTokens>
 struct GroupedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
   using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
-  static constexpr bool kGrouped = kGroup_ > 0, kZeros = kZeros_, kStays = false;
+  static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0, kZeros = kZeros_, kStays = false;
   static constexpr int kGroup = kGroup_, kMakers = 128, kCopier = Sums::kConsumers + kMakers, kThreads = kCopier + 128;
-  static constexpr int kStageK = kGroupedStageK, kRowBytes = kStageK / 2, kUnits = kStageK / 32;  // of 32 values, of which a lane has eight
+  static constexpr int kRowBytes = 128, kStageK = grouped_stage(kInt4);
+  static constexpr int kUnits = kStageK / 32;  // of 32 values, of which a lane has eight
+  static constexpr int kWords = kInt4 ? 1 : 2;  // that these are
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kMostStages = 4;
   static constexpr int kStagesAhead = 1;  // whose weights do not wait for the tokens: more would delay these
   static constexpr int kGroups = kGrouped ? kStageK / kGroup : 0, kUnitsOfGroup = kGrouped ? kGroup / 32 : kUnits;
@@ -36,103 +37,6 @@ struct GroupedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
   using Zeros = RowsOf<Sums::kChannels, kGroups>;
   static constexpr int kSideBytes = kGrouped ? Scales::kAll + (kZeros ? Zeros::kAll : 0) : 0;  // zero points behind scales
   static constexpr int kBytesBeside = kMostStages * int(sizeof(Barrier));
-};
-
-// What is taken from an int4 in the last bits of a power of two: the power, the sign bit that was flipped, and the zero point.
-template <typename T, bool kZeros>
-struct Less {
-  static constexpr bool kHalf = std::is_same_v<T, half>;
-  static constexpr int kPower = kHalf ? 1024 : 128, kMost = kHalf ? 127 : 256 - (128 + 8);
-  __device__ __forceinline__ void set(int zero) {
-    if constexpr (kZeros) {
-      const float less = float(min(zero, kMost)), more = float(max(zero - kMost, 0));  // bfloat16 does not hold the sum of more
-      one = PairOf<T>::make(kPower + 8 + less, kPower + 8 + less), rest = PairOf<T>::make(more, more);
-      if (kHalf) sixteenth = PairOf<T>::make(-(kPower / 16 + 8 + less), -(kPower / 16 + 8 + less));
-      far = !kHalf && __any_sync(~0u, zero > kMost);
-    }
-  }
-  Pair<T> one = PairOf<T>::make(kPower + 8.f, kPower + 8.f), rest;
-  Pair<T> sixteenth = PairOf<T>::make(-(kPower / 16 + 8.f), -(kPower / 16 + 8.f));  // to be added where nibbles are sixteen times as much
-  bool far = false;  // the same in all lanes of a warp
-};
-
-// The bits of two nibbles at the foot of the halves of a word, and of those above.
-struct Masks {
-  const uint32_t first = opaque(0x000f000fu), above = opaque(0x00f000f0u);
-};
-
-// Of a word's nibbles 0 and 4, 1 and 5, or of the `second` eight 2 and 6, 3 and 7, as pairs of floats.
-template <typename T, bool kZeros>
-__device__ __forceinline__ void pairs_of(Pair<T> (&to)[2], uint32_t word, int second, const Masks& masks, const Less<T, kZeros>& less) {
-  if constexpr (std::is_same_v<T, half>) {  // which has bits for a nibble where it is in a byte
-    const uint32_t shifted = word >> second * 8;
-    to[0] = __hsub2(same_bits<Pair<T>>(masked_and_flipped<0x64086408u>(shifted, masks.first)), less.one);
-    to[1] = __hfma2(same_bits<Pair<T>>(masked_and_flipped<0x64806480u>(shifted, masks.above)), PairOf<T>::make(1 / 16.f, 1 / 16.f),
-        less.sixteenth);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      to[i] = __hsub2(same_bits<Pair<T>>(masked_and_flipped<0x43084308u>(word >> (second * 2 + i) * 4, masks.first)), less.one);
-    }
-  }
-  if (kZeros && less.far) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) to[i] = __hsub2(to[i], less.rest);
-  }
-}
-
-// What a lane has of a unit, of both its channels. `rows`: where its first begins.
-template <typename S>
-__device__ __forceinline__ void read_words(uint32_t (&words)[2], const char* rows, int unit) {
-  const int quarter = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
-  const auto first = address_in_shared(rows) + row * 16 + quarter * 4;  // rows are at multiples of 128: chunks are found by their bits
-#pragma unroll
-  for (int h = 0; h < 2; ++h) words[h] = word_in_shared((first ^ unit * 16) + h * 8 * S::kRowBytes);
-}
-
-// The operands of the two products of a unit.
-template <typename S, typename T>
-__device__ __forceinline__ void grouped_operands(
-    uint32_t (&a)[2][4], const uint32_t (&words)[2], const Masks& masks, const Less<T, S::kZeros> (&less)[2]) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    Pair<T> pairs[2];
-    const int h = j % 2;
-    pairs_of<T, S::kZeros>(pairs, words[h], j / 2, masks, less[h]);
-    a[j / 2][h] = same_bits<uint32_t>(pairs[0]), a[j / 2][h + 2] = same_bits<uint32_t>(pairs[1]);
-  }
-}
-
-// Of each 32 values of a token, a lane's eight change places so that products meet them as pairs_of leaves weights: in each sixteen
-// bytes one pair of each lane. A thread has all of a token's 64 bytes, and those of the same token further on. By kMakers threads.
-template <typename S>
-class Places {
- public:
-  __device__ __forceinline__ Places() {
-    const int warp = threadIdx.x % S::kMakers / 32, token = warp % kParts * 32 + threadIdx.x % 32, unit = warp / kParts;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) chunk_[i] = (unit / 2 * S::kTokens + token) * kBoxBytes + ((unit % 2 * 4 + i) ^ token % 8) * 16;
-  }
-
-  __device__ __forceinline__ void change(char* tokens) const {
-#pragma unroll
-    for (int box = 0; box < S::kBoxes; box += kStep / 2) {
-      auto chunk = [&](int i) { return reinterpret_cast<uint4*>(tokens + chunk_[i] + box * S::kTokens * kBoxBytes); };
-      uint4 of[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) of[i] = *chunk(i);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        auto pair = [&](const uint4& x) { return __byte_perm(i < 2 ? x.x : x.y, i < 2 ? x.z : x.w, i % 2 ? 0x7632 : 0x5410); };
-        *chunk(i) = {pair(of[0]), pair(of[1]), pair(of[2]), pair(of[3])};
-      }
-    }
-  }
-
- private:
-  static constexpr int kParts = S::kTokens / 32, kStep = S::kMakers / 32 / kParts;  // units that all warps have at once
-  static_assert(kStep % 2 == 0 && S::kUnits % kStep == 0);
-  int chunk_[4];
 };
 
 // A lane's two channels' scales and zero points, group after group.
@@ -162,7 +66,7 @@ class GroupedScales {
   }
 
   float scale[2];
-  Less<T, S::kZeros> less[2];
+  Less<T, S::kInt4, S::kZeros> less[2];
 
  private:
   const GroupedProduct& p_;
@@ -217,10 +121,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) grouped_product(const __grid_c
   raise_registers<104>();
   const int line = line_of<S>(own.warp, 0), count = own.share.count;
   prefetch_finish(p.finish, p, tile);
-  const Masks masks;
+  const Masks<T, S::kInt4> masks;
   GroupedScales<S> scales(p, tile.n0, line);
   float sums[S::kSums] = {}, part[S::kSums], scale[2];  // of a group, and what it is multiplied by
-  uint32_t a[2][2][4], words[2];
+  uint32_t a[2][2][4], words[2][S::kWords];
   Turn<S> turn;
   int stage = own.share.first;  // whose operands are made
   auto read = [&](int unit) { read_words<S>(words, ring.weights(turn.slot) + line * S::kRowBytes, unit); };
@@ -281,14 +185,16 @@ cudaError_t launch_grouped(GroupedProduct p, const MixedGemm& g, const Device& d
       if (cudaError_t e = S::Zeros::map(&p.zero_rows, g.zero, g.n, p.groups)) return e;
     }
   }
-  // Where one scale is a block's, integers take fewer instructions beside 32 tokens: by a long K, what it costs to begin matters less.
-  constexpr int kMostStages = S::kTokens == 32 && !S::kZeros && S::kGroups <= 2 ? 16 : 1 << 20;
-  return launch_streaming<S>(grouped_product<S>, p, g.weight, g.k / 2, nullptr, 0, device, allowed, stream,
+  // Where one scale is a block's, integers take fewer instructions beside 32 tokens or int8: by a long K, what it costs to begin matters
+  // less.
+  constexpr bool kAlways = S::kZeros || S::kGroups > S::kStageK / 128 || (S::kInt4 && S::kTokens > 32);
+  constexpr int kMostStages = kAlways ? 1 << 20 : S::kInt4 ? 16 : 48;
+  return launch_streaming<S>(grouped_product<S>, p, g.weight, S::kInt4 ? g.k / 2 : g.k, nullptr, 0, device, allowed, stream,
       [](const GroupedProduct& p) { return p.stages_a_split <= kMostStages; });
 }
 
 // cudaErrorNotSupported where it cannot be done, and where integers should be made of the tokens, which is faster.
-template <typename Out, int kGroup, bool kZeros>
+template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t grouped_by_tokens(const MixedGemm& g, const Device& device, cudaStream_t stream) {
   if (!fits_grouped(g)) return cudaErrorNotSupported;
   GroupedProduct p{};
@@ -296,8 +202,8 @@ cudaError_t grouped_by_tokens(const MixedGemm& g, const Device& device, cudaStre
   p.groups = kGroup ? int(g.k / kGroup) : 0;
   p.follows = true;
   p.finish = {g.row_scale, kGroup ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
-  if (g.m <= 32) return launch_grouped<GroupedShape<Out, kGroup, kZeros, 32>>(p, g, device, stream);
-  return launch_grouped<GroupedShape<Out, kGroup, kZeros, 64>>(p, g, device, stream);
+  if (g.m <= 32) return launch_grouped<GroupedShape<Out, kInt4, kGroup, kZeros, 32>>(p, g, device, stream);
+  return launch_grouped<GroupedShape<Out, kInt4, kGroup, kZeros, 64>>(p, g, device, stream);
 }
 
 }  // namespace qpass

@@ -44,15 +44,15 @@ struct FixedActivations {
   bool by_lanes;
 };
 
-// Whether the product that makes floats of int4 beside 17 to 64 tokens (grouped_sm90.cuh) can do it, a stage of so many values of K at a
-// time: it copies what each channel has of scales and zero points as it copies weights, from multiples of 16 bytes on.
-constexpr int kGroupedStageK = 256;
+// Whether the product that makes floats of integers beside 17 to 64 tokens (grouped_sm90.cuh) can do it, a stage of so many values of K at
+// a time: it copies what each channel has of scales and zero points as it copies weights, from multiples of 16 bytes on.
+constexpr int grouped_stage(bool int4) { return int4 ? 256 : 128; }
 bool fits_grouped(const MixedGemm& g);
 // Of n channels with `stride` bytes each, of which `unit` go with a stage: how many neighbours are copied as one row, 0 where none can be.
 int rows_together(int64_t n, int64_t stride, int unit);
 
 // The same of few tokens, which x is. Where it is null, they are made of g.x, times x_scale where there is one, on the way:
-// cudaErrorNotSupported where that would be slower, or there is no room. Of more than 16 tokens beside int4 there may be a row_scale.
+// cudaErrorNotSupported where that would be slower, or there is no room. Of more than 16 tokens there may be a row_scale.
 cudaError_t fixed_gemm(const MixedGemm& g, const FixedActivations* x, cudaStream_t stream);
 
 // By the type of the activations and the width of weights: each takes a while to compile.

@@ -1,5 +1,5 @@
-// WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by kernels that multiply the integers, more on Hopper by one that
-// makes 16-bit floats of them on their way to the tensor cores, and else by a 16-bit product on the weight expanded chunk by chunk: a
+// WeightOnlyQuantMatmul and WeightOnlyGroupwiseQuantMatmul: few tokens by kernels that multiply the integers, more on Hopper by some that
+// make 16-bit floats of them on their way to the tensor cores, and else by a 16-bit product on the weight expanded chunk by chunk: a
 // chunk is large enough to fill the GPU, and bounds the workspace.
 #include "weight_only.h"
 
@@ -15,7 +15,7 @@ constexpr int64_t kChunkBytes = 512 << 20;  // of expanded weight
 
 constexpr double kHeadStart = 7e8;  // of the integers, over expanding them: see skinny_tokens
 constexpr int64_t kFewTokens = 128;
-constexpr int64_t kScaledAsIntegers = 32;  // of tokens beside int4, at most, that pre_quant_scale leaves as integers for split-K products
+constexpr int64_t kScaledAsIntegers = 32;  // most tokens that split-K products take as integers where there is a pre_quant_scale
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -58,8 +58,7 @@ Path path_by_rule(const qpass_weight_only_matmul_args& args) {
     const bool small = is_small(mixed_of(args), device->multiprocessors);
     if (small && (args.m > 16 || (!args.int4 && args.k <= 1024))) return kMixed;
     if (args.m <= 32) return kSplitK;
-    const bool one_sum = !args.group_size || args.group_size == kBlockK;  // of a block: more are brought to float one by one
-    if (args.m <= kSplitKTokens && (args.int4 ? weights >= 1 << 24 : one_sum && weights > 1 << 25)) return kSplitK;  // int4: as floats
+    if (args.m <= kSplitKTokens && weights >= 1 << 24) return kSplitK;
     // where K is short a tile's results take longer than its products, and CUTLASS's next tile does not wait for them
     return args.k <= 1024 && ceil_div(args.m, 256) * ceil_div(args.n, 128) > device->multiprocessors ? kMany : kMixed;
   }
@@ -94,7 +93,7 @@ struct Plan {
     padded = few ? row_bytes * (args.int4 ? 2 : 1) : path == kSplitK ? ceil_div(args.k, kBlockK) * kBlockK : ceil_div(args.k, 8) * 8;
     fixed = (few && args.type != QPASS_FLOAT) || path == kSplitK;
     makes = few && fixed && args.m <= kMadeTokens && args.k % kFixedV == 0;
-    scales_ahead = path == kSplitK && args.int4 && args.pre_quant_scale && args.m > kScaledAsIntegers;
+    scales_ahead = path == kSplitK && args.pre_quant_scale && args.m > kScaledAsIntegers;
     prepares = !makes && (fixed || args.pre_quant_scale || args.type == QPASS_FLOAT || padded != args.k);
     size_t at = 0;
     auto take = [&](size_t size) {
@@ -219,7 +218,8 @@ cudaError_t split_k(const qpass_weight_only_matmul_args& args, const Plan& plan,
       float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
       if ((e = prepare_activations(args, workspace + plan.x, args.k, row_scale, stream))) return e;
       scaled.row_scale = row_scale;
-      return fixed_gemm(scaled, nullptr, stream);
+      e = fixed_gemm(scaled, nullptr, stream);
+      if (e != cudaErrorNotSupported) return e;
     }
   }
   const FixedActivations x = fixed_of(args, plan);
