@@ -2,7 +2,7 @@
 // (prepare.cu).
 #pragma once
 
-#include "grouped_sm90.cuh"
+#include "exact_sm90.cuh"
 #include "made_sm90.cuh"
 
 namespace qpass {
@@ -67,7 +67,7 @@ cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActiv
   if (!x) {
     cudaError_t e = few_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
     if (e == cudaErrorNotSupported) e = made_by_tokens<Out, kInt4, kGroup, kZeros>(p, g, device, stream);
-    if (e == cudaErrorNotSupported) e = grouped_by_tokens<Out, kInt4, kGroup, kZeros>(g, device, stream);
+    if (e == cudaErrorNotSupported) e = exact_by_tokens<Out, kInt4, kGroup, kZeros>(g, device, stream);
     return e;
   }
   auto with = [&](auto tokens, auto wide) {

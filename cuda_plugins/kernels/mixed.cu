@@ -24,12 +24,12 @@ int rows_together(int64_t n, int64_t stride, int unit) {
   return within_rows ? int(rows) : 0;
 }
 
-bool fits_grouped(const MixedGemm& g) {
+bool fits_exact(const MixedGemm& g) {
   auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   if (g.m <= 16 || g.m > kSplitKTokens || g.x_scale || !aligned(g.x)) return false;
   if (!g.group_size) return true;
   auto copied = [&](const void* p, int bytes) {
-    return aligned(p) && rows_together(g.n, g.k / g.group_size * bytes, grouped_stage(g.int4) / g.group_size * bytes);
+    return aligned(p) && rows_together(g.n, g.k / g.group_size * bytes, exact_stage(g.int4) / g.group_size * bytes);
   };
   return copied(g.scale, 4) && (!g.zero || copied(g.zero, 1));
 }

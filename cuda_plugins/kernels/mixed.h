@@ -31,6 +31,13 @@ bool is_small(const MixedGemm& g, int multiprocessors);
 cudaError_t mixed_gemm(const MixedGemm& g, cudaStream_t stream);
 size_t mixed_workspace(int64_t m, int64_t n);  // an upper bound for every m up to this one
 
+// Whether the product that makes floats of integers as they are, beside 17 to 64 tokens (exact_sm90.cuh), can do it. It copies what each
+// channel has of scales and zero points as it copies weights, from multiples of 16 bytes on.
+bool fits_exact(const MixedGemm& g);
+constexpr int exact_stage(bool int4) { return int4 ? 256 : 128; }  // values of K that it has at a time
+// Of n channels with `stride` bytes each, of which `unit` go with a stage: how many neighbours are copied as one row, 0 where none can be.
+int rows_together(int64_t n, int64_t stride, int unit);
+
 // 16-bit activations as Fixed (fixed.cuh). Beside int4 weights the eight values that four bytes of a weight meet come in the order 0, 2,
 // 4, 6, 1, 3, 5, 7, and scales are a sixteenth. With `by_lanes`, the two halves of eight lie where a lane's are in a product of 32,
 // and sums are floats.
@@ -43,13 +50,6 @@ struct FixedActivations {
   int span;      // 32, 64 or 128
   bool by_lanes;
 };
-
-// Whether the product that makes floats of integers beside 17 to 64 tokens (grouped_sm90.cuh) can do it, a stage of so many values of K at
-// a time: it copies what each channel has of scales and zero points as it copies weights, from multiples of 16 bytes on.
-constexpr int grouped_stage(bool int4) { return int4 ? 256 : 128; }
-bool fits_grouped(const MixedGemm& g);
-// Of n channels with `stride` bytes each, of which `unit` go with a stage: how many neighbours are copied as one row, 0 where none can be.
-int rows_together(int64_t n, int64_t stride, int unit);
 
 // The same of few tokens, which x is. Where it is null, they are made of g.x, times x_scale where there is one, on the way:
 // cudaErrorNotSupported where that would be slower, or there is no room. Of more than 16 tokens there may be a row_scale.

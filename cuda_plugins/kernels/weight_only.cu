@@ -204,24 +204,23 @@ cudaError_t mixed(const qpass_weight_only_matmul_args& args, const Plan& plan, c
   return mixed_gemm(g, stream);
 }
 
+// By the product that takes tokens as they are, times pre_quant_scale: cudaErrorNotSupported where it cannot do it, or is slower.
+cudaError_t scaled_ahead(const qpass_weight_only_matmul_args& args, const Plan& plan, MixedGemm g, cudaStream_t stream) {
+  char* workspace = static_cast<char*>(args.workspace);
+  g.x = workspace + plan.x, g.x_scale = nullptr;
+  if (!fits_exact(g)) return cudaErrorNotSupported;
+  float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
+  g.row_scale = row_scale;
+  if (cudaError_t e = prepare_activations(args, workspace + plan.x, args.k, row_scale, stream)) return e;
+  return fixed_gemm(g, nullptr, stream);
+}
+
 cudaError_t split_k(const qpass_weight_only_matmul_args& args, const Plan& plan, cudaStream_t stream) {
   MixedGemm g = mixed_of(args);
   g.workspace = static_cast<char*>(args.workspace) + plan.partial;
   g.x_scale = args.pre_quant_scale;
-  cudaError_t e = fixed_gemm(g, nullptr, stream);
+  cudaError_t e = plan.scales_ahead ? scaled_ahead(args, plan, g, stream) : fixed_gemm(g, nullptr, stream);
   if (e != cudaErrorNotSupported) return e;
-  if (plan.scales_ahead) {
-    char* workspace = static_cast<char*>(args.workspace);
-    MixedGemm scaled = g;
-    scaled.x = workspace + plan.x, scaled.x_scale = nullptr;
-    if (fits_grouped(scaled)) {
-      float* row_scale = plan.divides ? reinterpret_cast<float*>(workspace + plan.row_scale) : nullptr;
-      if ((e = prepare_activations(args, workspace + plan.x, args.k, row_scale, stream))) return e;
-      scaled.row_scale = row_scale;
-      e = fixed_gemm(scaled, nullptr, stream);
-      if (e != cudaErrorNotSupported) return e;
-    }
-  }
   const FixedActivations x = fixed_of(args, plan);
   e = prepare_fixed(args, x, stream);
   return e ? e : fixed_gemm(g, &x, stream);

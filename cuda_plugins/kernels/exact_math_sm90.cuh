@@ -1,4 +1,4 @@
-// What grouped_sm90.cuh multiplies: operands of 16-bit floats made of integer weights, which these hold exactly, and tokens in the places
+// What exact_sm90.cuh multiplies: operands of 16-bit floats made of integer weights, which these hold exactly, and tokens in the places
 // that they are left in.
 //
 // Of a unit of 32 values of K a lane has eight neighbours, as pairs of one and the fourth on: nibbles i and i + 4 lie in a word as a pair
@@ -29,7 +29,7 @@ struct Less {
   bool far = false;  // the same in all lanes of a warp
 };
 
-// Of an int8, of which bfloat16 has too few bits for more than the zero point.
+// Of an int8. Bfloat16 has no bit left for its sign, which is counted apart (pairs_of): there it is the zero point alone.
 template <typename T, bool kZeros>
 struct Less<T, false, kZeros> {
   static constexpr float kPlain = std::is_same_v<T, half> ? 1024 + 128 : 0;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void read_words(uint32_t (&words)[2][S::kWords], cons
 
 // The operands of the two products of a unit.
 template <typename S, typename T>
-__device__ __forceinline__ void grouped_operands(uint32_t (&a)[2][4], const uint32_t (&words)[2][S::kWords],
+__device__ __forceinline__ void exact_operands(uint32_t (&a)[2][4], const uint32_t (&words)[2][S::kWords],
     const Masks<T, S::kInt4>& masks, const Less<T, S::kInt4, S::kZeros> (&less)[2]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {

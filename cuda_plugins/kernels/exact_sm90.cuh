@@ -6,13 +6,13 @@
 // would wait behind all that was asked for of those, and so would whatever reads shared memory after them.
 #pragma once
 
-#include "grouped_math_sm90.cuh"
+#include "exact_math_sm90.cuh"
 #include "rows_sm90.cuh"
 #include "sums_sm90.cuh"
 
 namespace qpass {
 
-struct GroupedProduct : Streams {
+struct ExactProduct : Streams {
   Finish finish;
   const void* x;                  // [m, k] of Out
   RowsMap scale_rows, zero_rows;  // of groups
@@ -22,11 +22,11 @@ struct GroupedProduct : Streams {
 
 // kGroup: values of K that share a scale, or 0: all of a channel's do, and finish has it.
 template <typename Out, bool kInt4_, int kGroup_, bool kZeros_, int kTokens>
-struct GroupedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
+struct ExactShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
   using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0, kZeros = kZeros_, kStays = false;
   static constexpr int kGroup = kGroup_, kMakers = 128, kCopier = Sums::kConsumers + kMakers, kThreads = kCopier + 128;
-  static constexpr int kRowBytes = 128, kStageK = grouped_stage(kInt4);
+  static constexpr int kRowBytes = 128, kStageK = exact_stage(kInt4);
   static constexpr int kUnits = kStageK / 32;  // of 32 values, of which a lane has eight
   static constexpr int kWords = kInt4 ? 1 : 2;  // that these are
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kMostStages = 4;
@@ -41,10 +41,10 @@ struct GroupedShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
 
 // A lane's two channels' scales and zero points, group after group.
 template <typename S>
-class GroupedScales {
+class ExactScales {
  public:
   using T = typename S::Out;
-  __device__ __forceinline__ GroupedScales(const GroupedProduct& p, int n0, int line)
+  __device__ __forceinline__ ExactScales(const ExactProduct& p, int n0, int line)
       : p_(p), scales_(p.scale_rows, line), zeros_(p.zero_rows, line) {
     if constexpr (!S::kGrouped && S::kZeros) {
 #pragma unroll
@@ -69,13 +69,13 @@ class GroupedScales {
   Less<T, S::kInt4, S::kZeros> less[2];
 
  private:
-  const GroupedProduct& p_;
+  const ExactProduct& p_;
   const typename S::Scales scales_;
   const typename S::Zeros zeros_;
 };
 
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads, 1) grouped_product(const __grid_constant__ GroupedProduct p) {
+__global__ void __launch_bounds__(S::kThreads, 1) exact_product(const __grid_constant__ ExactProduct p) {
   using T = typename S::Out;
   extern __shared__ __align__(128) char start[];
   let_next_kernel_start();
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) grouped_product(const __grid_c
   const int line = line_of<S>(own.warp, 0), count = own.share.count;
   prefetch_finish(p.finish, p, tile);
   const Masks<T, S::kInt4> masks;
-  GroupedScales<S> scales(p, tile.n0, line);
+  ExactScales<S> scales(p, tile.n0, line);
   float sums[S::kSums] = {}, part[S::kSums], scale[2];  // of a group, and what it is multiplied by
   uint32_t a[2][2][4], words[2][S::kWords];
   Turn<S> turn;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) grouped_product(const __grid_c
   auto read = [&](int unit) { read_words<S>(words, ring.weights(turn.slot) + line * S::kRowBytes, unit); };
   auto make = [&](int unit) {
     if (unit % S::kUnitsOfGroup == 0) scales.go_to(ring.side(turn.slot), stage, unit / S::kUnitsOfGroup);
-    grouped_operands<S, T>(a[unit % 2], words, masks, scales.less);
+    exact_operands<S, T>(a[unit % 2], words, masks, scales.less);
   };
   auto begin = [&] {  // a stage
     wait(&ring.full[turn.slot], turn.parity);
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) grouped_product(const __grid_c
 }
 
 template <typename S>
-cudaError_t launch_grouped(GroupedProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
+cudaError_t launch_exact(ExactProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
   static OncePerDevice allowed;
   if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, kBoxBytes)) return e;
   if constexpr (S::kGrouped) {
@@ -189,21 +189,21 @@ cudaError_t launch_grouped(GroupedProduct p, const MixedGemm& g, const Device& d
   // less.
   constexpr bool kAlways = S::kZeros || S::kGroups > S::kStageK / 128 || (S::kInt4 && S::kTokens > 32);
   constexpr int kMostStages = kAlways ? 1 << 20 : S::kInt4 ? 16 : 48;
-  return launch_streaming<S>(grouped_product<S>, p, g.weight, S::kInt4 ? g.k / 2 : g.k, nullptr, 0, device, allowed, stream,
-      [](const GroupedProduct& p) { return p.stages_a_split <= kMostStages; });
+  return launch_streaming<S>(exact_product<S>, p, g.weight, S::kInt4 ? g.k / 2 : g.k, nullptr, 0, device, allowed, stream,
+      [](const ExactProduct& p) { return p.stages_a_split <= kMostStages; });
 }
 
 // cudaErrorNotSupported where it cannot be done, and where integers should be made of the tokens, which is faster.
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
-cudaError_t grouped_by_tokens(const MixedGemm& g, const Device& device, cudaStream_t stream) {
-  if (!fits_grouped(g)) return cudaErrorNotSupported;
-  GroupedProduct p{};
+cudaError_t exact_by_tokens(const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  if (!fits_exact(g)) return cudaErrorNotSupported;
+  ExactProduct p{};
   p.m = int(g.m), p.n = int(g.n), p.k = int(g.k), p.x = g.x, p.zero = g.zero;
   p.groups = kGroup ? int(g.k / kGroup) : 0;
   p.follows = true;
   p.finish = {g.row_scale, kGroup ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
-  if (g.m <= 32) return launch_grouped<GroupedShape<Out, kInt4, kGroup, kZeros, 32>>(p, g, device, stream);
-  return launch_grouped<GroupedShape<Out, kInt4, kGroup, kZeros, 64>>(p, g, device, stream);
+  if (g.m <= 32) return launch_exact<ExactShape<Out, kInt4, kGroup, kZeros, 32>>(p, g, device, stream);
+  return launch_exact<ExactShape<Out, kInt4, kGroup, kZeros, 64>>(p, g, device, stream);
 }
 
 }  // namespace qpass
