@@ -15,18 +15,21 @@ namespace qpass {
 template <typename T, bool kInt4, bool kZeros>
 struct Less {
   static constexpr bool kHalf = std::is_same_v<T, half>;
-  static constexpr int kPower = kHalf ? 1024 : 128, kMost = kHalf ? 127 : 256 - (128 + 8);
+  static constexpr int kPower = kHalf ? 1024 : 128;
   __device__ __forceinline__ void set(int zero) {
     if constexpr (kZeros) {
-      const float less = float(min(zero, kMost)), more = float(max(zero - kMost, 0));  // bfloat16 does not hold the sum of more
-      one = PairOf<T>::make(kPower + 8 + less, kPower + 8 + less), rest = PairOf<T>::make(more, more);
-      if (kHalf) sixteenth = PairOf<T>::make(-(kPower / 16 + 8 + less), -(kPower / 16 + 8 + less));
-      far = !kHalf && __any_sync(~0u, zero > kMost);
+      // bfloat16 does not hold 128 + 8 and a large zero point: there the integer is counted down from -128 instead
+      const bool down = !kHalf && zero > 0;
+      const float less = down ? float(zero - (kPower + 7)) : float(zero + kPower + 8);
+      one = PairOf<T>::make(less, less);
+      if (!kHalf) flips = down ? 0xc307c307u : kFlips;
+      if (kHalf) sixteenth = PairOf<T>::make(-(kPower / 16 + 8.f + zero), -(kPower / 16 + 8.f + zero));
     }
   }
-  Pair<T> one = PairOf<T>::make(kPower + 8.f, kPower + 8.f), rest;
+  static constexpr uint32_t kFlips = kHalf ? 0x64086408u : 0x43084308u;  // the power and the sign
+  uint32_t flips = kFlips;
+  Pair<T> one = PairOf<T>::make(kPower + 8.f, kPower + 8.f);
   Pair<T> sixteenth = PairOf<T>::make(-(kPower / 16 + 8.f), -(kPower / 16 + 8.f));  // to be added where nibbles are sixteen times as much
-  bool far = false;  // the same in all lanes of a warp
 };
 
 // Of an int8. Bfloat16 has no bit left for its sign, which is counted apart (pairs_of): there it is the zero point alone.
@@ -59,12 +62,11 @@ __device__ __forceinline__ void pairs_of(Pair<T> (&to)[2], const uint32_t (&word
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      to[i] = __hsub2(same_bits<Pair<T>>(masked_and_flipped<0x43084308u>(words[0] >> (second * 2 + i) * 4, masks.first)), less.one);
+      const uint32_t shifted = words[0] >> (second * 2 + i) * 4;
+      const uint32_t power = kZeros ? masked_and_flipped(shifted, masks.first, less.flips)
+                                    : masked_and_flipped<0x43084308u>(shifted, masks.first);
+      to[i] = __hsub2(same_bits<Pair<T>>(power), less.one);
     }
-  }
-  if (kZeros && less.far) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) to[i] = __hsub2(to[i], less.rest);
   }
 }
 

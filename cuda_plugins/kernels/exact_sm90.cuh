@@ -20,10 +20,10 @@ struct ExactProduct : Streams {
   int groups;                     // of a channel
 };
 
-// kGroup: values of K that share a scale, or 0: all of a channel's do, and finish has it.
-template <typename Out, bool kInt4_, int kGroup_, bool kZeros_, int kTokens>
-struct ExactShape : SumsOf<Out, float, 4, 1, kTokens, 1> {
-  using Sums = SumsOf<Out, float, 4, 1, kTokens, 1>;
+// kGroup: values of K that share a scale, or 0: all of a channel's do, and finish has it. kWide: warpgroups that multiply.
+template <typename Out, bool kInt4_, int kGroup_, bool kZeros_, int kTokens, int kWide>
+struct ExactShape : SumsOf<Out, float, kWide, 1, kTokens, 1> {
+  using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1>;
   static constexpr bool kInt4 = kInt4_, kGrouped = kGroup_ > 0, kZeros = kZeros_, kStays = false;
   static constexpr int kGroup = kGroup_, kMakers = 128, kCopier = Sums::kConsumers + kMakers, kThreads = kCopier + 128;
   static constexpr int kRowBytes = 128, kStageK = exact_stage(kInt4);
@@ -177,7 +177,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) exact_product(const __grid_con
 
 template <typename S>
 cudaError_t launch_exact(ExactProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
-  static OncePerDevice allowed;
   if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, kBoxBytes)) return e;
   if constexpr (S::kGrouped) {
     if (cudaError_t e = S::Scales::map(&p.scale_rows, g.scale, g.n, p.groups * 4)) return e;
@@ -189,7 +188,7 @@ cudaError_t launch_exact(ExactProduct p, const MixedGemm& g, const Device& devic
   // less.
   constexpr bool kAlways = S::kZeros || S::kGroups > S::kStageK / 128 || (S::kInt4 && S::kTokens > 32);
   constexpr int kMostStages = kAlways ? 1 << 20 : S::kInt4 ? 16 : 48;
-  return launch_streaming<S>(exact_product<S>, p, g.weight, S::kInt4 ? g.k / 2 : g.k, nullptr, 0, device, allowed, stream,
+  return launch_streaming<S>(exact_product<S>, p, g.weight, S::kInt4 ? g.k / 2 : g.k, nullptr, 0, device, stream,
       [](const ExactProduct& p) { return p.stages_a_split <= kMostStages; });
 }
 
@@ -202,8 +201,15 @@ cudaError_t exact_by_tokens(const MixedGemm& g, const Device& device, cudaStream
   p.groups = kGroup ? int(g.k / kGroup) : 0;
   p.follows = true;
   p.finish = {g.row_scale, kGroup ? nullptr : g.scale, g.bias, g.y, true, true, g.workspace};
-  if (g.m <= 32) return launch_exact<ExactShape<Out, kInt4, kGroup, kZeros, 32>>(p, g, device, stream);
-  return launch_exact<ExactShape<Out, kInt4, kGroup, kZeros, 64>>(p, g, device, stream);
+  // of more tokens a stage takes as long with fewer channels
+  if (g.m > 32) return launch_exact<ExactShape<Out, kInt4, kGroup, kZeros, 64, 4>>(p, g, device, stream);
+  auto share = [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return share_of<S>(exact_product<S>, p, device, [&](const Streams& p) { return one_wave(p, 0, device); });
+  };
+  auto run = [&](auto tag) { return launch_exact<typename decltype(tag)::type>(p, g, device, stream); };
+  return run_by_share(
+      share, run, Tag<ExactShape<Out, kInt4, kGroup, kZeros, 32, 4>>(), Tag<ExactShape<Out, kInt4, kGroup, kZeros, 32, 3>>());
 }
 
 }  // namespace qpass

@@ -7,7 +7,7 @@
 
 namespace qpass {
 
-// kWide of the four warpgroups are a team.
+// kWide of the warpgroups are a team: these are four, or three.
 template <typename Out, bool kInt4, int kGroup, bool kZeros, int kTokens, int kWide>
 struct FewShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, kZeros, kTokens> {
   using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
@@ -126,36 +126,37 @@ __global__ void __launch_bounds__(S::kThreads, 1) few_product(const __grid_const
   leave(p.finish, p, own, tile, [&](int, int j, int c) { return sums[j * 4 + c]; });
 }
 
-// Launches it if there is room for the tokens, and at least `least` multiprocessors have a block to do, none more than one: else
-// cudaErrorNotSupported.
-template <typename S>
-cudaError_t few_if(int64_t least, const FixedProduct& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
-  static OncePerDevice allowed;
-  const int64_t row = S::kInt4 ? g.k / 2 : g.k;
-  return launch_streaming<S>(few_product<S>, p, g.weight, row, nullptr, 0, device, allowed, stream, [&](const FixedProduct& p) {
-    return p.stages_a_split * S::kBlocks <= S::kMostBlocks && one_wave(p, least, device);
-  });
-}
-
 // cudaErrorNotSupported where a kernel ahead should make the integers: more tokens take longer to make than to copy.
 template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t few_by_tokens(FixedProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
   if (g.m > 16) return cudaErrorNotSupported;
   p.x = g.x, p.x_scale = g.x_scale;
-  cudaError_t e = cudaErrorNotSupported;
-  auto with = [&](auto tokens, auto wide, int64_t least) {
-    if (e == cudaErrorNotSupported) e = few_if<FewShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>>(least, p, g, device, stream);
+  // if there is room for the tokens, and at least so many multiprocessors have a block to do, none more than one
+  auto good = [&](auto tag, int64_t least) {
+    using S = typename decltype(tag)::type;
+    return [&device, least](const Streams& p) { return p.stages_a_split * S::kBlocks <= S::kMostBlocks && one_wave(p, least, device); };
   };
-  using std::integral_constant;
+  auto share = [&](auto tag, int64_t least) {
+    using S = typename decltype(tag)::type;
+    return share_of<S>(few_product<S>, p, device, good(tag, least), kAdding);
+  };
+  auto run = [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return launch_streaming<S>(few_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, nullptr, 0, device, stream, good(tag, 0));
+  };
   const int64_t most = most_of(device);
-  if (g.m <= 8) {
-    with(integral_constant<int, 8>(), integral_constant<int, 2>(), most);
-    with(integral_constant<int, 8>(), integral_constant<int, 1>(), most);
-    with(integral_constant<int, 8>(), integral_constant<int, 4>(), 0);
-  } else {
-    with(integral_constant<int, 16>(), integral_constant<int, 1>(), most);
+  if (g.m > 8) {
+    const Tag<FewShape<Out, kInt4, kGroup, kZeros, 16, 1>> one;
+    return share(one, most) < kNoShare ? run(one) : cudaErrorNotSupported;
   }
-  return e;
+  const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 1>> one;
+  const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 2>> two;
+  const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 3>> three;
+  const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 4>> four;
+  auto any = [&](auto tag) { return share(tag, 0); };
+  if (share(two, most) < kNoShare) return run_by_share(any, run, two, three);
+  if (share(one, most) < kNoShare) return run_by_share(any, run, one, three);
+  return run_by_share(any, run, four, three);
 }
 
 }  // namespace qpass

@@ -22,6 +22,8 @@ struct FixedProduct : Streams {
   int scales;
 };
 
+constexpr int64_t kAdding = 600;  // up to 16 tokens' splits: see share_of
+
 // kGroup: values of K that share a scale, or 0: all of a channel's do. kZeros: whether there are zero points.
 template <bool kInt4_, int kGroup_, bool kZeros_, int kTokens>
 struct FixedOf {

@@ -7,13 +7,13 @@
 
 namespace qpass {
 
-// kWide of the four warpgroups are a team.
+// kWide of the warpgroups are a team: these are four, or three.
 template <typename Out, bool kInt4, int kGroup, bool kZeros, int kTokens, int kWide>
 struct FixedShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, kZeros, kTokens> {
   using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
   using Of = FixedOf<kInt4, kGroup, kZeros, kTokens>;
   static constexpr int kThreads = Sums::kConsumers + 128, kBoxes = Of::kBlocks;
-  static constexpr int kMostStages = kWide == 4 ? 4 : 6;
+  static constexpr int kMostStages = kWide == 2 ? 6 : 4;
   // More would be a queue of microseconds in front of what the kernel that adds up splits, and then the one that makes tokens, read.
   // Of 32 tokens, and of 64 with zero points, a full ring was faster (benchmarks/results/products_profile_h100.json).
   static constexpr int kStagesAhead = kTokens <= 16 || (kTokens == 64 && !kZeros) ? 2 : kMostStages;
@@ -70,26 +70,27 @@ cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActiv
     if (e == cudaErrorNotSupported) e = exact_by_tokens<Out, kInt4, kGroup, kZeros>(g, device, stream);
     return e;
   }
-  auto with = [&](auto tokens, auto wide) {
-    using S = FixedShape<Out, kInt4, kGroup, kZeros, tokens(), wide()>;
-    static OncePerDevice allowed;
+  auto good = [&](const Streams& p) { return one_wave(p, most_of(device), device); };
+  auto share = [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return share_of<S>(fixed_product<S>, p, device, good, kAdding);
+  };
+  auto run = [&](auto tag) {
+    using S = typename decltype(tag)::type;
     const int64_t blocks = x->padded / kBlockK, row = x->side * 4, spans = S::kBlocks * S::kSpans;
     if (cudaError_t e = map_matrix(&p.act_scale, x->scale, blocks, row, row, S::kBlocks, S::kSideRow, false)) return e;
     if (cudaError_t e = map_matrix(&p.act_sum, x->sum, blocks * S::kSpans, row, row, int(spans), S::kSideRow, false)) return e;
-    const auto good = [&](const FixedProduct& p) { return S::kTeams == 1 || one_wave(p, most_of(device), device); };
-    return launch_streaming<S>(
-        fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x->high, x->padded, device, allowed, stream, good);
+    return launch_streaming<S>(fixed_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, x->high, x->padded, device, stream);
   };
-  using std::integral_constant;
-  const integral_constant<int, 4> four;
-  if (g.m <= 8) return with(integral_constant<int, 8>(), four);
+  if (g.m <= 8) return run(Tag<FixedShape<Out, kInt4, kGroup, kZeros, 8, 4>>());
   if (g.m <= 16) {
-    // whose splits are a cluster that adds them up, where the GPU has room for all of them
-    const cudaError_t e = with(integral_constant<int, 16>(), integral_constant<int, 2>());
-    return e == cudaErrorNotSupported ? with(integral_constant<int, 16>(), four) : e;
+    const Tag<FixedShape<Out, kInt4, kGroup, kZeros, 16, 2>> two;  // whose splits are a cluster that adds them up
+    const Tag<FixedShape<Out, kInt4, kGroup, kZeros, 16, 3>> three;
+    const Tag<FixedShape<Out, kInt4, kGroup, kZeros, 16, 4>> four;
+    return share(two) < kNoShare ? run_by_share(share, run, two, three) : run_by_share(share, run, four, three);
   }
-  if (g.m <= 32) return with(integral_constant<int, 32>(), four);
-  return with(integral_constant<int, 64>(), four);
+  if (g.m <= 32) return run(Tag<FixedShape<Out, kInt4, kGroup, kZeros, 32, 4>>());
+  return run(Tag<FixedShape<Out, kInt4, kGroup, kZeros, 64, 4>>());
 }
 
 template <typename Out, bool kInt4>

@@ -68,20 +68,22 @@ qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
   auto at_once = [&](int64_t m, int64_t n) { return tiles(m, n) <= device.multiprocessors; };
   // Hopper's smallest tiles are faster from the second tile of tokens on, and beside small weights from the first token on
   if (!(mask & bit(QPASS_SM90_64X64) && g.k <= 2048 && at_once(64, 64))) {
-    const bool tiled = mask & bit(QPASS_SM90_64X128);
-    if (mask & bit(QPASS_SM90_SPLIT_K) && g.m <= (tiled ? 16 : 32)) return QPASS_SM90_SPLIT_K;
-    const int64_t few = tiled ? 16 : skinny_tokens(g.n, g.k, kHeadStartInt8, kSkinnyTokens);
+    if (mask & bit(QPASS_SM90_SPLIT_K) && g.m <= 32) return QPASS_SM90_SPLIT_K;
+    const int64_t few = mask & bit(QPASS_SM90_64X128) ? 16 : skinny_tokens(g.n, g.k, kHeadStartInt8, kSkinnyTokens);
     if (g.in == QPASS_INT8 && g.m <= few) return QPASS_SKINNY;
   }
   auto first = [&] {
     // small ones as long as each has a multiprocessor to itself, or where larger ones would be filled by half
     if (mask & bit(QPASS_SM90_64X64) && (g.m <= 64 || at_once(64, 64))) return QPASS_SM90_64X64;
     if (mask & bit(QPASS_SM90_64X128) && (g.m <= 128 || at_once(64, 128))) return QPASS_SM90_64X128;
-    // the largest does the most with what it reads, unless there are so few that two fifths of the GPU or more are idle, or where
-    // it would wait for the results of a tile more than for what little of K the next has
+    // the largest does the most with what it reads, unless there are so few that two fifths of the GPU or more are idle, or its last
+    // round is so little filled that all rounds of half as large ones take less, or where it would wait for the results of a tile more
+    // than for what little of K the next has
     const bool idle = tiles(128, 256) * 5 <= 3 * device.multiprocessors;
+    auto rounds = [&](int64_t m, int64_t n) { return ceil_div(tiles(m, n), int64_t(device.multiprocessors)); };
+    const bool less = rounds(128, 128) * 13 < rounds(128, 256) * 25;
     const bool waits = g.k <= 2048 && !at_once(128, 256);
-    return idle || waits ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
+    return idle || less || waits ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
   };
   for (qpass_variant variant : {first(), QPASS_SM90_128X256, QPASS_SM80_128X128}) {
     if (mask & bit(variant)) return variant;

@@ -58,6 +58,11 @@ __device__ __forceinline__ uint32_t masked_and_flipped(uint32_t x, uint32_t mask
   asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(found) : "r"(x), "r"(mask), "n"(kFlipped));
   return found;
 }
+__device__ __forceinline__ uint32_t masked_and_flipped(uint32_t x, uint32_t mask, uint32_t flipped) {
+  uint32_t found;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(found) : "r"(x), "r"(mask), "r"(flipped));
+  return found;
+}
 
 // A barrier's phase ends when so many have arrived and all bytes that were announced are there. The first has parity 0.
 using Barrier = uint64_t;

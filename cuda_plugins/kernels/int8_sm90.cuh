@@ -12,9 +12,9 @@ struct Int8Product : Streams {
   int at_once;  // blocks that the GPU runs
 };
 
-template <typename Out, int kTokens>
-struct Int8Shape : SumsOf<Out, int32_t, 2, 2, kTokens, 1> {
-  using Sums = SumsOf<Out, int32_t, 2, 2, kTokens, 1>;
+template <typename Out, int kTokens, int kWarpgroups, int kTiles>
+struct Int8Shape : SumsOf<Out, int32_t, kWarpgroups, kTiles, kTokens, 1> {
+  using Sums = SumsOf<Out, int32_t, kWarpgroups, kTiles, kTokens, 1>;
   static constexpr int kThreads = Sums::kConsumers + 64;
   static constexpr int kStageK = 128, kRowBytes = 128, kBoxes = 1, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = false;
@@ -107,10 +107,16 @@ cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream) 
   p.follows = g.follows;
   p.at_once = device.multiprocessors;
   p.finish = {g.row_scale, g.col_scale, g.bias, g.d, g.per_row, g.per_column, g.workspace};
+  auto share = [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return share_of<S>(int8_product<S>, p, device, [&](const Streams& p) { return one_wave(p, 0, device); });
+  };
+  auto run = [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    return launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, stream);
+  };
   auto with = [&](auto tokens) {
-    using S = Int8Shape<Out, tokens()>;
-    static OncePerDevice allowed;
-    return launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, allowed, stream);
+    return run_by_share(share, run, Tag<Int8Shape<Out, tokens(), 2, 2>>(), Tag<Int8Shape<Out, tokens(), 3, 1>>());
   };
   if (g.m <= 16) return with(std::integral_constant<int, 16>());
   if (g.m <= 32) return with(std::integral_constant<int, 32>());

@@ -8,7 +8,7 @@
 
 namespace qpass {
 
-// kWide of the four warpgroups that multiply are a team. Two more make integers, and one copies.
+// kWide of the warpgroups that multiply are a team: these are four, or three. Two more make integers, and one copies.
 template <typename Out, bool kInt4, int kGroup, int kTokens, int kWide>
 struct MadeShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<kInt4, kGroup, false, kTokens> {
   using Sums = SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>;
@@ -17,7 +17,7 @@ struct MadeShape : SumsOf<Out, float, kWide, 1, kTokens, 1, 4 / kWide>, FixedOf<
   static constexpr int kSets = 2, kMakers = 128;  // a set makes every other stage
   static constexpr int kCopier = Sums::kConsumers + kSets * kMakers, kThreads = kCopier + 128;
   // A block's values take as many bytes as their integers: the latter take their place.
-  static constexpr int kBoxes = Of::kBlocks, kSideBytes = 0, kMostStages = kWide == 4 ? 4 : 6;
+  static constexpr int kBoxes = Of::kBlocks, kSideBytes = 0, kMostStages = kWide == 2 ? 6 : 4;
   static constexpr int kStagesAhead = 1;  // whose weights do not wait for the tokens: more would delay these
   using Scales = GroupStream<2, Sums::kConsumers, std::min(5, fours_of(Of::kGroups, kMostStages / Sums::kTeams)), false>;
   // The integers' scales are never written twice, so that nobody needs to tell that they were read.
@@ -168,21 +168,26 @@ cudaError_t made_by_tokens(FixedProduct p, const MixedGemm& g, const Device& dev
     return cudaErrorNotSupported;
   } else {
     if (g.m > 16 || g.x_scale || g.k % kFixedV || reinterpret_cast<uintptr_t>(g.x) % 16) return cudaErrorNotSupported;
-    auto with = [&](auto tokens, auto wide, int most_stages) {
-      using S = MadeShape<Out, kInt4, kGroup, tokens(), wide()>;
-      static OncePerDevice allowed;
-      p.x = g.x;
-      if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, kBoxBytes)) return e;
-      const auto good = [&](const FixedProduct& p) {
-        return one_wave(p, most_of(device), device) && p.stages_a_split <= std::min(most_stages, S::kStagesMade);
-      };
-      return launch_streaming<S>(
-          made_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, nullptr, 0, device, allowed, stream, good);
+    p.x = g.x;
+    auto good = [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      const int most = S::kTokens == 16 ? std::min(kMostStages, S::kStagesMade) : S::kStagesMade;
+      return [&device, most](const Streams& p) { return one_wave(p, most_of(device), device) && p.stages_a_split <= most; };
     };
-    using std::integral_constant;
-    if (g.m <= 8) return with(integral_constant<int, 8>(), integral_constant<int, 4>(), 1 << 20);
-    const cudaError_t e = with(integral_constant<int, 16>(), integral_constant<int, 2>(), kMostStages);
-    return e == cudaErrorNotSupported ? with(integral_constant<int, 16>(), integral_constant<int, 4>(), kMostStages) : e;
+    auto share = [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      return share_of<S>(made_product<S>, p, device, good(tag), kAdding);
+    };
+    auto run = [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      if (cudaError_t e = map_matrix(&p.tokens, g.x, g.m, g.k * 2, g.k * 2, S::kTokens, kBoxBytes)) return e;
+      return launch_streaming<S>(made_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, nullptr, 0, device, stream, good(tag));
+    };
+    if (g.m <= 8) return run(Tag<MadeShape<Out, kInt4, kGroup, 8, 4>>());
+    const Tag<MadeShape<Out, kInt4, kGroup, 16, 2>> two;
+    const Tag<MadeShape<Out, kInt4, kGroup, 16, 3>> three;
+    const Tag<MadeShape<Out, kInt4, kGroup, 16, 4>> four;
+    return share(two) < kNoShare ? run_by_share(share, run, two, three) : run_by_share(share, run, four, three);
   }
 }
 

@@ -242,8 +242,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
 
 template <typename S>
 cudaError_t launch_mixed(const Mixed& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
-  static OncePerDevice allowed;
-  return launch_streaming<S>(mixed<S>, p, g.weight, g.int4 ? g.k / 2 : g.k, g.x, g.k * 2, device, allowed, stream);
+  return launch_streaming<S>(mixed<S>, p, g.weight, g.int4 ? g.k / 2 : g.k, g.x, g.k * 2, device, stream);
 }
 
 template <typename T, bool kInt4, int kGroup>

@@ -6,6 +6,8 @@ namespace qpass {
 namespace {
 
 constexpr int kThreads = 256, kThreadsOfRow = 1024;
+// Of a block for which there is room beside one of a product on streams, which leaves 4096 registers: so that this begins meanwhile.
+constexpr int kThreadsBeside = 128;
 
 // The largest value of all threads of a block.
 __device__ __forceinline__ float largest_of_block(float value) {
@@ -184,7 +186,9 @@ cudaError_t prepare_fixed(const qpass_weight_only_matmul_args& args, const Fixed
   if (cudaError_t e = current_device(&device)) return e;
   auto with = [&](auto type, auto int4, auto aligned) {
     using T = typename decltype(type)::type;
-    const int64_t threads = std::min<int64_t>(ceil_div(to.padded, kBlockK * 2) * 32, kThreads);  // two blocks a warp
+    const int64_t of_row = ceil_div(to.padded, kBlockK * 2) * 32;  // two blocks a warp
+    const bool beside = args.m * ceil_div(of_row, kThreadsBeside) <= device.multiprocessors;
+    const int64_t threads = std::min<int64_t>(of_row, beside ? kThreadsBeside : kThreads);
     const int64_t blocks = ceil_div(to.padded, threads * 8);
     const Grid grid{dim3(unsigned(args.m * blocks)), dim3(unsigned(threads))};
     return launch(grid, device, stream, prepare_as_fixed<T, decltype(int4)::value, decltype(aligned)::value>,

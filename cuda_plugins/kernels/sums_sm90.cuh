@@ -232,7 +232,7 @@ int64_t clusters_at_once(void (*kernel)(Parameters), const Grid& grid, const Dev
 
 // Divides a product into tiles, and their K where they are few.
 template <typename S, typename Parameters>
-Grid divide(void (*kernel)(Parameters), Parameters& p, const Device& device) {
+Grid divide(void (*kernel)(Parameters), Streams& p, const Device& device) {
   const int64_t tiles = Tile<S>::count(p.m, p.n), stages = ceil_div(p.k, S::kStageK);
   p.tiles = int(tiles);
   const int64_t stay = device.multiprocessors / S::kCluster * S::kCluster;
@@ -268,13 +268,37 @@ inline bool one_wave(const Streams& p, int64_t least, const Device& device) {
   return least <= blocks && blocks <= device.multiprocessors;
 }
 
+// Leave for a shape's shared memory, which a kernel needs before it is launched, and before it is asked how many of it there can be.
+template <typename S, typename Parameters>
+cudaError_t allow_memory(void (*kernel)(Parameters), const Device& device) {
+  static OncePerDevice allowed;
+  return allowed(device, [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring<S>::kBytes); });
+}
+
+constexpr int64_t kNoShare = int64_t(1) << 56;
+
+// Of a product as it would be divided, how much the block has that has the most to do, in channels of a stage; what adds up its splits, if
+// that is another kernel, counts as `adding`. kNoShare where `good` says no.
+template <typename S, typename Parameters, typename Good>
+int64_t share_of(void (*kernel)(Parameters), Streams p, const Device& device, Good good, int64_t adding = 400) {
+  if (allow_memory<S>(kernel, device)) return kNoShare;
+  divide<S>(kernel, p, device);
+  return good(p) ? int64_t(S::kChannels) * p.stages_a_split + (p.splits > 1 && !p.together ? adding : 0) : kNoShare;
+}
+
+// Runs a product by tiles of a `usual` shape, or of one `between` those whose channels are a power of two, where the largest share of that
+// is a tenth less: where tiles would leave many multiprocessors idle, or be more than these by few.
+template <typename Share, typename Run, typename Usual, typename Between>
+cudaError_t run_by_share(Share share, Run run, Usual usual, Between between) {
+  return share(between) * 10 <= share(usual) * 9 ? run(between) : run(usual);
+}
+
 // Launches a product whose kernel takes `p`, which has everything but maps and splits, and adds up what it left. Without `tokens` it
 // finds them itself. Where `good` says no to how it would be divided: cudaErrorNotSupported.
 template <typename S, typename Parameters, typename Good>
 cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const void* weights, int64_t weight_bytes, const void* tokens,
-    int64_t token_bytes, const Device& device, OncePerDevice& allowed, cudaStream_t stream, Good good) {
-  auto allow = [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring<S>::kBytes); };
-  if (cudaError_t e = allowed(device, allow)) return e;
+    int64_t token_bytes, const Device& device, cudaStream_t stream, Good good) {
+  if (cudaError_t e = allow_memory<S>(kernel, device)) return e;
   const Grid grid = divide<S>(kernel, p, device);
   if (!good(p)) return cudaErrorNotSupported;
   if (cudaError_t e = map_matrix(&p.weights, weights, p.n, weight_bytes, weight_bytes, S::kChannels, S::kRowBytes)) return e;
@@ -289,9 +313,8 @@ cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const voi
 }
 template <typename S, typename Parameters>
 cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const void* weights, int64_t weight_bytes, const void* tokens,
-    int64_t token_bytes, const Device& device, OncePerDevice& allowed, cudaStream_t stream) {
-  return launch_streaming<S>(
-      kernel, p, weights, weight_bytes, tokens, token_bytes, device, allowed, stream, [](const Parameters&) { return true; });
+    int64_t token_bytes, const Device& device, cudaStream_t stream) {
+  return launch_streaming<S>(kernel, p, weights, weight_bytes, tokens, token_bytes, device, stream, [](const Parameters&) { return true; });
 }
 
 }  // namespace qpass

@@ -47,4 +47,5 @@ def register(op: Op) -> Op:
         raise ValueError(f"there is an op {op.name} already; an op is named by its class")
     return there
 
+
 __all__ = ["DOMAIN", "OPSET_VERSION", "PLUGIN", "REGISTRY", "Attribute", "Input", "Op", "Output", "When", "register"]

@@ -168,7 +168,7 @@ def bench(
     ] = None,
     shapes: Annotated[
         list[str] | None,
-        typer.Option("--shape", help="Only weights NxK, or K of ops without a weight; may be given several times."),
+        typer.Option("--shape", help="Only weights NxK, or K of ops without one; may be given several times."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16 or float32.")] = "bfloat16",
     quick: Annotated[bool, typer.Option(help="Fewer sizes.")] = False,

@@ -51,9 +51,7 @@ def unclaimed(done: Rewritten, near: Iterable[Miss]) -> list[Miss]:
     Moving data computes nothing, so that nothing is lost where such a pattern ends in a move.
     """
     told = {n for s in done.ledger.sites if s.status in OPEN for n in s.nodes}
-    return [
-        m for m in near if m.kind > Kind.COMPUTED and m.root.op not in MOVES_ONLY and told.isdisjoint(m.labels)
-    ]
+    return [m for m in near if m.kind > Kind.COMPUTED and m.root.op not in MOVES_ONLY and told.isdisjoint(m.labels)]
 
 
 def _about(sites: list[Site], near: Iterable[Miss]) -> list[str]:

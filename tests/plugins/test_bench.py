@@ -43,9 +43,15 @@ class TestJobs:
         }
         assert {(j.n, j.k) for j in jobs(shapes=[(0, 8192)])} == {(0, 8192)}
 
+    def test_weights_and_tokens_of_a_model(self) -> None:
+        found = jobs(["WeightOnlyGroupwiseQuantMatmul"], [3, 24], [(22016, 4096)])
+        assert [(j.variant, j.m, j.n, j.k) for j in found] == [("int4 g128", m, 22016, 4096) for m in (3, 24)]
+        with pytest.raises(QpassError, match="--shape 4096x100: K must be a multiple of 128"):
+            jobs(shapes=[(4096, 100)])
+
     def test_filters_that_leave_nothing_say_what_there_is(self) -> None:
-        with pytest.raises(QpassError, match=r"16384.*57344x8192"):
-            jobs(tokens=[3])
+        with pytest.raises(QpassError, match=r"M are 4096, .*K 768, 4096"):
+            jobs(["QuantizePerToken"], tokens=[3])
 
     @pytest.mark.parametrize(
         ("text", "want"), [("8192x28672", (8192, 28672)), ("57344×8192", (57344, 8192)), ("64", (0, 64))]

@@ -186,7 +186,7 @@ class TestCommand:
             (["--skip-peer", "nobody"], "cuBLAS, humming, tinygemm"),
             (["--op", "Gemm"], "SmoothQuantGemm"),
             (["--shape", "big"], "NxK"),
-            (["--m", "3"], "leave nothing"),
+            (["--m", "3", "--op", "Rmsnorm"], "leave nothing"),
             (["--m", "16,many"], "--m 16,many: wants whole numbers"),
             (["-o", "no/such/folder/r.json"], "no folder"),
         ],

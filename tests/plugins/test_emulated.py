@@ -221,13 +221,14 @@ def small_gpu(request: pytest.FixtureRequest, on_host: Library) -> Iterator[Libr
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MATMULS)
 def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> None:
-    """Tile after tile by a block that stays. Tiles of 64 and 128 channels whose tokens become integers in every block
-    or in a kernel ahead, with K split among warpgroups and among the blocks of a cluster, and whole.
+    """Tile after tile by a block that stays. Tiles of 64, 128 and 192 channels whose tokens become integers in every
+    block or in a kernel ahead, with K split among warpgroups and among the blocks of a cluster, and whole.
     """
     op = REGISTRY[name]
     asked = [(a, d) for a, d in itertools.product(signatures(op), DTYPES) if output_of(a, d) == d]
     few = [(1, 300, 1024), (5, 530, 1024), (8, 200, 2048), (8, 1000, 1024)]
     few += [(9, 200, 128), (12, 520, 4096), (13, 260, 4352), (16, 130, 2048)]
+    few += [(m, n, 1024) for n in (384, 950, 1500) for m in (4, 14, 30)]
     seen: set[str] = set()
     for i, (m, n, k) in enumerate([*few, (300, 300, 512), (100, 600, 512)]):
         attrs, dtype = asked[(i * 7 + 3) % len(asked)]
@@ -242,10 +243,10 @@ def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> No
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_tokens_that_become_integers_beside_the_products(name: str, dtype: np.dtype[Any], small_gpu: Library) -> None:
     """Fewer stages than the ring has and many more, a last one that is not whole, and fewer tokens than a tile has.
-    Of all plain weights; in tiles of 128 channels, and of 256 where there are more of those than multiprocessors."""
+    Of all plain weights; in tiles of 128 channels, and of 256 or 192 where those are more than multiprocessors."""
     plain = [a for a in signatures(REGISTRY[name]) if not a.get("has_zero") and not a.get("quant_algo")]
     sizes = [(9, 200, 128), (16, 520, 2176), (13, 260, 4224), (12, 130, 1152), (5, 300, 8320), (8, 500, 6144)]
-    sizes += [(16, 2000, 512), (11, 1100, 1152), (9, 520, 3200)]
+    sizes += [(16, 2000, 512), (11, 1100, 1152), (9, 520, 3200), (16, 950, 1152), (10, 1500, 640), (12, 384, 1408)]
     for (m, n, k), attrs in zip(sizes, itertools.cycle(plain[:: 1 if dtype == DTYPES[0] else -1]), strict=False):
         case = example(REGISTRY[name], attrs, dtype, lead=(m,), n=n, k=k, seed=m)
         check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
@@ -258,7 +259,7 @@ def test_tokens_that_change_places(dtype: np.dtype[Any], small_gpu: Library) -> 
     """Fewer stages than the ring has and many more, a last one that is not whole; rows of groups that begin at
     multiples of 16 bytes and that do not, and channels that are no whole number of those that are copied together.
     With pre_quant_scale a kernel ahead makes the tokens where these are many."""
-    sizes = [(17, 300, 1536), (40, 264, 768), (64, 130, 1280), (33, 520, 2176), (24, 24, 8448)]
+    sizes = [(17, 300, 1536), (40, 264, 768), (64, 130, 1280), (33, 520, 2176), (24, 24, 8448), (19, 950, 768)]
     signed = [(name, attrs) for name in WEIGHT_ONLY for attrs in signatures(REGISTRY[name])]
     signed.sort(key=lambda one: int(one[1]["weight_type_id"]))  # else each dtype would see one of them alone
     for i, (name, attrs) in enumerate(signed[DTYPES.index(dtype) :: 2]):

@@ -83,24 +83,28 @@ def jobs(
 
     Args:
         only: names of ops; all where empty, as for the other filters.
-        tokens: M.
-        shapes: N and K; N is 0 for ops without a weight.
-        quick: fewer sizes.
+        tokens: M. Matmuls take any, other ops those of `ROWS`, as of shapes.
+        shapes: N and K, a multiple of 128 where there are weights, whose groups have as many; N is 0 for ops without.
+        quick: fewer sizes, where none are told.
 
     Raises:
-        QpassError: the filters leave nothing; says what sizes there are.
+        QpassError: the filters leave nothing, of which is said what sizes there are, or K is no multiple of 128.
     """
-    matmuls = _matmuls(WEIGHTS[:2], TOKENS[::2]) if quick else _matmuls(WEIGHTS, TOKENS)
+    weights = [(n, k) for n, k in shapes if n] or ([] if shapes else WEIGHTS[:2] if quick else WEIGHTS)
+    for n, k in weights:
+        if k % 128:
+            raise QpassError(f"--shape {n}x{k}: K must be a multiple of 128, the size of groups")
+    matmuls = _matmuls(weights, tokens or (TOKENS[::2] if quick else TOKENS))
     found = [
         j
         for j in (*_rows(), *matmuls)
         if (not only or j.op in only) and (not tokens or j.m in tokens) and (not shapes or (j.n, j.k) in shapes)
     ]
     if not found:
-        sizes = ", ".join([*(f"{n}x{k}" for n, k in WEIGHTS), *dict.fromkeys(str(k) for _, k in ROWS)])
         raise QpassError(
-            f"--op, --m and --shape leave nothing to time; M are {', '.join(map(str, TOKENS))}, and of ops without a "
-            f"weight {', '.join(str(m) for m in dict.fromkeys(m for m, _ in ROWS))}; shapes are {sizes}"
+            "--op, --m and --shape leave nothing to time; of ops without a weight M are "
+            f"{', '.join(str(m) for m in dict.fromkeys(m for m, _ in ROWS))}, and K "
+            f"{', '.join(str(k) for k in dict.fromkeys(k for _, k in ROWS))}"
         )
     return found
 

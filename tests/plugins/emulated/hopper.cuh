@@ -60,6 +60,7 @@ void arrive(Barrier* barrier, unsigned) {
 }
 
 inline uint32_t opaque(uint32_t x) { return x; }
+inline uint32_t masked_and_flipped(uint32_t x, uint32_t mask, uint32_t flipped) { return (x & mask) ^ flipped; }
 template <uint32_t kFlipped>
 uint32_t masked_and_flipped(uint32_t x, uint32_t mask) {
   return (x & mask) ^ kFlipped;
