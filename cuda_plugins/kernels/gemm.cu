@@ -76,14 +76,15 @@ qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
     // small ones as long as each has a multiprocessor to itself, or where larger ones would be filled by half
     if (mask & bit(QPASS_SM90_64X64) && (g.m <= 64 || at_once(64, 64))) return QPASS_SM90_64X64;
     if (mask & bit(QPASS_SM90_64X128) && (g.m <= 128 || at_once(64, 128))) return QPASS_SM90_64X128;
-    // the largest does the most with what it reads, unless there are so few that two fifths of the GPU or more are idle, or its last
-    // round is so little filled that all rounds of half as large ones take less, or where it would wait for the results of a tile more
-    // than for what little of K the next has
-    const bool idle = tiles(128, 256) * 5 <= 3 * device.multiprocessors;
-    auto rounds = [&](int64_t m, int64_t n) { return ceil_div(tiles(m, n), int64_t(device.multiprocessors)); };
-    const bool less = rounds(128, 128) * 13 < rounds(128, 256) * 25;
-    const bool waits = g.k <= 2048 && !at_once(128, 256);
-    return idle || less || waits ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
+    // where it would wait for the results of a tile more than for what little of K the next has
+    if (g.k <= 2048 && !at_once(128, 256)) return QPASS_SM90_128X128;
+    // The largest does the most with what it reads, but its last round may be filled by little. What rounds of others take of one of
+    // its own was measured on an H200 (tuning/nvidia_h200.json). Two blocks that follow one another in tokens are a cluster.
+    auto rounds = [&](int64_t tiles) { return double(ceil_div(tiles, int64_t(device.multiprocessors))); };
+    auto paired = [&](int64_t n) { return ceil_div(g.m, 256) * 2 * ceil_div(g.n, n); };
+    const double largest = rounds(paired(256)), half = rounds(paired(128)) * 0.52, quarter = rounds(tiles(64, 128)) * 0.32;
+    if (mask & bit(QPASS_SM90_64X128) && quarter < std::min(largest, half)) return QPASS_SM90_64X128;
+    return half < largest ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
   };
   for (qpass_variant variant : {first(), QPASS_SM90_128X256, QPASS_SM80_128X128}) {
     if (mask & bit(variant)) return variant;

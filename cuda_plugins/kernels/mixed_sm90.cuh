@@ -32,8 +32,9 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kT
   static constexpr int kGroup = kGroup_;
   // Registers are handed out by warpgroups: that of the one thread that copies keeps few, which leaves more for the others.
   static constexpr int kThreads = Sums::kConsumers + 128;
-  static constexpr bool kTwo = kWarpgroups * kTeams == 2;
-  static constexpr int kFewRegisters = kTwo ? 24 : 32, kManyRegisters = kTwo ? 240 : 112;
+  static constexpr int kMultiplying = kWarpgroups * kTeams;
+  static constexpr int kFewRegisters = kMultiplying == 4 ? 32 : 24;
+  static constexpr int kManyRegisters = kMultiplying == 4 ? 112 : kMultiplying == 3 ? 160 : 240;
   static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = kTeams == 1;
@@ -257,7 +258,15 @@ cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& de
   // half as many channels where whole tiles would leave multiprocessors idle that K is not split for
   const bool few = ceil_div(g.n, 256) * ceil_div(g.m, 128) * 2 <= device.multiprocessors && g.k <= 2048;
   if (few) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 128, 1>>(p, g, device, stream);
-  if (g.m <= 128) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>>(p, g, device, stream);
+  if (g.m <= 128) {
+    auto share = [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      return share_of<S>(mixed<S>, p, device, [&](const Streams& p) { return one_wave(p, 0, device); });
+    };
+    auto run = [&](auto tag) { return launch_mixed<typename decltype(tag)::type>(p, g, device, stream); };
+    return run_by_share(
+        share, run, Tag<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>>(), Tag<MixedShape<T, kInt4, kGroup, 3, 1, 128, 1>>());
+  }
   // twice as many tokens beside half as many channels: operands that are made once are multiplied twice as often
   constexpr int kCluster = kInt4 && kHasClusters ? 2 : 1;  // int8 weights are as much as what a block saves of the tokens
   if (g.m <= 256) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>>(p, g, device, stream);

@@ -44,7 +44,7 @@ LARGE = {
     (1024, 11008): (1, 16, 64, 200),
     (8192, 2048): (1, 5, 16),
     (11008, 1024): (3, 8, 600),
-    (22016, 512): (3, 5, 8, 9, 12, 16, 17, 24, 32) * 3,
+    (22016, 512): (3, 5, 8, 9, 12, 16, 17, 24, 32) * 3 + (70, 100, 128) * 2,
 }
 """Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens. The last are
 divided into tiles of 192 channels."""

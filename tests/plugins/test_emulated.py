@@ -228,7 +228,9 @@ def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> No
     asked = [(a, d) for a, d in itertools.product(signatures(op), DTYPES) if output_of(a, d) == d]
     few = [(1, 300, 1024), (5, 530, 1024), (8, 200, 2048), (8, 1000, 1024)]
     few += [(9, 200, 128), (12, 520, 4096), (13, 260, 4352), (16, 130, 2048)]
-    few += [(m, n, 1024) for n in (384, 950, 1500) for m in (4, 14, 30)]
+    few += [(m, n, 1024) for n in (384, 950, 1500) for m in (4, 14, 30)] + [
+        (m, n, 512) for n in (384, 950) for m in (70, 128)
+    ]
     seen: set[str] = set()
     for i, (m, n, k) in enumerate([*few, (300, 300, 512), (100, 600, 512)]):
         attrs, dtype = asked[(i * 7 + 3) % len(asked)]
