@@ -1,6 +1,7 @@
 """The README's table of kernels, and which goals they reach, from what `qpass plugins bench -o FILE` wrote on a GPU.
 
 python -m benchmarks.plugins benchmarks/results/plugins_h200.json
+python -m benchmarks.plugins benchmarks/results/plugins_models_h200.json    # of a model's own sizes
 """
 
 from __future__ import annotations
@@ -44,11 +45,25 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sizes(results: dict[str, Any]) -> str:
+    """Products by N×K and number of tokens, as Markdown: µs, and in brackets × the fastest peer."""
+    rows = {(r["n"], r["k"], r["variant"], r["m"]): r for r in results["rows"] if r["n"]}
+    tokens = sorted({m for *_, m in rows})
+    lines = ["| N×K | kernel | " + " | ".join(map(str, tokens)) + " |", "|---" * (len(tokens) + 2) + "|"]
+    for n, k in dict.fromkeys((n, k) for n, k, *_ in rows):
+        for variant, name in (("int4 g128", "int4 g128"), ("int8", "int8"), ("per-token", "w8a8")):
+            found = [rows[n, k, variant, m] for m in tokens]
+            cells = [f"{r['us']:.1f} ({r['times_best_peer']:.2f})" for r in found]
+            lines.append(f"| {n}×{k} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     results = goals.read(parser.parse_args().results)
-    print(table(results), goals.table(results), sep="\n\n")
+    usual = any((r["op"], r["n"], r["k"]) == ("SmoothQuantGemm", 8192, 8192) for r in results["rows"])
+    print(*((table(results), goals.table(results)) if usual else (sizes(results),)), sep="\n\n")
 
 
 if __name__ == "__main__":
