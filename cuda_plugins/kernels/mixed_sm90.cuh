@@ -269,7 +269,8 @@ cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& de
   }
   // twice as many tokens beside half as many channels: operands that are made once are multiplied twice as often
   constexpr int kCluster = kInt4 && kHasClusters ? 2 : 1;  // int8 weights are as much as what a block saves of the tokens
-  if (g.m <= 256) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>>(p, g, device, stream);
+  const bool rounds = ceil_div(g.n, 128) > 2 * device.multiprocessors;  // all blocks at once copy more of the tokens than L2 gives
+  if (g.m <= 256 && !rounds) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>>(p, g, device, stream);
   return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, kCluster>>(p, g, device, stream);
 }
 
