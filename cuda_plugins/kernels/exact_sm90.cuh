@@ -1,5 +1,5 @@
 // 17 to 64 tokens of 16 bits beside integer weights on Hopper, in one kernel: integers become floats of the tokens' type, which holds them
-// exactly, and a group's sums are multiplied by its scale in float32. Zero points cost nothing, and small groups little.
+// exactly, and a group's sums are multiplied by its scale in float32. Zero points cost little, and so do small groups.
 //
 // What makes a lane's operands of eight neighbours in few instructions (of nibbles eleven) leaves them in pairs of one and the fourth on.
 // So the tokens of a stage change places, once for all channels, by warps that multiply nothing. Scales are copied as weights are: loads
