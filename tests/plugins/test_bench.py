@@ -50,7 +50,7 @@ class TestJobs:
             jobs(shapes=[(4096, 100)])
 
     def test_filters_that_leave_nothing_say_what_there_is(self) -> None:
-        with pytest.raises(QpassError, match=r"M are 4096, .*K 768, 4096"):
+        with pytest.raises(QpassError, match=r"M are 1, 4, .*K 768, 4096"):
             jobs(["QuantizePerToken"], tokens=[3])
 
     @pytest.mark.parametrize(

@@ -101,10 +101,9 @@ def jobs(
         if (not only or j.op in only) and (not tokens or j.m in tokens) and (not shapes or (j.n, j.k) in shapes)
     ]
     if not found:
+        rows, widths = (", ".join(map(str, sorted(set(sizes)))) for sizes in zip(*ROWS, strict=True))
         raise QpassError(
-            "--op, --m and --shape leave nothing to time; of ops without a weight M are "
-            f"{', '.join(str(m) for m in dict.fromkeys(m for m, _ in ROWS))}, and K "
-            f"{', '.join(str(k) for k in dict.fromkeys(k for _, k in ROWS))}"
+            f"--op, --m and --shape leave nothing to time; of ops without a weight M are {rows}, and K {widths}"
         )
     return found
 
