@@ -209,7 +209,7 @@ cudaError_t exact_by_tokens(const MixedGemm& g, const Device& device, cudaStream
   };
   auto run = [&](auto tag) { return launch_exact<typename decltype(tag)::type>(p, g, device, stream); };
   return run_by_share(
-      share, run, Tag<ExactShape<Out, kInt4, kGroup, kZeros, 32, 4>>(), Tag<ExactShape<Out, kInt4, kGroup, kZeros, 32, 3>>());
+      share, run, Tag<ExactShape<Out, kInt4, kGroup, kZeros, 32, 3>>(), Tag<ExactShape<Out, kInt4, kGroup, kZeros, 32, 4>>());
 }
 
 }  // namespace qpass

@@ -1,5 +1,5 @@
 // Sixteen tokens and fewer beside integer weights on Hopper, in one kernel: every block makes the integers of the tokens that it meets
-// while the first weights are on their way, and keeps them. Its four warpgroups take stages in turn, in teams that have a stage's
+// while the first weights are on their way, and keeps them. Its warpgroups take stages in turn, in teams that have a stage's
 // channels together; where tiles are few, so do the blocks of a cluster. All of them add up their sums in shared memory.
 #pragma once
 
@@ -131,32 +131,26 @@ template <typename Out, bool kInt4, int kGroup, bool kZeros>
 cudaError_t few_by_tokens(FixedProduct p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
   if (g.m > 16) return cudaErrorNotSupported;
   p.x = g.x, p.x_scale = g.x_scale;
-  // if there is room for the tokens, and at least so many multiprocessors have a block to do, none more than one
-  auto good = [&](auto tag, int64_t least) {
+  // if there is room for the tokens, and no multiprocessor has more than one block to do; small tiles want most of them to have one
+  auto good = [&](auto tag) {
     using S = typename decltype(tag)::type;
+    const int64_t least = S::kTeams > 1 ? most_of(device) : 0;
     return [&device, least](const Streams& p) { return p.stages_a_split * S::kBlocks <= S::kMostBlocks && one_wave(p, least, device); };
   };
-  auto share = [&](auto tag, int64_t least) {
+  auto share = [&](auto tag) {
     using S = typename decltype(tag)::type;
-    return share_of<S>(few_product<S>, p, device, good(tag, least), kAdding);
+    return share_of<S>(few_product<S>, p, device, good(tag), kAdding);
   };
   auto run = [&](auto tag) {
     using S = typename decltype(tag)::type;
-    return launch_streaming<S>(few_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, nullptr, 0, device, stream, good(tag, 0));
+    return launch_streaming<S>(few_product<S>, p, g.weight, kInt4 ? g.k / 2 : g.k, nullptr, 0, device, stream, good(tag));
   };
-  const int64_t most = most_of(device);
-  if (g.m > 8) {
-    const Tag<FewShape<Out, kInt4, kGroup, kZeros, 16, 1>> one;
-    return share(one, most) < kNoShare ? run(one) : cudaErrorNotSupported;
-  }
+  if (g.m > 8) return run(Tag<FewShape<Out, kInt4, kGroup, kZeros, 16, 1>>());
   const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 1>> one;
   const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 2>> two;
   const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 3>> three;
   const Tag<FewShape<Out, kInt4, kGroup, kZeros, 8, 4>> four;
-  auto any = [&](auto tag) { return share(tag, 0); };
-  if (share(two, most) < kNoShare) return run_by_share(any, run, two, three);
-  if (share(one, most) < kNoShare) return run_by_share(any, run, one, three);
-  return run_by_share(any, run, four, three);
+  return run_by_share(share, run, three, two, one, four);
 }
 
 }  // namespace qpass

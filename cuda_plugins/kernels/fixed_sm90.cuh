@@ -87,7 +87,7 @@ cudaError_t fixed_by_tokens(FixedProduct p, const MixedGemm& g, const FixedActiv
     const Tag<FixedShape<Out, kInt4, kGroup, kZeros, 16, 2>> two;  // whose splits are a cluster that adds them up
     const Tag<FixedShape<Out, kInt4, kGroup, kZeros, 16, 3>> three;
     const Tag<FixedShape<Out, kInt4, kGroup, kZeros, 16, 4>> four;
-    return share(two) < kNoShare ? run_by_share(share, run, two, three) : run_by_share(share, run, four, three);
+    return run_by_share(share, run, three, two, four);
   }
   if (g.m <= 32) return run(Tag<FixedShape<Out, kInt4, kGroup, kZeros, 32, 4>>());
   return run(Tag<FixedShape<Out, kInt4, kGroup, kZeros, 64, 4>>());

@@ -76,7 +76,7 @@ qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
     // small ones as long as each has a multiprocessor to itself, or where larger ones would be filled by half
     if (mask & bit(QPASS_SM90_64X64) && (g.m <= 64 || at_once(64, 64))) return QPASS_SM90_64X64;
     if (mask & bit(QPASS_SM90_64X128) && (g.m <= 128 || at_once(64, 128))) return QPASS_SM90_64X128;
-    // where it would wait for the results of a tile more than for what little of K the next has
+    // where the largest would wait for the results of a tile more than for what little of K the next has
     if (g.k <= 2048 && !at_once(128, 256)) return QPASS_SM90_128X128;
     // The largest does the most with what it reads, but its last round may be filled by little. What rounds of others take of one of
     // its own was measured on an H200 (tuning/nvidia_h200.json). Two blocks that follow one another in tokens are a cluster.

@@ -116,7 +116,7 @@ cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream) 
     return launch_streaming<S>(int8_product<S>, p, g.b, g.ldb, g.a, g.lda, device, stream);
   };
   auto with = [&](auto tokens) {
-    return run_by_share(share, run, Tag<Int8Shape<Out, tokens(), 2, 2>>(), Tag<Int8Shape<Out, tokens(), 3, 1>>());
+    return run_by_share(share, run, Tag<Int8Shape<Out, tokens(), 3, 1>>(), Tag<Int8Shape<Out, tokens(), 2, 2>>());
   };
   if (g.m <= 16) return with(std::integral_constant<int, 16>());
   if (g.m <= 32) return with(std::integral_constant<int, 32>());

@@ -187,7 +187,7 @@ cudaError_t made_by_tokens(FixedProduct p, const MixedGemm& g, const Device& dev
     const Tag<MadeShape<Out, kInt4, kGroup, 16, 2>> two;
     const Tag<MadeShape<Out, kInt4, kGroup, 16, 3>> three;
     const Tag<MadeShape<Out, kInt4, kGroup, 16, 4>> four;
-    return share(two) < kNoShare ? run_by_share(share, run, two, three) : run_by_share(share, run, four, three);
+    return run_by_share(share, run, three, two, four);
   }
 }
 

@@ -265,7 +265,7 @@ cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& de
     };
     auto run = [&](auto tag) { return launch_mixed<typename decltype(tag)::type>(p, g, device, stream); };
     return run_by_share(
-        share, run, Tag<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>>(), Tag<MixedShape<T, kInt4, kGroup, 3, 1, 128, 1>>());
+        share, run, Tag<MixedShape<T, kInt4, kGroup, 3, 1, 128, 1>>(), Tag<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>>());
   }
   // twice as many tokens beside half as many channels: operands that are made once are multiplied twice as often
   constexpr int kCluster = kInt4 && kHasClusters ? 2 : 1;  // int8 weights are as much as what a block saves of the tokens

@@ -278,7 +278,7 @@ cudaError_t allow_memory(void (*kernel)(Parameters), const Device& device) {
 constexpr int64_t kNoShare = int64_t(1) << 56;
 
 // Of a product as it would be divided, how much the block has that has the most to do, in channels of a stage; what adds up its splits, if
-// that is another kernel, counts as `adding`. kNoShare where `good` says no.
+// that is another kernel, counts as `adding`: as measured. kNoShare where `good` says no.
 template <typename S, typename Parameters, typename Good>
 int64_t share_of(void (*kernel)(Parameters), Streams p, const Device& device, Good good, int64_t adding = 400) {
   if (allow_memory<S>(kernel, device)) return kNoShare;
@@ -286,11 +286,15 @@ int64_t share_of(void (*kernel)(Parameters), Streams p, const Device& device, Go
   return good(p) ? int64_t(S::kChannels) * p.stages_a_split + (p.splits > 1 && !p.together ? adding : 0) : kNoShare;
 }
 
-// Runs a product by tiles of a `usual` shape, or of one `between` those whose channels are a power of two, where the largest share of that
-// is a tenth less: where tiles would leave many multiprocessors idle, or be more than these by few.
-template <typename Share, typename Run, typename Usual, typename Between>
-cudaError_t run_by_share(Share share, Run run, Usual usual, Between between) {
-  return share(between) * 10 <= share(usual) * 9 ? run(between) : run(usual);
+// Runs a product by the first of the `usual` tiles that can do it, or by one `between` these, whose channels are powers of two, where the
+// largest share of that is a tenth less: where tiles would leave many multiprocessors idle, or be more than these by few.
+template <typename Share, typename Run, typename Between, typename Usual, typename... Others>
+cudaError_t run_by_share(Share share, Run run, Between between, Usual usual, Others... others) {
+  const int64_t of_usual = share(usual);
+  if constexpr (sizeof...(others) > 0) {
+    if (of_usual == kNoShare) return run_by_share(share, run, between, others...);
+  }
+  return share(between) * 10 <= of_usual * 9 ? run(between) : run(usual);
 }
 
 // Launches a product whose kernel takes `p`, which has everything but maps and splits, and adds up what it left. Without `tokens` it

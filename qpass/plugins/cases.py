@@ -47,7 +47,7 @@ LARGE = {
     (22016, 512): (3, 5, 8, 9, 12, 16, 17, 24, 32) * 3 + (70, 100, 128) * 2,
 }
 """Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens. The last are
-divided into tiles of 192 channels."""
+divided into tiles of 192 channels where there are 132 of these."""
 BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (16, 4096, 6400), (5, 8192, 17408))
 """Tokens, N and K of products that make their tokens' integers themselves on a large Hopper: of plain weights alone."""
 PARTS = ((20, 264, 768), (64, 520, 1280))
