@@ -174,6 +174,15 @@ __device__ __forceinline__ uint32_t transposed(uint32_t values) {
   return to;
 }
 
+// Four such matrices of 16-bit values, `values` of each as products leave them, changed over into shared memory: lane i says where row
+// i % 8 of what becomes of the (i / 8)-th goes, 16 bytes.
+__device__ __forceinline__ void store_transposed(void* to, const uint32_t (&values)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(address_in_shared(to)), "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
+               : "memory");
+}
+
 // What a product reads from shared memory: rows of 128 bytes of K, swizzled, eight of them 1024 bytes apart from
 // the next. `at` is the first row's, which lies at a multiple of 1024, and of K a multiple of 32 bytes further on.
 __device__ __forceinline__ uint64_t matrix_at(const void* at) {
@@ -212,16 +221,18 @@ struct Wgmma;
 #define QPASS_REGS_64 \
   QPASS_REGS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define QPASS_REGS_128 \
+#define QPASS_REGS_96 \
   QPASS_REGS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define QPASS_REGS_128 \
+  QPASS_REGS_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define QPASS_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define QPASS_D16(i) QPASS_D8(i), QPASS_D8(i + 8)
 #define QPASS_D32(i) QPASS_D16(i), QPASS_D16(i + 16)
 #define QPASS_D64(i) QPASS_D32(i), QPASS_D32(i + 32)
+#define QPASS_D96(i) QPASS_D64(i), QPASS_D32(i + 64)
 #define QPASS_D128(i) QPASS_D64(i), QPASS_D64(i + 64)
 #define QPASS_WGMMA(T, type, columns, count, a0, a1, a2, a3, b, one)                                                            \
   template <>                                                                                                                  \
@@ -239,11 +250,13 @@ QPASS_WGMMA(half, "f16", 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
 QPASS_WGMMA(half, "f16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 QPASS_WGMMA(half, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 QPASS_WGMMA(half, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+QPASS_WGMMA(half, "f16", 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
 QPASS_WGMMA(half, "f16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 QPASS_WGMMA(bfloat16, "bf16", 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
 QPASS_WGMMA(bfloat16, "bf16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 QPASS_WGMMA(bfloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 QPASS_WGMMA(bfloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+QPASS_WGMMA(bfloat16, "bf16", 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
 QPASS_WGMMA(bfloat16, "bf16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 
 // d [64, kN] += a [64, 32] · b [kN, 32]ᵀ of int8, a from shared memory, too, or from registers: four values each of (row g, 4t …),
@@ -278,11 +291,13 @@ QPASS_WGMMA_INT8(64, 32, "%32", "%33", "%34", "%32", "%33", "%34", "%35", "%36",
 #undef QPASS_WGMMA_INT8
 #undef QPASS_WGMMA
 #undef QPASS_D128
+#undef QPASS_D96
 #undef QPASS_D64
 #undef QPASS_D32
 #undef QPASS_D16
 #undef QPASS_D8
 #undef QPASS_REGS_128
+#undef QPASS_REGS_96
 #undef QPASS_REGS_64
 #undef QPASS_REGS_32
 #undef QPASS_REGS_16

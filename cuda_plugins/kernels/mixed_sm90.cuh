@@ -41,7 +41,10 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kT
   static constexpr int kMostStages = 4 * kTeams, kStagesAhead = kMostStages;
   static constexpr int kGroups = kGrouped ? kStageK / kGroup : 0;  // of a stage
   using Scales = GroupStream<kTiles * 2, Sums::kConsumers, fours_of(kGroups, kTokens <= 64 ? 2 : 1), true>;
-  static constexpr int kBytesBeside = Scales::kBytes;
+  // In the end they are read no more, and sums leave by way of their places.
+  static constexpr bool kByLines = kStays;
+  static constexpr int kLines = kByLines ? kLineBytes * Sums::kConsumers / 32 : 0;
+  static constexpr int kBytesBeside = Scales::kBytes > kLines ? Scales::kBytes : kLines;
 };
 
 // What a lane's channels are multiplied by, ready for where in K it is.
@@ -248,6 +251,7 @@ cudaError_t launch_mixed(const Mixed& p, const MixedGemm& g, const Device& devic
 
 template <typename T, bool kInt4, int kGroup>
 cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& device, cudaStream_t stream) {
+  constexpr int kPairs = kHasClusters ? 2 : 1;  // blocks that share tokens
   // all warpgroups have the same channels and tokens: where there is little to do, the way through a stage is most of the time
   if (is_small(g, device.multiprocessors)) {
     return launch_mixed<MixedShape<T, kInt4, kGroup, 1, 1, 64, 1, 4>>(p, g, device, stream);
@@ -255,23 +259,19 @@ cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& de
   if (g.m <= 16) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 16, 1>>(p, g, device, stream);
   if (g.m <= 32) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 32, 1>>(p, g, device, stream);
   if (g.m <= 64) return launch_mixed<MixedShape<T, kInt4, kGroup, 4, 1, 64, 1>>(p, g, device, stream);
-  // half as many channels where whole tiles would leave multiprocessors idle that K is not split for
-  const bool few = ceil_div(g.n, 256) * ceil_div(g.m, 128) * 2 <= device.multiprocessors && g.k <= 2048;
-  if (few) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 128, 1>>(p, g, device, stream);
-  if (g.m <= 128) {
-    auto share = [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      return share_of<S>(mixed<S>, p, device, [&](const Streams& p) { return one_wave(p, 0, device); });
-    };
-    auto run = [&](auto tag) { return launch_mixed<typename decltype(tag)::type>(p, g, device, stream); };
-    return run_by_share(
-        share, run, Tag<MixedShape<T, kInt4, kGroup, 3, 1, 128, 1>>(), Tag<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>>());
-  }
-  // twice as many tokens beside half as many channels: operands that are made once are multiplied twice as often
-  constexpr int kCluster = kInt4 && kHasClusters ? 2 : 1;  // int8 weights are as much as what a block saves of the tokens
+  // Twice as many tokens beside half as many channels: operands that are made once are multiplied twice as often. Other tiles are slower
+  // by what they multiply, and faster where these would leave tokens or multiprocessors without work.
+  auto fastest = [&](auto largest) {
+    auto time = [&](auto tiles) { return time_of(tiles, mixed<typename decltype(tiles)::S>, p, device); };
+    auto run = [&](auto tiles) { return launch_mixed<typename decltype(tiles)::S>(p, g, device, stream); };
+    return run_fastest(time, run, largest, Timed<MixedShape<T, kInt4, kGroup, 3, 1, 192, 1>, 171>(),
+        Timed<MixedShape<T, kInt4, kGroup, 2, 1, 192, kPairs>, 120>(), Timed<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>, 181>(),
+        Timed<MixedShape<T, kInt4, kGroup, 3, 1, 128, 1>, 125>(), Timed<MixedShape<T, kInt4, kGroup, 2, 1, 128, 1>, 88>());
+  };
+  constexpr int kCluster = kInt4 ? kPairs : 1;  // int8 weights are as much as what a block saves of the tokens
   const bool rounds = ceil_div(g.n, 128) > 2 * device.multiprocessors;  // all blocks at once copy more of the tokens than L2 gives
-  if (g.m <= 256 && !rounds) return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>>(p, g, device, stream);
-  return launch_mixed<MixedShape<T, kInt4, kGroup, 2, 1, 256, kCluster>>(p, g, device, stream);
+  if (g.m <= 256 && !rounds) return fastest(Timed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>, 134>());
+  return fastest(Timed<MixedShape<T, kInt4, kGroup, 2, 1, 256, kCluster>, 134>());
 }
 
 template <typename T, bool kInt4>

@@ -3,8 +3,11 @@
 // kernel adds up what they leave in memory. Splits are added in order, either way.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 
+#include "epilogue_sm90.cuh"
 #include "streams_sm90.cuh"
 
 namespace qpass {
@@ -18,75 +21,10 @@ struct SumsOf {
   static constexpr int kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_, kTeams = kTeams_;
   static constexpr int kTeam = kWarpgroups * 128, kConsumers = kTeam * kTeams, kChannels = kWarpgroups * kTiles * 64;
   static constexpr int kColumns = kTiles * kTokens / 8;  // of eight tokens that a warp has sums of
+  static constexpr bool kByLines = false;                // whether a warp has kLineBytes of shared memory beside the ring, in the end
 };
 
 constexpr int kMostTogether = 8;  // splits of a cluster: more are not promised by every GPU
-
-// What sums are multiplied by in the end, and where they go: y [m, n] of Out.
-struct Finish {
-  const float* row_scale;  // of tokens: [m] with per_row, else [1]; null: 1
-  const float* col_scale;  // of channels: likewise
-  const void* bias;        // [n] of Out, or null
-  void* y;
-  bool per_row, per_column;
-  void* partial;  // with more than one split, sums as lanes hold them: [splits, tiles, columns of eight tokens, threads, 4]
-};
-
-// Of a lane's channels `channel` and channel + 8.
-template <typename Out>
-class Epilogue {
- public:
-  __device__ __forceinline__ Epilogue(const Finish& to, int m, int n, int channel) : to_(to), m_(m), n_(n), channel_(channel) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool there = channel + h * 8 < n;
-      scale_[h] = to.col_scale && there ? to.col_scale[to.per_column ? channel + h * 8 : 0] : 1.f;
-      bias_[h] = to.bias && there ? to_float(static_cast<const Out*>(to.bias)[channel + h * 8]) : 0.f;
-    }
-  }
-
-  // Eight tokens' sums, as products leave them. By all lanes of a warp.
-  __device__ __forceinline__ void put(const float (&sums)[4], int token) const {
-    const int quarter = threadIdx.x % 4, row = threadIdx.x % 32 / 4;
-    float by[2] = {1.f, 1.f};
-    if (to_.row_scale) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (token + quarter * 2 + i < m_) by[i] = to_.row_scale[to_.per_row ? token + quarter * 2 + i : 0];
-      }
-    }
-    Out* const y = static_cast<Out*>(to_.y);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float value[2] = {sums[h * 2] * by[0] * scale_[h] + bias_[h], sums[h * 2 + 1] * by[1] * scale_[h] + bias_[h]};
-      if constexpr (sizeof(Out) == 4) {
-        const int n = channel_ + h * 8;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int m = token + quarter * 2 + i;
-          if (m < m_ && n < n_) y[int64_t(m) * n_ + n] = value[i];
-        }
-      } else {
-        const uint32_t pair = transposed(to_bits<Out>(value).x[0]);  // now two channels of one token
-        const int m = token + row, n = channel_ - row + h * 8 + quarter * 2;
-        if (m < m_ && n < n_) {
-          uint16_t* const at = reinterpret_cast<uint16_t*>(y + int64_t(m) * n_ + n);
-          if (n_ % 2 == 0) {
-            *reinterpret_cast<uint32_t*>(at) = pair;
-          } else {
-            at[0] = uint16_t(pair);
-            if (n + 1 < n_) at[1] = uint16_t(pair >> 16);
-          }
-        }
-      }
-    }
-  }
-
- private:
-  const Finish& to_;
-  const int m_, n_, channel_;
-  float scale_[2], bias_[2];
-};
 
 // Where a thread's sums of eight tokens are kept until those of all splits are there; `column` counts eight tokens, by tiles of rows.
 template <typename S>
@@ -109,7 +47,7 @@ __global__ void __launch_bounds__(S::kConsumers) add_up(const Finish to, int m, 
   const int t = blockIdx.x / (S::kTokens / 8), token = tile.m0 + blockIdx.x % (S::kTokens / 8) * 8;
   if (token >= m) return;
   wait_for_kernel_before();
-  const Epilogue<typename S::Out> epilogue(to, m, n, tile.n0 + line_of<S>(threadIdx.x / 32, t));
+  const Epilogue<typename S::Out> epilogue(to, m, n, token, tile.n0 + line_of<S>(threadIdx.x / 32, t));
   constexpr int kAtOnce = 4;
   Sum sums[4] = {};
   for (int from = 0; from < splits; from += kAtOnce) {
@@ -125,7 +63,7 @@ __global__ void __launch_bounds__(S::kConsumers) add_up(const Finish to, int m, 
 #pragma unroll
     for (int j = 0; j < kAtOnce * 4; ++j) sums[j % 4] += parts[j / 4].x[j % 4];
   }
-  epilogue.put({float(sums[0]), float(sums[1]), float(sums[2]), float(sums[3])}, token);
+  epilogue.put([&](auto put) { put({float(sums[0]), float(sums[1]), float(sums[2]), float(sums[3])}, 0); });
 }
 
 // What a product is finished by is on its way to L2 while it is under way. By all consumers.
@@ -144,33 +82,52 @@ __device__ __forceinline__ int token_of(const Tile<S>& tile, int column) {
 }
 
 // Adds up what all teams of a cluster's blocks left where stages were: of sixteen channels and eight tokens by a warp, dealt out among
-// those of the cluster.
+// those of the cluster. All that a warp has is of the same channels, and where it is much, of several columns on its way at once.
 template <typename S>
 __device__ __forceinline__ void add_up_together(const Finish& to, const Streams& p, const Block<S>& own, const Tile<S>& tile) {
   using Sum = typename S::Sum;
-  constexpr int kWarps = S::kConsumers / 32, kOfTeam = S::kTeam / 32, kAtOnce = 4;
-  const Pack<Sum, 4>* const lanes = reinterpret_cast<const Pack<Sum, 4>*>(own.ring.stages) + threadIdx.x % 32;
-  for (int i = blockIdx.y + p.splits * own.warp; i < S::kColumns * kOfTeam; i += p.splits * kWarps) {
-    const int column = i / kOfTeam, warp = i % kOfTeam, token = token_of(tile, column);
-    if (token >= p.m) continue;
-    const Epilogue<typename S::Out> epilogue(to, p.m, p.n, tile.n0 + line_of<S>(warp, column / (S::kTokens / 8)));
-    Sum sums[4] = {};
-    for (int from = 0; from < p.splits * S::kTeams; from += kAtOnce) {
-      uint4 parts[kAtOnce];
-      auto each = [&](auto f) {
+  constexpr int kWarps = S::kConsumers / 32, kOfTeam = S::kTeam / 32, kOfTile = S::kTokens / 8;
+  constexpr int kColumns = S::kColumns < 16 ? 1 : kWarps <= 8 ? 4 : 2, kAtOnce = kColumns == 1 ? 4 : 2;  // so many parts of each
+  const Pack<Sum, 4>* const lanes = reinterpret_cast<const Pack<Sum, 4>*>(own.ring.stages) + opaque(threadIdx.x % 32);
+  const int mine = blockIdx.y + p.splits * own.warp, warp = mine % kOfTeam, step = p.splits * S::kTeams, parts = step;
 #pragma unroll
-        for (int s = 0; s < kAtOnce; ++s) {
-          if (from + s < p.splits * S::kTeams) f(parts[s], (from + s) / S::kTeams, (from + s) % S::kTeams);
-        }
+  for (int t = 0; t < S::kTiles; ++t) {
+    const Epilogue<typename S::Out> epilogue(to, p.m, p.n, tile.m0, tile.n0 + line_of<S>(warp, t));
+    // the first of its columns that is of these channels
+    const int skipped = max(0, t * kOfTile - mine / kOfTeam), first = mine / kOfTeam + (skipped + step - 1) / step * step;
+    for (int column = first; column < (t + 1) * kOfTile; column += step * kColumns) {
+      Sum sums[kColumns][4] = {};
+      auto there = [&](int c) {
+        const int of = column + c * step;
+        return of < (t + 1) * kOfTile && token_of(tile, of) < p.m;
       };
-      each([&](uint4& part, int block, int team) { part = read_from(lanes + (column * kWarps + team * kOfTeam + warp) * 32, block); });
-      each([&](const uint4& part, int, int) {
-        const auto of = same_bits<Pack<Sum, 4>>(part);
+      for (int from = 0; from < parts; from += kAtOnce) {
+        uint4 loaded[kColumns][kAtOnce];
+        auto each = [&](auto f) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) sums[c] += of.x[c];
+          for (int i = 0; i < kColumns * kAtOnce; ++i) {
+            const int c = i / kAtOnce, s = i % kAtOnce;
+            if (from + s < parts && there(c)) f(c, loaded[c][s], (from + s) / S::kTeams, (from + s) % S::kTeams);
+          }
+        };
+        each([&](int c, uint4& part, int block, int team) {
+          part = read_from(lanes + ((column + c * step) * kWarps + team * kOfTeam + warp) * 32, block);
+        });
+        each([&](int c, const uint4& part, int, int) {
+          const auto of = same_bits<Pack<Sum, 4>>(part);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[c][i] += of.x[i];
+        });
+      }
+      epilogue.put([&](auto put) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (there(c)) {
+            put({float(sums[c][0]), float(sums[c][1]), float(sums[c][2]), float(sums[c][3])}, (column + c * step) % kOfTile * 8);
+          }
+        }
       });
     }
-    epilogue.put({float(sums[0]), float(sums[1]), float(sums[2]), float(sums[3])}, token);
   }
 }
 
@@ -180,28 +137,38 @@ template <typename S, typename Value>
 __device__ __forceinline__ void leave(const Finish& to, const Streams& p, const Block<S>& own, const Tile<S>& tile, Value value) {
   using Sum = typename S::Sum;
   static_assert(S::kColumns * S::kConsumers * 16 <= Ring<S>::kStages * Ring<S>::kStage);
-  auto each = [&](int t, auto put) {
-#pragma unroll
-    for (int j = 0; j < S::kTokens / 8; ++j) {
-      const int column = t * (S::kTokens / 8) + j, token = token_of(tile, column);
-      if (token < p.m) put(column, token, Pack<Sum, 4>{{value(t, j, 0), value(t, j, 1), value(t, j, 2), value(t, j, 3)}});
-    }
-  };
   const bool here = S::kTeams > 1 || p.together;
   if (here) barrier_of_first<S::kConsumers>();  // the ring is read no more
 #pragma unroll
   for (int t = 0; t < S::kTiles; ++t) {
     if (!here && p.splits == 1) {
-      const Epilogue<typename S::Out> epilogue(to, p.m, p.n, tile.n0 + line_of<S>(own.warp, t));
-      each(t, [&](int, int token, const Pack<Sum, 4>& sums) {
-        epilogue.put({float(sums.x[0]), float(sums.x[1]), float(sums.x[2]), float(sums.x[3])}, token);
-      });
+      const Epilogue<typename S::Out> epilogue(to, p.m, p.n, tile.m0, tile.n0 + line_of<S>(own.warp, t));
+      if constexpr (S::kByLines) {
+        char* const line = own.ring.beside() + own.warp * (S::kBytesBeside / (S::kConsumers / 32));
+        epilogue.put_by_lines(line, [&](auto put) {
+#pragma unroll
+          for (int j = 0; j < S::kTokens / 8; j += 2) {
+            put({value(t, j, 0), value(t, j, 1), value(t, j, 2), value(t, j, 3)},
+                {value(t, j + 1, 0), value(t, j + 1, 1), value(t, j + 1, 2), value(t, j + 1, 3)}, j * 8);
+          }
+        });
+      } else {
+        epilogue.put([&](auto put) {
+#pragma unroll
+          for (int j = 0; j < S::kTokens / 8; ++j) {
+            put({float(value(t, j, 0)), float(value(t, j, 1)), float(value(t, j, 2)), float(value(t, j, 3))}, j * 8);
+          }
+        });
+      }
     } else {
-      each(t, [&](int column, int, const Pack<Sum, 4>& sums) {
+#pragma unroll
+      for (int j = 0; j < S::kTokens / 8; ++j) {
+        if (tile.m0 + j * 8 >= p.m) break;
+        const int column = t * (S::kTokens / 8) + j;
         Sum* at = static_cast<Sum*>(to.partial) + partial_at<S>(blockIdx.y, gridDim.x, blockIdx.x, column);
         if (here) at = reinterpret_cast<Sum*>(own.ring.stages) + (column * S::kConsumers + threadIdx.x) * 4;
-        *reinterpret_cast<Pack<Sum, 4>*>(at) = sums;
-      });
+        *reinterpret_cast<Pack<Sum, 4>*>(at) = {{value(t, j, 0), value(t, j, 1), value(t, j, 2), value(t, j, 3)}};
+      }
     }
   }
   if (!here) return;
@@ -295,6 +262,34 @@ cudaError_t run_by_share(Share share, Run run, Between between, Usual usual, Oth
     if (of_usual == kNoShare) return run_by_share(share, run, between, others...);
   }
   return share(between) * 10 <= of_usual * 9 ? run(between) : run(usual);
+}
+
+// Tiles of a product, and what a stage of one takes a multiprocessor, in hundredths of a microsecond, as measured.
+template <typename S_, int kStage_>
+struct Timed {
+  using S = S_;
+  static constexpr int kStage = kStage_;
+};
+
+// What a product would take by `tiles`, in hundredths of a microsecond: as many rounds as the multiprocessors need for them, each with a
+// beginning, and an end that takes as long as there are sums; where K is split, its parts end together once more.
+template <typename S, int kStage, typename Parameters>
+int64_t time_of(Timed<S, kStage>, void (*kernel)(Parameters), Streams p, const Device& device) {
+  constexpr int64_t kBegins = 160, kEnds = S::kChannels * S::kTokens / 131, kWaits = 190;
+  if (allow_memory<S>(kernel, device)) return kNoShare;
+  const Grid grid = divide<S>(kernel, p, device);
+  const int64_t rounds = ceil_div(p.tiles, grid.blocks.x);
+  return rounds * (int64_t(p.stages_a_split) * kStage + kBegins + kEnds) + (p.splits > 1 ? kBegins + kEnds + kWaits : 0);
+}
+
+// Runs a product by those tiles that take the least time, the first of equal ones.
+template <typename Time, typename Run, typename... Tiles>
+cudaError_t run_fastest(Time time, Run run, Tiles... tiles) {
+  const int64_t times[] = {time(tiles)...}, least = *std::min_element(std::begin(times), std::end(times));
+  cudaError_t e = cudaErrorNotSupported;
+  int i = 0;
+  (void)((times[i++] == least && (e = run(tiles), true)) || ...);
+  return e;
 }
 
 // Launches a product whose kernel takes `p`, which has everything but maps and splits, and adds up what it left. Without `tokens` it

@@ -44,10 +44,12 @@ LARGE = {
     (1024, 11008): (1, 16, 64, 200),
     (8192, 2048): (1, 5, 16),
     (11008, 1024): (3, 8, 600),
-    (22016, 512): (3, 5, 8, 9, 12, 16, 17, 24, 32) * 3 + (70, 100, 128) * 2,
+    (8192, 1024): (160, 300, 384),
+    (27648, 512): (70, 150, 200) * 2,
+    (22016, 512): (3, 5, 8, 9, 12, 16, 17, 24, 32) * 3 + (70, 100, 128, 160, 192, 300) * 2,
 }
 """Weights as they are divided among all of a large GPU's multiprocessors: each by some numbers of tokens. The last are
-divided into tiles of 192 channels where there are 132 of these."""
+divided into tiles of 192 channels where there are 132 of these, and beside 150 tokens and more so are tokens."""
 BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (16, 4096, 6400), (5, 8192, 17408))
 """Tokens, N and K of products that make their tokens' integers themselves on a large Hopper: of plain weights alone."""
 PARTS = ((20, 264, 768), (64, 520, 1280))

@@ -241,6 +241,23 @@ def test_products_on_streams_of_a_small_gpu(name: str, small_gpu: Library) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_tiles_of_many_tokens(name: str, small_gpu: Library) -> None:
+    """Those that take the least time: of 128, 192 and 256 channels beside as many tokens, one after another by a block
+    that stays, and with K split; of odd channels too, which are stored one by one.
+    """
+    signed = itertools.cycle(itertools.product(signatures(REGISTRY[name]), DTYPES))
+    sizes = [(70, 131, 512), (70, 500, 512), (150, 130, 512), (200, 130, 512), (200, 201, 512), (300, 130, 512)]
+    sizes += [(300, 385, 512), (450, 200, 512), (70, 1000, 512), (150, 130, 1152), (200, 131, 1152), (300, 620, 512)]
+    sizes += [(200, 1000, 512)]
+    for m, n, k in sizes:
+        attrs, dtype = next(signed)
+        case = example(REGISTRY[name], attrs, dtype, lead=(m,), n=n, k=k, seed=m)
+        check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
+        assert streamed(small_gpu, case, check, ["sm90_mixed"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_tokens_that_become_integers_beside_the_products(name: str, dtype: np.dtype[Any], small_gpu: Library) -> None:

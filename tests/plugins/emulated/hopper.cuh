@@ -127,6 +127,19 @@ inline uint32_t transposed(uint32_t values) {
   return value(column, row) | value(column + 1, row) << 16;
 }
 
+inline void store_transposed(void* to, const uint32_t (&values)[4]) {
+  void* const* all = emulator::gather(to);
+  const int channel = emulator::current->lane / 4, token = emulator::current->lane % 4 * 2;
+  for (int i = 0; i < 8; ++i) {
+    char* row = static_cast<char*>(all[i / 2 * 8 + token + i % 2]);
+    const int64_t first = row - emulator::current->home->shared;
+    if (first < 0 || first + 16 > int64_t(emulator::current->home->bytes) || (row - emulator::current->home->base) % 16) {
+      return emulator::fault("a matrix's row is stored beside shared memory, or at no multiple of 16 bytes");
+    }
+    reinterpret_cast<uint16_t*>(row)[channel] = uint16_t(values[i / 2] >> i % 2 * 16);
+  }
+}
+
 inline uint64_t matrix_at(const void* at) {
   const uint64_t address = static_cast<const char*>(at) - emulator::current->home->base;
   if (address % 1024 >= 128 || address % 32) emulator::fault("a matrix does not begin with its first row");
