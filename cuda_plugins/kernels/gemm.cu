@@ -148,7 +148,7 @@ cudaError_t gemm(const Gemm& g, cudaStream_t stream) {
 
 size_t gemm_workspace(const Gemm& g) {
   size_t vectors = QPASS_SM80 ? aligned(g.m * sizeof(float)) + aligned(g.n * sizeof(float)) : 0;
-  const size_t split = QPASS_STREAMS ? split_bytes_of_few(g.m, g.n) : 0;
+  const size_t split = QPASS_STREAMS ? split_bytes(std::min(g.m, kSplitKTokens), g.n, kSplitKTokens) : 0;
   return g.in == QPASS_INT8 ? std::max({vectors, split, skinny_int8_workspace(g)}) : vectors;
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "device.h"
 #include "qpass_kernels.h"
@@ -53,23 +52,14 @@ constexpr int64_t kSplitKTokens = 64;
 template <typename Out>
 cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream);
 
-// Bytes of the sums of all splits, of four bytes each: an upper bound for every m up to this one and products whose tiles are one of
-// these, two of which a cluster may have beside each other.
+// Bytes of the sums of all splits, of four bytes each: an upper bound for every m up to this one and tiles of 256 channels × `tokens`
+// or half as many × twice as many, two of which a cluster may have beside each other. Engines keep what they were built with: a library
+// of a later version must not need more.
 constexpr int64_t kMostStreaming = 132, kMostSplitsOfK = 16;  // blocks that K is split for; splits
-struct Extent {
-  int64_t channels, tokens;
-};
-inline size_t split_bytes(int64_t m, int64_t n, std::initializer_list<Extent> tiles) {
-  int64_t most = 0;
-  for (const Extent& of : tiles) {
-    const int64_t count = ceil_div(n, of.channels * 2) * 2 * ceil_div(m, of.tokens);
-    most = std::max(most, std::min(kMostSplitsOfK * count, kMostStreaming) * of.channels * of.tokens);
-  }
-  return size_t(most) * 4;
-}
-// Of products of kSplitKTokens at most, for so many of them.
-inline size_t split_bytes_of_few(int64_t m, int64_t n) {
-  return split_bytes(std::min(m, kSplitKTokens), n, {{256, kSplitKTokens}, {192, kSplitKTokens}, {128, kSplitKTokens}});
+inline size_t split_bytes(int64_t m, int64_t n, int64_t tokens) {
+  auto tiles = [&](int64_t channels, int64_t tokens) { return ceil_div(n, channels * 2) * 2 * ceil_div(m, tokens); };
+  const int64_t most = std::max(tiles(256, tokens), tiles(128, tokens * 2));
+  return size_t(std::min(kMostSplitsOfK * most, kMostStreaming) * 256 * tokens * 4);
 }
 
 // Copies rows of `bytes` bytes (any number) to rows `padded` bytes apart (a multiple of 16), zeros behind.

@@ -211,7 +211,9 @@ Grid divide(void (*kernel)(Parameters), Streams& p, const Device& device) {
   };
   // A part of fewer than two stages costs more to add up than it saves.
   const int64_t at_once = std::min<int64_t>(device.multiprocessors, kMostStreaming);
-  const int64_t parts = std::min({at_once / tiles, stages / (2 * S::kTeams), kMostSplitsOfK});
+  int64_t parts = std::min({at_once / tiles, stages / (2 * S::kTeams), kMostSplitsOfK});
+  // Tiles that are no part of what workspaces are asked for by may have to be split less.
+  if (S::kTokens > 64) parts = std::min(parts, int64_t(split_bytes(p.m, p.n, 128) / 4) / (tiles * S::kChannels * S::kTokens));
   split(S::kTeams > 1 ? 1 : std::max<int64_t>(parts, 1));
   for (int together = kMostTogether; together > 1 && S::kCluster == 1 && !p.together; together /= 2) {
     // a second kernel takes longer than a quarter more of K, or than what so many splits leave

@@ -110,7 +110,7 @@ struct Plan {
     row_scale = take(divides ? args.m * sizeof(float) : 0);
     weight = take(pads_weight ? args.n * row_bytes : 0);
     partial = take(few ? partial_bytes(args.m, args.n)
-                   : path == kSplitK ? split_bytes_of_few(args.m, args.n)
+                   : path == kSplitK ? split_bytes(std::min(args.m, kSplitKTokens), args.n, kSplitKTokens)
                    : path == kMixed ? mixed_workspace(args.m, args.n) : 0);
     if (path == kMany) {
       chunk = std::min(args.n, std::max<int64_t>(128, kChunkBytes / (padded * 2) / 128 * 128));
