@@ -43,7 +43,7 @@ class Epilogue {
   // Calls `each` with what puts the sums of eight tokens, as products leave them, so many ahead of the first. By all lanes of a warp.
   template <typename Each>
   __device__ __forceinline__ void put(Each each) const {
-    auto by = [&](auto scaled, auto whole) { each([&](const float (&sums)[4], int ahead) { one<scaled(), whole()>(sums, ahead); }); };
+    auto by = [&](auto scaled, auto whole) { each([&](const float (&sums)[4], int ahead) { put_eight<scaled(), whole()>(sums, ahead); }); };
     if (kPairs && n_ % 2) by(std::true_type(), std::false_type());
     else if (per_row_) by(std::true_type(), std::true_type());
     else by(std::false_type(), std::true_type());
@@ -53,12 +53,12 @@ class Epilogue {
   template <typename Each>
   __device__ __forceinline__ void put_by_lines(char* line, Each each) const {
     auto by = [&](auto scaled) {
-      each([&](const float (&first)[4], const float (&second)[4], int ahead) { sixteen<scaled()>(first, second, ahead, line); });
+      each([&](const float (&first)[4], const float (&second)[4], int ahead) { put_sixteen<scaled()>(first, second, ahead, line); });
       __syncwarp();  // whatever comes there next
     };
     if (!aligned_) {
       each([&](const float (&first)[4], const float (&second)[4], int ahead) {
-        one<true, false>(first, ahead), one<true, false>(second, ahead + 8);
+        put_eight<true, false>(first, ahead), put_eight<true, false>(second, ahead + 8);
       });
     } else if (per_row_) {
       by(std::true_type());
@@ -89,7 +89,7 @@ class Epilogue {
   __device__ __forceinline__ Out* at(int token, int channel) const { return to_ + uint64_t(n_) * unsigned(token) + channel; }
 
   template <bool kScaled, bool kWhole>
-  __device__ __forceinline__ void one(const float (&sums)[4], int ahead) const {
+  __device__ __forceinline__ void put_eight(const float (&sums)[4], int ahead) const {
     float by[2];
     find_row_scales<kScaled>(by, ahead);
 #pragma unroll
@@ -120,7 +120,7 @@ class Epilogue {
   // A token's sixteen channels are two halves, changed over for each other four tokens: no two of eight lie in the same banks. That a
   // half is stored once the next sixteen tokens are on their way, instead of waiting for it, was slower.
   template <bool kScaled>
-  __device__ __forceinline__ void sixteen(const float (&first)[4], const float (&second)[4], int ahead, char* line) const {
+  __device__ __forceinline__ void put_sixteen(const float (&first)[4], const float (&second)[4], int ahead, char* line) const {
     static_assert(kPairs);
     auto half_at = [&](int token, int half) { return line + (token * 2 + (half ^ (token >> 2 & 1))) * 16; };
     const int token = lane_ / 2, half = lane_ % 2;

@@ -56,6 +56,7 @@ cudaError_t int8_sm90(const Gemm& g, const Device& device, cudaStream_t stream);
 // or half as many × twice as many, two of which a cluster may have beside each other. Engines keep what they were built with: a library
 // of a later version must not need more.
 constexpr int64_t kMostStreaming = 132, kMostSplitsOfK = 16;  // blocks that K is split for; splits
+constexpr int64_t kMixedTokens = 128;  // by tiles of so many the mixed product's workspace is sized
 inline size_t split_bytes(int64_t m, int64_t n, int64_t tokens) {
   auto tiles = [&](int64_t channels, int64_t tokens) { return ceil_div(n, channels * 2) * 2 * ceil_div(m, tokens); };
   const int64_t most = std::max(tiles(256, tokens), tiles(128, tokens * 2));

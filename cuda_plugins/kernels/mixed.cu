@@ -15,7 +15,7 @@ bool is_small(const MixedGemm& g, int multiprocessors) {
   return g.k <= 2048 && ceil_div(g.n, 64) * ceil_div(g.m, 64) <= multiprocessors;
 }
 
-size_t mixed_workspace(int64_t m, int64_t n) { return split_bytes(m, n, 128); }
+size_t mixed_workspace(int64_t m, int64_t n) { return split_bytes(m, n, kMixedTokens); }
 
 int rows_together(int64_t n, int64_t stride, int unit) {
   int64_t rows = 1;

@@ -87,7 +87,8 @@ template <typename S>
 __device__ __forceinline__ void add_up_together(const Finish& to, const Streams& p, const Block<S>& own, const Tile<S>& tile) {
   using Sum = typename S::Sum;
   constexpr int kWarps = S::kConsumers / 32, kOfTeam = S::kTeam / 32, kOfTile = S::kTokens / 8;
-  constexpr int kColumns = S::kColumns < 16 ? 1 : kWarps <= 8 ? 4 : 2, kAtOnce = kColumns == 1 ? 4 : 2;  // so many parts of each
+  constexpr int kBatch = S::kColumns < 16 ? 1 : kWarps <= 8 ? 4 : 2;  // columns that are added up together: what registers hold
+  constexpr int kAtOnce = kBatch == 1 ? 4 : 2;                        // parts of each on their way at once
   const Pack<Sum, 4>* const lanes = reinterpret_cast<const Pack<Sum, 4>*>(own.ring.stages) + opaque(threadIdx.x % 32);
   const int mine = blockIdx.y + p.splits * own.warp, warp = mine % kOfTeam, step = p.splits * S::kTeams, parts = step;
 #pragma unroll
@@ -95,17 +96,17 @@ __device__ __forceinline__ void add_up_together(const Finish& to, const Streams&
     const Epilogue<typename S::Out> epilogue(to, p.m, p.n, tile.m0, tile.n0 + line_of<S>(warp, t));
     // the first of its columns that is of these channels
     const int skipped = max(0, t * kOfTile - mine / kOfTeam), first = mine / kOfTeam + (skipped + step - 1) / step * step;
-    for (int column = first; column < (t + 1) * kOfTile; column += step * kColumns) {
-      Sum sums[kColumns][4] = {};
+    for (int column = first; column < (t + 1) * kOfTile; column += step * kBatch) {
+      Sum sums[kBatch][4] = {};
       auto there = [&](int c) {
         const int of = column + c * step;
         return of < (t + 1) * kOfTile && token_of(tile, of) < p.m;
       };
       for (int from = 0; from < parts; from += kAtOnce) {
-        uint4 loaded[kColumns][kAtOnce];
+        uint4 loaded[kBatch][kAtOnce];
         auto each = [&](auto f) {
 #pragma unroll
-          for (int i = 0; i < kColumns * kAtOnce; ++i) {
+          for (int i = 0; i < kBatch * kAtOnce; ++i) {
             const int c = i / kAtOnce, s = i % kAtOnce;
             if (from + s < parts && there(c)) f(c, loaded[c][s], (from + s) / S::kTeams, (from + s) % S::kTeams);
           }
@@ -121,7 +122,7 @@ __device__ __forceinline__ void add_up_together(const Finish& to, const Streams&
       }
       epilogue.put([&](auto put) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
+        for (int c = 0; c < kBatch; ++c) {
           if (there(c)) {
             put({float(sums[c][0]), float(sums[c][1]), float(sums[c][2]), float(sums[c][3])}, (column + c * step) % kOfTile * 8);
           }
@@ -212,8 +213,11 @@ Grid divide(void (*kernel)(Parameters), Streams& p, const Device& device) {
   // A part of fewer than two stages costs more to add up than it saves.
   const int64_t at_once = std::min<int64_t>(device.multiprocessors, kMostStreaming);
   int64_t parts = std::min({at_once / tiles, stages / (2 * S::kTeams), kMostSplitsOfK});
-  // Tiles that are no part of what workspaces are asked for by may have to be split less.
-  if (S::kTokens > 64) parts = std::min(parts, int64_t(split_bytes(p.m, p.n, 128) / 4) / (tiles * S::kChannels * S::kTokens));
+  // Tiles of 192 tokens are none of those that workspaces are sized by, and may have to be split less.
+  if (S::kTokens > kSplitKTokens) {
+    const int64_t room = split_bytes(p.m, p.n, kMixedTokens) / sizeof(float);
+    parts = std::min(parts, room / (tiles * S::kChannels * S::kTokens));
+  }
   split(S::kTeams > 1 ? 1 : std::max<int64_t>(parts, 1));
   for (int together = kMostTogether; together > 1 && S::kCluster == 1 && !p.together; together /= 2) {
     // a second kernel takes longer than a quarter more of K, or than what so many splits leave
