@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) fixed_product(const __grid_con
   const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
   const int first = own.share.first_of(team) * S::kGroups, count = own.share.count_of(team);
   const uint64_t matrix = matrix_at(own.ring.tokens(0));
-  own.each_tile(p, [&](const Tile<S>& tile) {
+  own.each_piece(p, [&](const Tile<S>& tile, const Pieces<S>&) {
     prefetch_finish(p.finish, p, tile);
     FixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first, first + count * S::kGroups);
     float sums[S::kSums] = {};

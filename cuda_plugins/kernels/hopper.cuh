@@ -167,6 +167,29 @@ __device__ __forceinline__ uint4 read_from(const void* at, unsigned block) {
   return value;
 }
 
+// What a warp raises, and one of another block waits for and lowers. Without a branch of the first lane's, for the others write beside
+// it, and by vote: else the compiler would not see that lanes go on together, and keep what they share in registers of each.
+struct Flag {
+  uint64_t raised, beside;
+};
+
+// By a warp, once it has written what is to be read then.
+__device__ __forceinline__ void raise_flag(Flag* flag, uint64_t to) {
+  uint64_t* const mine = threadIdx.x % 32 ? &flag->beside : &flag->raised;
+  __syncwarp();
+  asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.global.u64 [%0], %1;" ::"l"(mine), "l"(to) : "memory");
+}
+
+// By a warp, before it reads that.
+__device__ __forceinline__ void take_flag(Flag* flag, uint64_t raised) {
+  uint64_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(&flag->raised) : "memory");
+  } while (!__all_sync(~0u, found == raised));
+  uint64_t* const mine = threadIdx.x % 32 ? &flag->beside : &flag->raised;
+  *mine = 0;
+}
+
 // Rows and columns of an 8 × 8 matrix of 16-bit values changed over: lane i holds values 2 (i % 4) and the next of row i / 4.
 __device__ __forceinline__ uint32_t transposed(uint32_t values) {
   uint32_t to;

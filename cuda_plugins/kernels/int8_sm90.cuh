@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) int8_product(const __grid_cons
     return;
   }
   Turn<S> turn;
-  own.each_tile(p, [&](const Tile<S>& tile) {
+  own.each_piece(p, [&](const Tile<S>& tile, const Pieces<S>&) {
     prefetch_finish(p.finish, p, tile);
     int32_t sums[S::kTiles][S::kTokens / 2] = {};
     for (int i = 0; i < own.share.count; ++i, turn.next()) {

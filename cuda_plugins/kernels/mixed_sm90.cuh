@@ -38,6 +38,7 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kT
   static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = kTeams == 1;
+  static constexpr bool kStreamK = kWarpgroups == 2 && kTiles == 1 && kTokens >= 192;  // of smaller tiles more would be left
   static constexpr int kMostStages = 4 * kTeams, kStagesAhead = kMostStages;
   static constexpr int kGroups = kGrouped ? kStageK / kGroup : 0;  // of a stage
   using Scales = GroupStream<kTiles * 2, Sums::kConsumers, fours_of(kGroups, kTokens <= 64 ? 2 : 1), true>;
@@ -187,9 +188,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
   } else {
     raise_registers<S::kManyRegisters>();
     const int team = own.warp / kWarps, line = line_of<S>(own.warp % kWarps, 0);
-    const int first = own.share.first_of(team), count = own.share.count_of(team);
     Turn<S> turn{team, 0};
-    own.each_tile(p, [&](const Tile<S>& tile) {
+    own.each_piece(p, [&](const Tile<S>& tile, const Pieces<S>& piece) {
+      const int first = piece.share.first_of(team), count = piece.share.count_of(team);
       prefetch_finish(p.finish, p, tile);
       MixedScales<S> scales(own.ring.beside(), p, tile.n0 + line, first * S::kGroups, (first + count) * S::kGroups);
       float sums[S::kTiles][S::kTokens / 2] = {};
@@ -235,9 +236,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) mixed(const __grid_constant__ 
         own.ring.free(done);
       }
 #pragma unroll
-      for (int t = 0; t < S::kTiles; ++t) settle(sums[t]);
+      for (int t = 0; t < S::kTiles; ++t) {
+        settle(sums[t]);
+#pragma unroll
+        for (int j = 0; j < S::kTokens / 2; ++j) sums[t][j] *= scales.power(t * 2 + j / 2 % 2);
+      }
       wait_for_kernel_before();  // the scales of rows, and whoever reads what is written here
-      leave(p.finish, p, own, tile, [&](int t, int j, int c) { return sums[t][j * 4 + c] * scales.power(t * 2 + c / 2); });
+      if (fix_up(p.finish, p, tile, piece, sums)) leave(p.finish, p, own, tile, [&](int t, int j, int c) { return sums[t][j * 4 + c]; });
       turn.next();
     });
   }
@@ -262,8 +267,12 @@ cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& de
   // Twice as many tokens beside half as many channels: operands that are made once are multiplied twice as often. Other tiles are slower
   // by what they multiply, and faster where these would leave tokens or multiprocessors without work.
   auto fastest = [&](auto largest) {
-    auto time = [&](auto tiles) { return time_of(tiles, mixed<typename decltype(tiles)::S>, p, device); };
-    auto run = [&](auto tiles) { return launch_mixed<typename decltype(tiles)::S>(p, g, device, stream); };
+    auto time = [&](auto tiles, bool stream_k) { return time_of(tiles, mixed<typename decltype(tiles)::S>, p, device, stream_k); };
+    auto run = [&](auto tiles, bool stream_k) {
+      Mixed with = p;
+      with.by_stream_k = stream_k;
+      return launch_mixed<typename decltype(tiles)::S>(with, g, device, stream);
+    };
     return run_fastest(time, run, largest, Timed<MixedShape<T, kInt4, kGroup, 3, 1, 192, 1>, 171>(),
         Timed<MixedShape<T, kInt4, kGroup, 2, 1, 192, kPairs>, 120>(), Timed<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>, 181>(),
         Timed<MixedShape<T, kInt4, kGroup, 3, 1, 128, 1>, 125>(), Timed<MixedShape<T, kInt4, kGroup, 2, 1, 128, 1>, 88>());

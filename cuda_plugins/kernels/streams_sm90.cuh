@@ -16,11 +16,25 @@
 
 namespace qpass {
 
+// Tiles whose stages are dealt out among blocks (stream_k_sm90.cuh): those from `from` on are a row of stages, of which each block, or
+// cluster, has `least` neighbours, and the first `more` of them one more.
+struct StreamK {
+  int from, least, more;
+  uint32_t by_stages;  // 2^32 over those of a tile
+  uint64_t launch;     // what no other launch has
+
+  __device__ __forceinline__ int begin_of(int n) const { return n * least + min(n, more); }
+  // Of a division it would not be known that all threads have the same, and what follows of it would take each of them registers.
+  __device__ __forceinline__ int tile_of(int stage) const { return int(uint64_t(unsigned(stage)) * by_stages >> 32); }
+};
+
 struct Streams {
   TensorMap weights, tokens;
   int m, n, k, tiles;
   int splits, stages_a_split;
   bool together;  // the splits of a tile are a cluster
+  bool by_stream_k;
+  StreamK stream_k;  // else it is from beyond all tiles
   bool follows;  // the tokens come of the kernel before, and nothing else that is read here does
 };
 
@@ -96,6 +110,7 @@ struct Tile {
 // The stages that a block multiplies; each of its teams has a part of them, what does not divide goes to the first.
 template <typename S>
 struct Share {
+  __device__ __forceinline__ Share(int first, int count) : first(first), count(count) {}
   __device__ __forceinline__ explicit Share(const Streams& p)
       : first(blockIdx.y * p.stages_a_split), count(min(p.stages_a_split, int(ceil_div(p.k, S::kStageK)) - first)) {}
   __device__ __forceinline__ int first_of(int team) const {
@@ -118,18 +133,63 @@ struct Turn {
   int slot = 0, parity = 0;
 };
 
-// What every product begins with: its ring, opened for warps that read, and what of the product is the block's. By all threads.
+// What a block has of a product, a piece after another: a tile of each round and, where stages are dealt out, its part of these from the
+// last tile back to the first. So it leaves what ends in another block first, and comes last to what began in those before it, which
+// these have left by then.
 //
-// Blocks that stay (kStays), as many as the GPU runs at once, take one tile after another: stages of the next are copied while one is
+// Blocks that stay (kStays), as many as the GPU runs at once, have more than one piece: stages of the next are copied while one is
 // finished. Where memory is the bound, that is slower than new blocks, which go where there is time.
+template <typename S>
+class Pieces {
+ public:
+  __device__ __forceinline__ explicit Pieces(const Streams& p) : share(p), tile(blockIdx.x), p_(p) {
+    if constexpr (S::kStays) next_ = blockIdx.x;
+    if constexpr (S::kStreamK) begin_ = p.stream_k.begin_of(cluster()), end_ = p.stream_k.begin_of(cluster() + 1);
+  }
+  // To the next, at first to the first: whether there is one.
+  __device__ __forceinline__ bool next() {
+    if (next_ < p_.stream_k.from) {
+      tile = next_, next_ += gridDim.x;
+      return true;
+    }
+    if constexpr (S::kStreamK) {
+      if (begin_ == end_) return false;
+      const int t = p_.stream_k.tile_of(end_ - 1), first_of_tile = t * p_.stages_a_split;
+      share.first = max(begin_ - first_of_tile, 0), share.count = end_ - first_of_tile - share.first;
+      tile = p_.stream_k.from + t * S::kCluster + int(blockIdx.x % S::kCluster), end_ -= share.count;
+      return true;
+    }
+    return false;
+  }
+  // Whether another block ends the tile.
+  __device__ __forceinline__ bool leaves() const {
+    return S::kStreamK && tile >= p_.stream_k.from && share.first + share.count < p_.stages_a_split;
+  }
+  // Where this block ends the tile, whether the i-th block, or cluster, before it has stages of that.
+  __device__ __forceinline__ bool begun_by(int i) const {
+    if constexpr (!S::kStreamK) return false;
+    else return tile >= p_.stream_k.from && share.first && !leaves() && p_.stream_k.begin_of(cluster() - i + 1) > begin_ - share.first;
+  }
+  Share<S> share;
+  int tile;
+
+ private:
+  static __device__ __forceinline__ int cluster() { return blockIdx.x / S::kCluster; }
+  const Streams& p_;
+  int next_, begin_, end_;  // a tile; stages
+};
+
+// What every product begins with: its ring, opened for warps that read, and what of the product is the block's. By all threads.
 template <typename S>
 struct Block {
   __device__ __forceinline__ Block(const Streams& p, char* start) : ring(start), share(p), warp(__shfl_sync(~0u, threadIdx.x / 32, 0)) {}
   __device__ __forceinline__ Block(const Streams& p, char* start, int readers) : Block(p, start) { ring.open(readers); }
+  // Calls f with each tile of which the block has a piece, and with that.
   template <typename F>
-  __device__ __forceinline__ void each_tile(const Streams& p, F f) const {
-    if constexpr (!S::kStays) return f(Tile<S>(p.m, p.n, blockIdx.x));
-    else for (int i = blockIdx.x; i < p.tiles; i += gridDim.x) f(Tile<S>(p.m, p.n, i));
+  __device__ __forceinline__ void each_piece(const Streams& p, F f) const {
+    Pieces<S> pieces(p);
+    if constexpr (!S::kStays) f(Tile<S>(p.m, p.n, pieces.tile), pieces);
+    else while (pieces.next()) f(Tile<S>(p.m, p.n, pieces.tile), pieces);
   }
   const Ring<S> ring;
   const Share<S> share;
@@ -141,34 +201,38 @@ struct Block {
 template <typename S, typename Beside>
 __device__ __forceinline__ void copy_stages(const Streams& p, const Block<S>& own, int bytes_beside, Beside beside) {
   const Ring<S>& ring = own.ring;
-  const Share<S>& share = own.share;
   const int rank = S::kCluster > 1 ? int(block_of_cluster()) : 0;
   prefetch_map(&p.weights), prefetch_map(&p.tokens);
-  auto weights = [&](const Tile<S>& tile, int i, int slot) {
+  auto weights = [&](const Tile<S>& tile, int stage, int slot) {
     expect(&ring.full[slot], Ring<S>::kWeights + Ring<S>::kTokens + bytes_beside);
-    copy_box(ring.weights(slot), &p.weights, share.stage(i) * S::kRowBytes, tile.n0, &ring.full[slot]);
+    copy_box(ring.weights(slot), &p.weights, stage * S::kRowBytes, tile.n0, &ring.full[slot]);
   };
-  auto tokens = [&](const Tile<S>& tile, int i, int slot) {
+  auto tokens = [&](const Tile<S>& tile, int stage, int slot) {
     constexpr int kRows = S::kTokens / S::kCluster;
 #pragma unroll
     for (int box = 0; box < S::kPlanes * S::kBoxes; ++box) {
       char* to = ring.tokens(slot) + box * Ring<S>::kBox + rank * kRows * kBoxBytes;
-      const int x = (share.stage(i) * S::kBoxes + box / S::kPlanes) * kBoxBytes;
+      const int x = (stage * S::kBoxes + box / S::kPlanes) * kBoxBytes;
       const int y = tile.m0 + rank * kRows + box % S::kPlanes * p.m;
       if constexpr (S::kCluster == 1) copy_box(to, &p.tokens, x, y, &ring.full[slot]);
       else copy_box_to_all<S::kCluster>(to, &p.tokens, x, y, &ring.full[slot]);
     }
-    beside(tile, share.stage(i), slot);
+    beside(tile, stage, slot);
   };
-  int ahead = p.follows ? min(share.count, p.splits > 1 ? min(S::kStagesAhead, Ring<S>::kStages) : Ring<S>::kStages) : 0;
-  for (int i = 0; i < ahead; ++i) weights(Tile<S>(p.m, p.n, blockIdx.x), i, i);
+  Pieces<S> first(p);
+  int ahead = 0;
+  if (p.follows && (!S::kStays || first.next())) {
+    ahead = min(first.share.count, p.splits > 1 ? min(S::kStagesAhead, Ring<S>::kStages) : Ring<S>::kStages);
+    for (int i = 0; i < ahead; ++i) weights(Tile<S>(p.m, p.n, first.tile), first.share.stage(i), i);
+  }
   wait_for_kernel_before();
   Turn<S> turn{0, 1};  // at first, slots are free
-  own.each_tile(p, [&](const Tile<S>& tile) {
-    for (int i = 0; i < share.count; ++i, turn.next()) {
+  own.each_piece(p, [&](const Tile<S>& tile, const Pieces<S>& piece) {
+    for (int i = 0; i < piece.share.count; ++i, turn.next()) {
+      const int stage = piece.share.stage(i);
       wait(&ring.empty[turn.slot], turn.parity);
-      if (--ahead < 0) weights(tile, i, turn.slot);
-      tokens(tile, i, turn.slot);
+      if (--ahead < 0) weights(tile, stage, turn.slot);
+      tokens(tile, stage, turn.slot);
     }
   });
 }

@@ -8,6 +8,7 @@
 #include <iterator>
 
 #include "epilogue_sm90.cuh"
+#include "stream_k_sm90.cuh"
 #include "streams_sm90.cuh"
 
 namespace qpass {
@@ -21,6 +22,7 @@ struct SumsOf {
   static constexpr int kTiles = kTiles_, kTokens = kTokens_, kCluster = kCluster_, kTeams = kTeams_;
   static constexpr int kTeam = kWarpgroups * 128, kConsumers = kTeam * kTeams, kChannels = kWarpgroups * kTiles * 64;
   static constexpr int kColumns = kTiles * kTokens / 8;  // of eight tokens that a warp has sums of
+  static constexpr bool kStreamK = false;                // whether tiles may be of several blocks, and these of more than one
   static constexpr bool kByLines = false;                // whether a warp has kLineBytes of shared memory beside the ring, in the end
 };
 
@@ -201,8 +203,11 @@ int64_t clusters_at_once(void (*kernel)(Parameters), const Grid& grid, const Dev
 // Divides a product into tiles, and their K where they are few.
 template <typename S, typename Parameters>
 Grid divide(void (*kernel)(Parameters), Streams& p, const Device& device) {
+  if constexpr (S::kStreamK) {
+    if (p.by_stream_k) return divide_by_stream_k<S>(p, device);
+  }
   const int64_t tiles = Tile<S>::count(p.m, p.n), stages = ceil_div(p.k, S::kStageK);
-  p.tiles = int(tiles);
+  p.tiles = p.stream_k.from = int(tiles);
   const int64_t stay = device.multiprocessors / S::kCluster * S::kCluster;
   Grid grid{dim3(unsigned(S::kStays ? std::min(tiles, stay) : tiles)), S::kThreads, Ring<S>::kBytes, dim3(S::kCluster)};
   auto split = [&](int64_t into) {
@@ -278,23 +283,29 @@ struct Timed {
 };
 
 // What a product would take by `tiles`, in hundredths of a microsecond: as many rounds as the multiprocessors need for them, each with a
-// beginning, and an end that takes as long as there are sums; where K is split, its parts end together once more.
+// beginning, and an end that takes as long as there are sums; where K is split, its parts end together once more. Where stages are dealt
+// out, a block has parts of two tiles, of which it leaves one, and takes what others left of the other.
 template <typename S, int kStage, typename Parameters>
-int64_t time_of(Timed<S, kStage>, void (*kernel)(Parameters), Streams p, const Device& device) {
-  constexpr int64_t kBegins = 160, kEnds = S::kChannels * S::kTokens / 131, kWaits = 190;
-  if (allow_memory<S>(kernel, device)) return kNoShare;
+int64_t time_of(Timed<S, kStage>, void (*kernel)(Parameters), Streams p, const Device& device, bool stream_k) {
+  constexpr int64_t kBegins = 160, kSums = S::kChannels * S::kTokens, kEnds = kSums / 131, kWaits = 190, kLeaves = kSums / 14, kTakes = 300;
+  if ((stream_k && !S::kStreamK) || allow_memory<S>(kernel, device)) return kNoShare;
+  p.by_stream_k = stream_k;
   const Grid grid = divide<S>(kernel, p, device);
-  const int64_t rounds = ceil_div(p.tiles, grid.blocks.x);
-  return rounds * (int64_t(p.stages_a_split) * kStage + kBegins + kEnds) + (p.splits > 1 ? kBegins + kEnds + kWaits : 0);
+  const int64_t whole = int64_t(p.stages_a_split) * kStage + kBegins + kEnds;
+  if (!stream_k) return ceil_div(p.tiles, grid.blocks.x) * whole + (p.splits > 1 ? kBegins + kEnds + kWaits : 0);
+  if (!divides_by_stream_k(p, grid)) return kNoShare;
+  const int64_t rounds = p.stream_k.from / grid.blocks.x, others = ceil_div(p.stages_a_split, p.stream_k.least);
+  return rounds * whole + (p.stream_k.least + 1) * int64_t(kStage) + kBegins + kEnds + kLeaves + (others - 1) * kTakes;
 }
 
-// Runs a product by those tiles that take the least time, the first of equal ones.
+// Runs a product by those tiles that take the least time, and in that way, the first of equal ones.
 template <typename Time, typename Run, typename... Tiles>
 cudaError_t run_fastest(Time time, Run run, Tiles... tiles) {
-  const int64_t times[] = {time(tiles)...}, least = *std::min_element(std::begin(times), std::end(times));
+  const int64_t times[] = {time(tiles, false)..., time(tiles, true)...}, least = *std::min_element(std::begin(times), std::end(times));
   cudaError_t e = cudaErrorNotSupported;
   int i = 0;
-  (void)((times[i++] == least && (e = run(tiles), true)) || ...);
+  auto one = [&](auto of, bool stream_k) { return times[i++] == least && (e = run(of, stream_k), true); };
+  (void)((one(tiles, false) || ...) || (one(tiles, true) || ...));
   return e;
 }
 
@@ -306,6 +317,7 @@ cudaError_t launch_streaming(void (*kernel)(Parameters), Parameters p, const voi
   if (cudaError_t e = allow_memory<S>(kernel, device)) return e;
   const Grid grid = divide<S>(kernel, p, device);
   if (!good(p)) return cudaErrorNotSupported;
+  if (p.by_stream_k) p.stream_k.launch = new_launch();
   if (cudaError_t e = map_matrix(&p.weights, weights, p.n, weight_bytes, weight_bytes, S::kChannels, S::kRowBytes)) return e;
   if (tokens) {
     const int rows = S::kTokens / S::kCluster;

@@ -258,6 +258,26 @@ def test_tiles_of_many_tokens(name: str, small_gpu: Library) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("small_gpu", [3], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_stages_that_are_dealt_out(name: str, dtype: np.dtype[Any], small_gpu: Library) -> None:
+    """Stream-K, of tiles of 192 and of 256 tokens: of several blocks, the first of which have whole tiles besides, with
+    tokens and channels that are no whole tile. Flags are down again in the end, as the next launch wants them.
+    """
+    library = ctypes.CDLL(str(small_gpu.path))
+    flags = [ctypes.c_int.in_dll(library, f"emulated_flags_{n}") for n in ("raised", "lowered")]
+    signed = itertools.islice(itertools.cycle(signatures(REGISTRY[name])), DTYPES.index(dtype), None, 5)
+    for m, n, k in [(230, 450, 4096), (150, 834, 3584), (200, 386, 5120)]:
+        case = example(REGISTRY[name], next(signed), dtype, lead=(m,), n=n, k=k, seed=m)
+        check = partial(compare, case, wanted=references(case), tally=Tally(name, dtype.name))
+        before = [f.value for f in flags]
+        assert streamed(small_gpu, case, check, ["sm90_mixed"])
+        raised, lowered = (f.value - b for f, b in zip(flags, before, strict=True))
+        assert raised == lowered > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_tokens_that_become_integers_beside_the_products(name: str, dtype: np.dtype[Any], small_gpu: Library) -> None:

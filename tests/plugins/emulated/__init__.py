@@ -43,6 +43,7 @@ RUNTIME = """
 #include "emulator.h"
 extern "C" {
 int emulated_questions = 0;
+__attribute__((visibility("default"))) int emulated_flags_raised = 0, emulated_flags_lowered = 0;
 __attribute__((visibility("default"))) int emulated_major = 9;  // of the compute capability
 __attribute__((visibility("default"))) int emulated_multiprocessors = 132;
 __attribute__((visibility("default"))) int emulated_device = 0;  // what is known of a GPU is kept by its number

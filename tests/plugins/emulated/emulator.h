@@ -297,6 +297,10 @@ template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
 template <typename A, typename B>
 std::common_type_t<A, B> min(A a, B b) {
   return b < a ? b : a;

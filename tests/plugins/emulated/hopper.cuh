@@ -4,6 +4,8 @@
 
 #include "types.cuh"
 
+extern "C" __attribute__((visibility("default"))) int emulated_flags_raised, emulated_flags_lowered;
+
 namespace qpass {
 
 constexpr bool kHasClusters = false;
@@ -108,6 +110,20 @@ void barrier_of_first() {
   if (emulator::current->warp * 32 >= kThreads) emulator::fault("a thread waits for a barrier that is not its own");
   emulator::current->home->first.size = kThreads;
   emulator::wait(emulator::current->home->first);
+}
+// Blocks run one after another: what is waited for was raised by one before, or never is.
+struct Flag {
+  uint64_t raised, beside;
+};
+inline void raise_flag(Flag* flag, uint64_t to) {
+  __syncwarp();
+  if (emulator::current->lane == 0) flag->raised = to, ++emulated_flags_raised;
+}
+inline void take_flag(Flag* flag, uint64_t raised) {
+  __syncwarp();
+  if (flag->raised != raised && emulator::current->lane == 0) emulator::fault("a warp waits for a flag that none before it raised");
+  __syncwarp();
+  if (emulator::current->lane == 0) flag->raised = 0, ++emulated_flags_lowered;
 }
 inline uint4 read_from(const void* at, unsigned block) {
   const int64_t place = static_cast<const char*>(at) - emulator::current->home->base;
