@@ -35,11 +35,13 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kT
   static constexpr int kMultiplying = kWarpgroups * kTeams;
   static constexpr int kFewRegisters = kMultiplying == 4 ? 32 : 24;
   static constexpr int kManyRegisters = kMultiplying == 4 ? 112 : kMultiplying == 3 ? 160 : 240;
-  static constexpr int kStageK = 128, kRowBytes = kInt4 ? 64 : 128;  // a box is as wide as its swizzle
+  // Of int8 weights beside 256 tokens there is room for two stages of 128, the second of which would not be there in time.
+  static constexpr int kStageK = !kInt4 && !kGrouped && kTokens == 256 ? 64 : 128;
+  static constexpr int kRowBytes = kInt4 ? kStageK / 2 : kStageK;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = kTeams == 1;
   static constexpr bool kStreamK = kWarpgroups == 2 && kTiles == 1 && kTokens >= 192;  // of smaller tiles more would be left
-  static constexpr int kMostStages = 4 * kTeams, kStagesAhead = kMostStages;
+  static constexpr int kMostStages = 512 / kStageK * kTeams, kStagesAhead = kMostStages;
   static constexpr int kGroups = kGrouped ? kStageK / kGroup : 0;  // of a stage
   using Scales = GroupStream<kTiles * 2, Sums::kConsumers, fours_of(kGroups, kTokens <= 64 ? 2 : 1), true>;
   // In the end they are read no more, and sums leave by way of their places.
@@ -131,7 +133,7 @@ struct RawRun {
 
   // `rows`: where the lane's first channel begins.
   __device__ __forceinline__ void read(const char* rows, int run, int tile) {
-    const int row = threadIdx.x % 32 / 4, swizzle = S::kInt4 ? row / 2 & 3 : row;
+    const int row = threadIdx.x % 32 / 4, swizzle = S::kRowBytes == 64 ? row / 2 & 3 : row;
 #pragma unroll
     for (int i = 0; i < 2 * kLoads; ++i) {
       const char* line = rows + (tile * 64 + i / kLoads * 8) * S::kRowBytes;
@@ -277,10 +279,10 @@ cudaError_t mixed_by_tokens(const Mixed& p, const MixedGemm& g, const Device& de
         Timed<MixedShape<T, kInt4, kGroup, 2, 1, 192, kPairs>, 120>(), Timed<MixedShape<T, kInt4, kGroup, 2, 2, 128, 1>, 181>(),
         Timed<MixedShape<T, kInt4, kGroup, 3, 1, 128, 1>, 125>(), Timed<MixedShape<T, kInt4, kGroup, 2, 1, 128, 1>, 88>());
   };
-  constexpr int kCluster = kInt4 ? kPairs : 1;  // int8 weights are as much as what a block saves of the tokens
+  constexpr int kStage = 134 * MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>::kStageK / 128;
   const bool rounds = ceil_div(g.n, 128) > 2 * device.multiprocessors;  // all blocks at once copy more of the tokens than L2 gives
-  if (g.m <= 256 && !rounds) return fastest(Timed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>, 134>());
-  return fastest(Timed<MixedShape<T, kInt4, kGroup, 2, 1, 256, kCluster>, 134>());
+  if (g.m <= 256 && !rounds) return fastest(Timed<MixedShape<T, kInt4, kGroup, 2, 1, 256, 1>, kStage>());
+  return fastest(Timed<MixedShape<T, kInt4, kGroup, 2, 1, 256, kPairs>, kStage>());
 }
 
 template <typename T, bool kInt4>
