@@ -63,6 +63,18 @@ uint32_t variants_of(const Gemm& g, const Device& device) {
   return mask;
 }
 
+// Rounds of the multiprocessors that tiles of 128 tokens and n channels take, of which two that follow one another in tokens, or else in
+// channels, are a cluster's.
+int64_t rounds_of_pairs(const Gemm& g, int64_t n, bool along_channels, const Device& device) {
+  const int64_t tiles = along_channels ? ceil_div(g.m, 128) * ceil_div(g.n, 2 * n) : ceil_div(g.m, 256) * ceil_div(g.n, n);
+  return ceil_div(2 * tiles, int64_t(device.multiprocessors));
+}
+
+// Whether those of the largest tiles are to be along the channels: 300 tokens are three tiles, but two pairs.
+bool pairs_along_channels(const Gemm& g, const Device& device) {
+  return g.in == QPASS_INT8 && rounds_of_pairs(g, 256, true, device) < rounds_of_pairs(g, 256, false, device);
+}
+
 qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
   auto tiles = [&](int64_t m, int64_t n) { return ceil_div(g.m, m) * ceil_div(g.n, n); };
   auto at_once = [&](int64_t m, int64_t n) { return tiles(m, n) <= device.multiprocessors; };
@@ -79,10 +91,12 @@ qpass_variant rule(const Gemm& g, uint32_t mask, const Device& device) {
     // where the largest would wait for the results of a tile more than for what little of K the next has
     if (g.k <= 2048 && !at_once(128, 256)) return QPASS_SM90_128X128;
     // The largest does the most with what it reads, but its last round may be filled by little. What rounds of others take of one of
-    // its own was measured on an H200 (tuning/nvidia_h200.json). Two blocks that follow one another in tokens are a cluster.
-    auto rounds = [&](int64_t tiles) { return double(ceil_div(tiles, int64_t(device.multiprocessors))); };
-    auto paired = [&](int64_t n) { return ceil_div(g.m, 256) * 2 * ceil_div(g.n, n); };
-    const double largest = rounds(paired(256)), half = rounds(paired(128)) * 0.52, quarter = rounds(tiles(64, 128)) * 0.32;
+    // its own was measured on an H200 (tuning/nvidia_h200.json) and, of an odd number of tiles of tokens, on an H100 (`w8a8_pairs` in
+    // benchmarks/results/products_profile_h100.json).
+    const bool odd = g.in == QPASS_INT8 && ceil_div(g.m, 128) % 2;
+    const double largest = double(rounds_of_pairs(g, 256, pairs_along_channels(g, device), device));
+    const double half = double(rounds_of_pairs(g, 128, false, device)) * (odd ? 0.6 : 0.52);
+    const double quarter = double(ceil_div(tiles(64, 128), int64_t(device.multiprocessors))) * (odd ? 0.35 : 0.32);
     if (mask & bit(QPASS_SM90_64X128) && quarter < std::min(largest, half)) return QPASS_SM90_64X128;
     return half < largest ? QPASS_SM90_128X128 : QPASS_SM90_128X256;
   };
@@ -106,7 +120,11 @@ cudaError_t launch(const Gemm& g, qpass_variant variant, const Device& device, c
     case QPASS_SM90_128X128:
       if constexpr (!kFloat) return gemm_sm90<In, Out, QPASS_SM90_128X128>(g, device, stream);
       break;
-    case QPASS_SM90_128X256: return gemm_sm90<In, Out, QPASS_SM90_128X256>(g, device, stream);
+    case QPASS_SM90_128X256:
+      if constexpr (kInt8) {
+        if (pairs_along_channels(g, device)) return gemm_sm90<In, Out, QPASS_SM90_128X256, true>(g, device, stream);
+      }
+      return gemm_sm90<In, Out, QPASS_SM90_128X256>(g, device, stream);
 #endif
 #if QPASS_SM80
     case QPASS_SM80_128X128: {

@@ -20,7 +20,8 @@
 
 namespace qpass {
 
-// Tokens × channels of a tile, bytes of K a stage, and how many blocks along the tokens share what they load of the weight.
+// Tokens × channels of a tile, bytes of K a stage, and how many blocks along the tokens share what they load of the weight, or, where
+// tokens are an odd number of tiles, along the channels what they load of the tokens.
 // Pingpong: each of two consumer warpgroups has a tile of its own, and multiplies while the other stores; else they share one.
 template <int kM_, int kN_, int kBytes_, int kCluster_, bool kPingpong_>
 struct Sm90TileOf {
@@ -38,7 +39,7 @@ struct Sm90Tile<QPASS_SM90_128X128> : Sm90TileOf<128, 128, 128, 2, true> {};
 template <>
 struct Sm90Tile<QPASS_SM90_128X256> : Sm90TileOf<128, 256, 128, 2, false> {};
 
-template <typename In, typename Out, qpass_variant kVariant>
+template <typename In, typename Out, qpass_variant kVariant, bool kAlongChannels>
 struct GemmSm90 {
   using A = typename CutlassType<In>::type;
   using D = typename CutlassType<Out>::type;
@@ -46,7 +47,8 @@ struct GemmSm90 {
 
   using Of = Sm90Tile<kVariant>;
   using Tile = cute::Shape<cute::Int<Of::kM>, cute::Int<Of::kN>, cute::Int<Of::kBytes / int(sizeof(In))>>;
-  using Cluster = cute::Shape<cute::Int<Of::kCluster>, cute::_1, cute::_1>;
+  static constexpr int kClusterM = kAlongChannels ? 1 : Of::kCluster, kClusterN = kAlongChannels ? Of::kCluster : 1;
+  using Cluster = cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>;
   using Mainloop = std::conditional_t<Of::kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
   using Epilogue = std::conditional_t<Of::kPingpong, cutlass::epilogue::TmaWarpSpecialized,
@@ -93,9 +95,9 @@ struct GemmSm90 {
   }
 };
 
-template <typename In, typename Out, qpass_variant kVariant>
+template <typename In, typename Out, qpass_variant kVariant, bool kAlongChannels>
 cudaError_t gemm_sm90(const Gemm& g, const Device& device, cudaStream_t stream) {
-  using Traits = GemmSm90<In, Out, kVariant>;
+  using Traits = GemmSm90<In, Out, kVariant, kAlongChannels>;
   using Kernel = typename Traits::Kernel;
   struct Launch {
     typename Kernel::Params params;
@@ -116,7 +118,8 @@ cudaError_t gemm_sm90(const Gemm& g, const Device& device, cudaStream_t stream) 
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
   };
   if (cudaError_t e = allowed(device, allow)) return e;
-  const Grid grid{launch->blocks, Kernel::get_block_shape(), Kernel::SharedStorageSize, dim3(Traits::Of::kCluster)};
+  const Grid grid{launch->blocks, Kernel::get_block_shape(), Kernel::SharedStorageSize,
+      dim3(Traits::kClusterM, Traits::kClusterN)};
   void* arguments[] = {&launch->params};  // they are large: not copied once more
   return launch_by(grid, device, stream, [&](auto* config) { return cudaLaunchKernelExC(config, kernel, arguments); });
 }

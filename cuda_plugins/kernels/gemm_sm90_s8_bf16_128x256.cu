@@ -2,3 +2,5 @@
 
 template cudaError_t qpass::gemm_sm90<int8_t, qpass::bfloat16, QPASS_SM90_128X256>(
     const Gemm&, const Device&, cudaStream_t);
+template cudaError_t qpass::gemm_sm90<int8_t, qpass::bfloat16, QPASS_SM90_128X256, true>(
+    const Gemm&, const Device&, cudaStream_t);
