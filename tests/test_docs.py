@@ -128,7 +128,8 @@ def test_readme_tables_are_the_measured_ones() -> None:
     results = ROOT / "benchmarks" / "results"
     for name in ("plugins_h200", "plugins_h100"):
         assert table(json.loads((results / f"{name}.json").read_text())) in README
-    assert sizes(json.loads((results / "plugins_models_h200.json").read_text())) in README
+    for name in ("plugins_models_h200", "plugins_models_h100"):
+        assert sizes(json.loads((results / f"{name}.json").read_text())) in README
     assert matrix.table(results) in README
     assert engines.latencies(results) in README
     assert engines.errors(results) in README
