@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +242,11 @@ class TestOtherCommands:
 
     def test_version(self, run: Run) -> None:
         assert run("--version").out.startswith("qpass ")
+
+    def test_as_a_module(self, run: Run) -> None:
+        """Where the script is not on the PATH."""
+        asked = [sys.executable, "-m", "qpass", "--version"]
+        assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == run("--version").out
 
 
 def _no_file(tiny: Path) -> None:

@@ -27,6 +27,7 @@ LAYERS = [
     {"engine"},
     {"testing", "report", "runs"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # calibrate and verify lift a model to know its Linears; the import stands inside the function that does
