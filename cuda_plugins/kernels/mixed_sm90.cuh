@@ -40,7 +40,7 @@ struct MixedShape : SumsOf<T_, float, kWarpgroups, kTiles, kTokens, kCluster, kT
   static constexpr int kRowBytes = kInt4 ? kStageK / 2 : kStageK;  // a box is as wide as its swizzle
   static constexpr int kBoxes = kStageK * 2 / kBoxBytes, kPlanes = 1, kSideBytes = 0;
   static constexpr bool kStays = kTeams == 1;
-  static constexpr bool kStreamK = kWarpgroups == 2 && kTiles == 1 && kTokens >= 192;  // of smaller tiles more would be left
+  static constexpr bool kStreamK = kWarpgroups == 2 && kTiles == 1 && kTokens >= 192;  // smaller ones would leave more sums
   static constexpr int kMostStages = 512 / kStageK * kTeams, kStagesAhead = kMostStages;
   static constexpr int kGroups = kGrouped ? kStageK / kGroup : 0;  // of a stage
   using Scales = GroupStream<kTiles * 2, Sums::kConsumers, fours_of(kGroups, kTokens <= 64 ? 2 : 1), true>;

@@ -54,7 +54,7 @@ BESIDE = ((12, 8192, 2304), (16, 8192, 2048), (16, 4096, 6400), (5, 8192, 17408)
 """Tokens, N and K of products that make their tokens' integers themselves on a large Hopper: of plain weights alone."""
 PARTS = ((20, 264, 768), (64, 520, 1280))
 """The same of weights whose groups' scales and zero points do not begin at multiples of 16 bytes, row by row."""
-DEALT = ((200, 17190, 3072), (500, 8496, 3072), (384, 17200, 3072))
+STREAM_K = ((200, 17190, 3072), (500, 8496, 3072), (384, 17200, 3072))
 """The same of those whose stages are dealt out there among blocks: their tiles are no multiple of 132."""
 LENGTHS = (1, 2, 7, 8, 24, 33, 64, 100, 128, 255, 256, 768, 1000, 1024, 1026, 2048, 4095, 4096, 5120, 8192, 8200, 12288)
 LONG = (16384, 20000, 32768, 65544, 131072)
@@ -114,7 +114,7 @@ def _matmul_sizes(op: Op) -> Iterator[Make]:
             if k < 8192 or attrs.get("group_size", 128) == 128:  # so large a weight takes a while
                 yield _matmul(op, attrs, dtype, (m,), n, k)
         some = itertools.cycle(list(signatures(op))[::7])
-        for dtype, (m, n, k) in itertools.product(FLOATS[1:], DEALT):
+        for dtype, (m, n, k) in itertools.product(FLOATS[1:], STREAM_K):
             yield _matmul(op, next(some), dtype, (m,), n, k)
         grouped = [a for a in signatures(op) if "quant_algo" in a]
         for (m, n, k), attrs, dtype in itertools.product(PARTS, grouped, FLOATS[1:]):
